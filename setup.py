@@ -1,0 +1,33 @@
+"""Builds the C++ kernels, one library per instruction set, as optional extensions: everything else is in pyproject.toml.
+
+The libraries have a plain C ABI and are loaded with ctypes, so neither torch nor its headers are needed to build them
+and one wheel serves every torch version. Where no compiler exists the package installs without them.
+"""
+
+import platform
+
+from setuptools import Extension, setup
+
+INSTRUCTION_SETS = {"baseline": []}
+if platform.machine().lower() in ("x86_64", "amd64"):
+    INSTRUCTION_SETS |= {
+        "avx2": ["-march=x86-64-v3"],
+        "avx512": ["-march=x86-64-v4", "-mprefer-vector-width=512"],
+    }
+
+setup(
+    package_dir={"sparse_fcmae.kernels": "kernels", "sparse_fcmae.benchmarks": "benchmarks"},
+    ext_modules=[
+        Extension(
+            f"sparse_fcmae.kernels.cpu._{name}",
+            sources=["kernels/cpu/block_dwconv.cpp", "kernels/cpu/gelu_grn.cpp"],
+            depends=["kernels/cpu/vector.h"],
+            extra_compile_args=["-O3", "-std=c++20", "-fopenmp", "-Wno-psabi", "-g0", *flags],
+            extra_link_args=["-fopenmp"],
+            py_limited_api=True,
+            optional=True,
+        )
+        for name, flags in INSTRUCTION_SETS.items()
+    ],
+    options={"bdist_wheel": {"py_limited_api": "cp310"}, "build_ext": {"parallel": 2}},
+)

@@ -1,0 +1,212 @@
+"""A folder of images -> augmented uint8 batches, every sample determined by (seed, epoch, index) alone."""
+
+import hashlib
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from sparse_fcmae.errors import UserError
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+TRIES = 10  # samples drawn in place of an unreadable one
+ORIENTATION = 0x0112  # EXIF tag
+
+
+class ImageFolder:
+    """The image files under a folder, at any depth, in a fixed order.
+
+    `files` are relative paths, sorted; `fingerprint` a digest of them. Hidden files and folders are left out. Raises
+    UserError where there is no such folder or no image in it.
+    """
+
+    def __init__(self, root: str | os.PathLike) -> None:
+        self.root = Path(root)
+        if not self.root.is_dir():
+            raise UserError(f"--data {root}: no such folder")
+        Image.init()
+        extensions = {e for e, name in Image.registered_extensions().items() if name in Image.OPEN}
+        self.files = sorted(
+            os.path.relpath(os.path.join(folder, name), self.root)
+            for folder, folders, names in _walk(self.root)
+            for name in names
+            if os.path.splitext(name)[1].lower() in extensions and not name.startswith(".")
+        )
+        if not self.files:
+            raise UserError(f"--data {root}: no image files in this folder or below it")
+        self.fingerprint = hashlib.sha256("\n".join(self.files).encode(errors="surrogateescape")).hexdigest()
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def open(self, index: int) -> Image.Image:
+        """The file's image, not decoded yet."""
+        return Image.open(self.root / self.files[index])
+
+
+def _walk(root: Path) -> Iterator[tuple[str, list[str], list[str]]]:
+    for folder, folders, names in os.walk(root, followlinks=True):
+        folders[:] = [f for f in folders if not f.startswith(".")]
+        yield folder, folders, names
+
+
+def random_crop_box(
+    width: int, height: int, rng: np.random.Generator, scale: tuple[float, float] = (0.2, 1.0)
+) -> tuple[int, int, int, int]:
+    """Random resized crop: (left, top, right, bottom) with an area share uniform in `scale` and a log-uniform aspect
+    ratio in [3/4, 4/3]; after ten boxes that do not fit, the largest centred one of such a ratio."""
+    area, low, high = width * height, 3 / 4, 4 / 3
+    for _ in range(10):
+        target = area * rng.uniform(*scale)
+        ratio = math.exp(rng.uniform(math.log(low), math.log(high)))
+        w, h = round(math.sqrt(target * ratio)), round(math.sqrt(target / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            left, top = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
+            return left, top, left + w, top + h
+    w, h = min(width, round(height * high)), min(height, round(width / low))
+    left, top = (width - w) // 2, (height - h) // 2
+    return left, top, left + w, top + h
+
+
+def centre_crop_box(width: int, height: int, aspect: float) -> tuple[int, int, int, int]:
+    """The largest centred box of width / height = `aspect`."""
+    w, h = min(width, round(height * aspect)), min(height, round(width / aspect))
+    left, top = (width - w) // 2, (height - h) // 2
+    return left, top, left + max(w, 1), top + max(h, 1)
+
+
+def load_crop(
+    image: Image.Image, size: tuple[int, int], in_chans: int, rng: np.random.Generator | None = None
+) -> np.ndarray:
+    """Decodes and crops an opened image: uint8 [H, W, in_chans] with (H, W) = `size`.
+
+    With `rng`, random resized crop and horizontal flip; without, the largest centred crop. Bicubic with antialiasing.
+    JPEGs are decoded at a reduced scale where the crop allows it.
+    """
+    height, width = size
+    turned = image.getexif().get(ORIENTATION, 1) >= 5
+    full = image.size[::-1] if turned else image.size
+    box = random_crop_box(*full, rng) if rng is not None else centre_crop_box(*full, width / height)
+    flip = rng is not None and rng.random() < 0.5
+
+    shrink = min((box[2] - box[0]) / width, (box[3] - box[1]) / height)
+    if shrink >= 2:
+        image.draft(None, (math.ceil(image.size[0] / shrink), math.ceil(image.size[1] / shrink)))
+    image = to_eight_bits(ImageOps.exif_transpose(image), in_chans)
+    across, down = image.size[0] / full[0], image.size[1] / full[1]
+    box = (box[0] * across, box[1] * down, box[2] * across, box[3] * down)
+    image = image.resize((width, height), Image.Resampling.BICUBIC, box=box)
+    pixels = np.asarray(image).reshape(height, width, in_chans)
+    return np.ascontiguousarray(pixels[:, ::-1] if flip else pixels)
+
+
+def to_eight_bits(image: Image.Image, in_chans: int) -> Image.Image:
+    """RGB (3 channels) or greyscale (1) of any mode. Transparent pixels become white, 16-bit values lose their low byte,
+    floating-point ones are stretched from their least to their greatest."""
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
+    elif image.mode == "F":
+        values = np.nan_to_num(np.asarray(image))
+        low, span = values.min(), max(float(np.ptp(values)), 1e-12)
+        image = Image.fromarray(((values - low) * (255 / span)).round().astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("L" if in_chans == 1 else "RGB")
+
+
+class BadImage(NamedTuple):
+    """A file that could not be read: its path below the folder, and the decoder's reason."""
+
+    file: str
+    reason: str
+
+
+class Batch(NamedTuple):
+    """pixels: uint8 [B, H, W, C]. bad: the files that were found unreadable on the way."""
+
+    pixels: Tensor
+    bad: list[BadImage]
+
+
+class AugmentedImages(Dataset):
+    """Crops of an `ImageFolder` under keys (epoch, index); unreadable files are replaced by others, chosen at random."""
+
+    def __init__(self, folder: ImageFolder, size: tuple[int, int], in_chans: int, seed: int) -> None:
+        self.folder, self.size, self.in_chans, self.seed = folder, size, in_chans, seed
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[np.ndarray | None, list[BadImage]]:
+        """The sample, None where TRIES files in a row could not be read, and the bad files met."""
+        epoch, index = key
+        rng = np.random.default_rng((self.seed, epoch, index))
+        bad = []
+        for _ in range(TRIES):
+            try:
+                with self.folder.open(index) as image:
+                    return load_crop(image, self.size, self.in_chans, rng), bad
+            except Exception as error:  # Pillow's decoders raise nearly anything on a broken file
+                bad.append(BadImage(self.folder.files[index], " ".join(str(error).split()) or type(error).__name__))
+                index = int(rng.integers(len(self.folder)))
+        return None, bad
+
+
+def _collate(samples: list[tuple[np.ndarray | None, list[BadImage]]]) -> Batch:
+    bad = [entry for _, entries in samples for entry in entries]
+    if any(pixels is None for pixels, _ in samples):
+        return Batch(torch.empty(0, dtype=torch.uint8), bad)
+    return Batch(torch.from_numpy(np.stack([pixels for pixels, _ in samples])), bad)
+
+
+class DataOrder:
+    """The samples of every optimiser step: a random permutation an epoch, its incomplete last batch dropped.
+
+    Depends on the seed alone: ranks take consecutive shares of the global batch, each in micro-batches.
+    """
+
+    def __init__(self, images: int, batch_size: int, seed: int) -> None:
+        self.images, self.batch_size, self.seed = images, batch_size, seed
+        self.steps_per_epoch = images // batch_size
+
+    def step(self, step: int) -> list[tuple[int, int]]:
+        """Keys (epoch, index) of the global batch of a step, counted from 0."""
+        epoch, place = divmod(step, self.steps_per_epoch)
+        order = np.random.default_rng((self.seed, epoch)).permutation(self.images)
+        return [(epoch, int(i)) for i in order[place * self.batch_size : (place + 1) * self.batch_size]]
+
+
+def micro_batches(
+    order: DataOrder, steps: range, rank: int, world: int, micro_batch_size: int
+) -> Iterator[list[tuple[int, int]]]:
+    """The keys of each micro-batch of a rank, for a `DataLoader`'s batch_sampler."""
+    share = order.batch_size // world
+    for step in steps:
+        mine = order.step(step)[rank * share : (rank + 1) * share]
+        for start in range(0, share, micro_batch_size):
+            yield mine[start : start + micro_batch_size]
+
+
+def make_loader(dataset: AugmentedImages, batches: Iterator[list], workers: int, pin_memory: bool) -> DataLoader:
+    """A loader of `Batch`es on `workers` processes (0: in this one)."""
+    return DataLoader(
+        dataset, batch_sampler=batches, num_workers=workers, collate_fn=_collate, pin_memory=pin_memory
+    )
+
+
+def channel_stats(in_chans: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of each channel that images are normalised with: ImageNet's."""
+    if in_chans == 3:
+        return IMAGENET_MEAN, IMAGENET_STD
+    return (sum(IMAGENET_MEAN) / 3,) * in_chans, (sum(IMAGENET_STD) / 3,) * in_chans
+
+
+def normalise(pixels: Tensor) -> Tensor:
+    """uint8 [B, H, W, C] -> float32 [B, C, H, W], normalised, on the same device."""
+    mean, std = (255 * torch.tensor(s, device=pixels.device)[:, None, None] for s in channel_stats(pixels.shape[-1]))
+    return (pixels.permute(0, 3, 1, 2).float() - mean) / std

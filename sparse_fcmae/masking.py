@@ -1,0 +1,83 @@
+"""Masks over the patch grid, and the visible patches' places in a batch.
+
+Shapes: B images, a grid of `rows` x `cols` patches each, T visible patches in the whole batch sorted by image, S x S
+positions a patch.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sparse_fcmae.errors import UserError
+
+HALO = 3  # positions that a 7x7 window reaches beyond its centre; at S = 1 that many patches
+
+
+def kept_patches(grid: tuple[int, int], ratio: float) -> int:
+    """Patches that stay visible of a `grid` at a mask `ratio`: int(L * (1 - ratio)), at least one and not all.
+
+    Raises UserError where no patch would be kept or none masked.
+    """
+    total = grid[0] * grid[1]
+    kept = int(total * (1 - ratio))
+    if not 0 < kept < total:
+        what = "keeps no patch" if kept <= 0 else "masks no patch"
+        raise UserError(f"mask ratio {ratio} {what} of {grid[0]}x{grid[1]}: choose another --mask-ratio or image size")
+    return kept
+
+
+def random_mask(
+    batch: int,
+    grid: tuple[int, int],
+    ratio: float,
+    *,
+    generator: torch.Generator | None = None,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """Uniformly random masks keeping `kept_patches(grid, ratio)` patches of every image (FCMAE, section 3.1).
+
+    Returns bool [batch, rows, cols], True = masked, on `device`. Drawn on the generator's device (the CPU without one),
+    so that a seed gives the same masks wherever the model runs.
+    """
+    kept = kept_patches(grid, ratio)
+    noise = torch.rand(batch, grid[0] * grid[1], generator=generator, device=generator.device if generator else None)
+    mask = torch.ones_like(noise, dtype=torch.bool)
+    mask.scatter_(1, noise.argsort(dim=1)[:, :kept], False)
+    return mask.view(batch, *grid).to(device)
+
+
+@dataclass(frozen=True)
+class VisiblePatches:
+    """Where the visible patches of a batch are.
+
+    mask: bool [B, rows, cols], True = masked.
+    index: int64 [T], each visible patch's flat position in [B, rows, cols], ascending (thus sorted by image).
+    """
+
+    mask: Tensor
+    index: Tensor
+
+    @classmethod
+    def of(cls, mask: Tensor) -> "VisiblePatches":
+        """The visible patches of `mask`; images may keep different numbers of them, none included."""
+        return cls(mask, (~mask).flatten().nonzero()[:, 0])
+
+    @cached_property
+    def slot(self) -> Tensor:
+        """int32 [B, rows + 6, cols + 6]: each patch's row in T, -1 where masked or outside the image."""
+        slot = torch.full(self.mask.shape, -1, dtype=torch.int32, device=self.mask.device)
+        slot.view(-1)[self.index] = torch.arange(len(self.index), dtype=torch.int32, device=self.mask.device)
+        return F.pad(slot, (HALO, HALO, HALO, HALO), value=-1)
+
+    @cached_property
+    def offsets(self) -> Tensor:
+        """int64 [B + 1]: image b owns the patches offsets[b] to offsets[b + 1]."""
+        return F.pad((~self.mask).flatten(1).sum(1).cumsum(0), (1, 0))
+
+    @cached_property
+    def image(self) -> Tensor:
+        """int64 [T]: the image that each visible patch belongs to."""
+        return self.index // (self.mask.shape[1] * self.mask.shape[2])
