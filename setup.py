@@ -1,4 +1,4 @@
-"""Builds the C++ kernels, one library per instruction set, as optional extensions: everything else is in pyproject.toml.
+"""Builds the C++ kernels, one library per instruction set, as optional extensions; all else is in pyproject.toml.
 
 The libraries have a plain C ABI and are loaded with ctypes, so neither torch nor its headers are needed to build them
 and one wheel serves every torch version. Where no compiler exists the package installs without them.

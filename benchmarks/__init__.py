@@ -1,0 +1,1 @@
+"""Benchmarks: correctness first, candidates in turn, ratios of one run."""

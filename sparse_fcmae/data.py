@@ -3,6 +3,7 @@
 import hashlib
 import math
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -99,7 +100,8 @@ def load_crop(
     shrink = min((box[2] - box[0]) / width, (box[3] - box[1]) / height)
     if shrink >= 2:
         image.draft(None, (math.ceil(image.size[0] / shrink), math.ceil(image.size[1] / shrink)))
-    image = to_eight_bits(ImageOps.exif_transpose(image), in_chans)
+    ImageOps.exif_transpose(image, in_place=True)
+    image = to_eight_bits(image, in_chans)
     across, down = image.size[0] / full[0], image.size[1] / full[1]
     box = (box[0] * across, box[1] * down, box[2] * across, box[3] * down)
     image = image.resize((width, height), Image.Resampling.BICUBIC, box=box)
@@ -108,8 +110,11 @@ def load_crop(
 
 
 def to_eight_bits(image: Image.Image, in_chans: int) -> Image.Image:
-    """RGB (3 channels) or greyscale (1) of any mode. Transparent pixels become white, 16-bit values lose their low byte,
-    floating-point ones are stretched from their least to their greatest."""
+    """RGB (3 channels) or greyscale (1) of any mode.
+
+    Transparent pixels become white, 16-bit values lose their low byte, floating-point ones are stretched from their
+    least to their greatest.
+    """
     if image.mode.startswith("I"):
         image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
     elif image.mode == "F":
@@ -137,7 +142,7 @@ class Batch(NamedTuple):
 
 
 class AugmentedImages(Dataset):
-    """Crops of an `ImageFolder` under keys (epoch, index); unreadable files are replaced by others, chosen at random."""
+    """Crops of an `ImageFolder` under keys (epoch, index); unreadable files are replaced by random others."""
 
     def __init__(self, folder: ImageFolder, size: tuple[int, int], in_chans: int, seed: int) -> None:
         self.folder, self.size, self.in_chans, self.seed = folder, size, in_chans, seed
@@ -164,30 +169,22 @@ def _collate(samples: list[tuple[np.ndarray | None, list[BadImage]]]) -> Batch:
     return Batch(torch.from_numpy(np.stack([pixels for pixels, _ in samples])), bad)
 
 
-class DataOrder:
-    """The samples of every optimiser step: a random permutation an epoch, its incomplete last batch dropped.
-
-    Depends on the seed alone: ranks take consecutive shares of the global batch, each in micro-batches.
-    """
-
-    def __init__(self, images: int, batch_size: int, seed: int) -> None:
-        self.images, self.batch_size, self.seed = images, batch_size, seed
-        self.steps_per_epoch = images // batch_size
-
-    def step(self, step: int) -> list[tuple[int, int]]:
-        """Keys (epoch, index) of the global batch of a step, counted from 0."""
-        epoch, place = divmod(step, self.steps_per_epoch)
-        order = np.random.default_rng((self.seed, epoch)).permutation(self.images)
-        return [(epoch, int(i)) for i in order[place * self.batch_size : (place + 1) * self.batch_size]]
-
-
 def micro_batches(
-    order: DataOrder, steps: range, rank: int, world: int, micro_batch_size: int
+    images: int, batch_size: int, steps: range, seed: int, rank: int, world: int, micro_batch_size: int
 ) -> Iterator[list[tuple[int, int]]]:
-    """The keys of each micro-batch of a rank, for a `DataLoader`'s batch_sampler."""
-    share = order.batch_size // world
+    """The keys (epoch, index) of each micro-batch of a rank, for optimiser steps counted from 0 over all epochs.
+
+    An epoch is a random permutation of the images, its incomplete last batch dropped. The order depends on the seed
+    alone: ranks take consecutive shares of the global batch.
+    """
+    per_epoch, share = images // batch_size, batch_size // world
+    order_of = None
     for step in steps:
-        mine = order.step(step)[rank * share : (rank + 1) * share]
+        epoch, place = divmod(step, per_epoch)
+        if epoch != order_of:
+            order, order_of = np.random.default_rng((seed, epoch)).permutation(images), epoch
+        first = place * batch_size + rank * share
+        mine = [(epoch, int(i)) for i in order[first : first + share]]
         for start in range(0, share, micro_batch_size):
             yield mine[start : start + micro_batch_size]
 
@@ -195,8 +192,18 @@ def micro_batches(
 def make_loader(dataset: AugmentedImages, batches: Iterator[list], workers: int, pin_memory: bool) -> DataLoader:
     """A loader of `Batch`es on `workers` processes (0: in this one)."""
     return DataLoader(
-        dataset, batch_sampler=batches, num_workers=workers, collate_fn=_collate, pin_memory=pin_memory
+        dataset,
+        batch_sampler=batches,
+        num_workers=workers,
+        collate_fn=_collate,
+        pin_memory=pin_memory,
+        worker_init_fn=_leave_signals_to_the_trainer,
     )
+
+
+def _leave_signals_to_the_trainer(worker: int) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def channel_stats(in_chans: int) -> tuple[tuple[float, ...], tuple[float, ...]]:

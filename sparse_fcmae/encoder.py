@@ -3,6 +3,8 @@
 Sizes and block: ConvNeXt V2 (Woo et al., 2023), sections 3.1 and 3.2 and appendix A.
 """
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -89,10 +91,7 @@ class SparseEncoder(nn.Module):
         depths, dims = SIZES[name]
         self.num_features = dims[-1]
         stem = nn.Sequential(nn.Conv2d(in_chans, dims[0], stem_stride, stem_stride), nn.LayerNorm(dims[0], eps=1e-6))
-        downs = [
-            nn.Sequential(nn.LayerNorm(dim, eps=1e-6), nn.Conv2d(dim, out, 2, 2))
-            for dim, out in zip(dims, dims[1:], strict=False)
-        ]
+        downs = [nn.Sequential(nn.LayerNorm(dim, eps=1e-6), nn.Conv2d(dim, out, 2, 2)) for dim, out in pairwise(dims)]
         self.downsample_layers = nn.ModuleList([stem, *downs])
         self.stages = nn.ModuleList(
             nn.Sequential(*(Block(dim, grn_scope) for _ in range(depth)))
@@ -135,6 +134,7 @@ class SparseEncoder(nn.Module):
             else:
                 norm, conv = self.downsample_layers[i]
                 x = layout.tile_conv(norm(x), conv)
+            x = x.to(conv.weight.dtype)  # the residual stream keeps the parameters' precision under autocast
             for block in stage:
                 x = block(x, layout)
         return layout.leave(x)

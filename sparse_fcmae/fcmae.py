@@ -51,9 +51,7 @@ class FCMAE(nn.Module):
         **encoder_options,
     ) -> None:
         super().__init__()
-        self.encoder = SparseEncoder(
-            name, image_size=image_size, in_chans=in_chans, backend=backend, **encoder_options
-        )
+        self.encoder = SparseEncoder(name, image_size=image_size, in_chans=in_chans, backend=backend, **encoder_options)
         self.patch_size = self.encoder.patch_size
         self.mask_ratio, self.mask_patch_size, self.mask_grid = mask_ratio, mask_patch_size, mask_grid
         self.norm_pix_loss = norm_pix_loss
@@ -79,9 +77,7 @@ class FCMAE(nn.Module):
         prediction = self.decode(self.encoder(images, mask), mask)
         return FCMAEOutput(self.loss(images, prediction, mask), prediction, mask)
 
-    def draw_mask(
-        self, batch: int, image_size: tuple[int, int], *, generator: torch.Generator | None = None
-    ) -> Tensor:
+    def draw_mask(self, batch: int, image_size: tuple[int, int], *, generator: torch.Generator | None = None) -> Tensor:
         """Random masks bool [batch, H/P, W/P] for images of (H, W) pixels."""
         grid = self.encoder.grid(*image_size)
         cells = self._mask_cells(grid)
@@ -122,7 +118,8 @@ class FCMAE(nn.Module):
         side, rest = divmod(self.mask_patch_size or self.patch_size, self.patch_size)
         if rest or side < 1 or grid[0] % side or grid[1] % side:
             raise UserError(
-                f"--mask-patch-size {self.mask_patch_size} must be a multiple of {self.patch_size} that divides the image"
+                f"--mask-patch-size {self.mask_patch_size} must be a multiple of the {self.patch_size}-pixel patch "
+                "that divides the image"
             )
         return grid[0] // side, grid[1] // side
 

@@ -19,6 +19,8 @@ from sparse_fcmae.errors import UserError
 class Layout(Protocol):
     """Features of B images over a grid of rows x cols patches, P x P positions a patch; `...` is the backend's own."""
 
+    name: str
+
     def __init__(self, mask: Tensor) -> None:
         """mask: bool [B, rows, cols], True = masked."""
 
@@ -36,18 +38,24 @@ class Layout(Protocol):
         """Submanifold 7x7 depthwise convolution."""
 
     def gelu_grn(self, x: Tensor, gamma: Tensor, scope: str) -> Tensor:
-        """GELU(x) * (1 + gamma * N), N pooled over the visible positions of each image, or of the batch if so scoped."""
+        """GELU(x) * (1 + gamma * N), N pooled over the visible positions of each "image" or of the "batch"."""
 
     def leave(self, x: Tensor) -> Tensor:
         """Features of one position a patch -> [B, C, rows, cols], zeros where masked."""
 
 
-BACKENDS: dict[str, type[Layout]] = {"native": NativeLayout, "torch": TorchLayout, "masked": MaskedLayout}
+BACKENDS: dict[str, type[Layout]] = {layout.name: layout for layout in (NativeLayout, TorchLayout, MaskedLayout)}
+
+
+def default_device() -> torch.device:
+    """A GPU if there is one, else the CPU."""
+    kinds = [("cuda", torch.cuda.is_available()), ("mps", torch.backends.mps.is_available())]
+    return torch.device(next((kind for kind, there in kinds if there), "cpu"))
 
 
 def available_backends(device: torch.device | str | None = None) -> dict[str, str | None]:
-    """Every backend by name: None where it is usable on `device` (by default a GPU if there is one), else the reason."""
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    """Every backend by name: None where it is usable on `device` (`default_device()` if None), else the reason."""
+    device = torch.device(device) if device else default_device()
     return {name: layout.unusable(device) for name, layout in BACKENDS.items()}
 
 

@@ -52,6 +52,8 @@ class BlockLayout:
 class NativeLayout(BlockLayout):
     """This package's own kernels: C++ on the CPU."""
 
+    name = "native"
+
     convolve = staticmethod(ops.block_dwconv)
     respond = staticmethod(ops.gelu_grn)
 
@@ -62,6 +64,8 @@ class NativeLayout(BlockLayout):
 
 class TorchLayout(BlockLayout):
     """Plain PyTorch on any device: the depthwise convolution runs on a dense canvas, the rest on visible positions."""
+
+    name = "torch"
 
     convolve = staticmethod(reference.block_dwconv)
     respond = staticmethod(reference.gelu_grn)

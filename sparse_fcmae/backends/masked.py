@@ -10,6 +10,8 @@ from sparse_fcmae.ops import reference
 class MaskedLayout:
     """Features are dense, [B, H, W, C]; what stands at masked positions is never read."""
 
+    name = "masked"
+
     def __init__(self, mask: Tensor) -> None:
         self.mask = mask
 

@@ -26,7 +26,7 @@ def block_dwconv(x: Tensor, weight: Tensor, bias: Tensor | None, slot: Tensor, i
 
 @torch.library.custom_op("sparse_fcmae::block_dwconv", mutates_args=())
 def _block_dwconv(x: Tensor, weight: Tensor, bias: Tensor | None, slot: Tensor, index: Tensor) -> Tensor:
-    _check(x, weight, slot, index)
+    _check(x, weight, bias, slot, index)
     return _convolve(x, _taps(weight), None if bias is None else bias.float().contiguous(), slot, index)
 
 
@@ -81,13 +81,15 @@ def _backward(ctx, grad):
 _block_dwconv.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _check(x: Tensor, weight: Tensor, slot: Tensor, index: Tensor) -> None:
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None, slot: Tensor, index: Tensor) -> None:
     if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"block_dwconv takes float32 or bfloat16 on the CPU, not {x.dtype} on {x.device}")
     if x.dim() != 4 or x.shape[1] != x.shape[2] or x.shape[1] not in (8, 4, 2, 1):
         raise ValueError(f"x must be [T, S, S, C] with S one of 8, 4, 2, 1, not {tuple(x.shape)}")
     if weight.shape != (x.shape[3], 1, 7, 7):
         raise ValueError(f"weight must be [{x.shape[3]}, 1, 7, 7], not {tuple(weight.shape)}")
+    if bias is not None and bias.shape != x.shape[3:]:
+        raise ValueError(f"bias must be [{x.shape[3]}], not {tuple(bias.shape)}")
     if slot.dtype != torch.int32 or index.dtype != torch.int64 or index.shape != x.shape[:1]:
         raise ValueError(f"slot must be int32 and index int64 [{x.shape[0]}]")
 
@@ -105,6 +107,6 @@ def _convolve(x: Tensor, taps: Tensor, bias: Tensor | None, slot: Tensor, index:
 
 
 def _geometry(x: Tensor, slot: Tensor, index: Tensor) -> tuple:
-    rows, cols = slot.shape[1] - 6, slot.shape[2] - 6
-    return (slot.contiguous(), index.contiguous(), x.shape[0], rows, cols, x.shape[1], x.shape[3], int(x.dtype == torch.bfloat16))
-
+    blocks, side, _, channels = x.shape
+    grid = (slot.shape[1] - 6, slot.shape[2] - 6)
+    return slot.contiguous(), index.contiguous(), blocks, *grid, side, channels, int(x.dtype == torch.bfloat16)

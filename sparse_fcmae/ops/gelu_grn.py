@@ -36,9 +36,7 @@ def _(x, gamma, offsets):
 
 
 @torch.library.custom_op("sparse_fcmae::gelu_grn_backward", mutates_args=())
-def _gelu_grn_backward(
-    grad: Tensor, x: Tensor, gamma: Tensor, offsets: Tensor, norm: Tensor
-) -> tuple[Tensor, Tensor]:
+def _gelu_grn_backward(grad: Tensor, x: Tensor, gamma: Tensor, offsets: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
     grad, x = grad.contiguous(), x.contiguous()
     grad_x, grad_gamma = torch.empty_like(x), torch.empty(x.shape[-1])
     offsets, *rest = _images(x, offsets)

@@ -1,0 +1,127 @@
+"""A training step of the encoder (forward and backward), backend against backend.
+
+All backends run on the same images, masks and weights, taking turns, so that the ratios hold on a noisy machine
+although the times do not. A backend whose features or gradients are not those of `masked` is refused, not reported.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparse_fcmae.backends import BACKENDS
+from sparse_fcmae.config import ThroughputConfig, image_size_of
+from sparse_fcmae.encoder import SparseEncoder
+from sparse_fcmae.errors import UserError
+from sparse_fcmae.files import write_json
+from sparse_fcmae.masking import random_mask
+from sparse_fcmae.training.distributed import choose_device
+
+BASELINE = "masked"
+FORWARD_TOLERANCE, GRADIENT_TOLERANCE = 1e-5, 1e-4  # relative Frobenius error, float32
+
+
+def throughput(**options: Any) -> list[dict[str, Any]]:
+    """Prints and returns a row a backend; options are those of `ThroughputConfig`."""
+    config = ThroughputConfig(**options)
+    if config.batch_size < 1 or config.rounds < 1:
+        raise UserError("--batch-size and --rounds must be at least 1")
+    device, size = choose_device(config.device), image_size_of(config.image_size)
+    torch.manual_seed(0)
+    encoder = SparseEncoder(config.model, image_size=size).to(device)
+    with torch.no_grad():
+        for parameter in encoder.parameters():  # GRN and biases start at zero and would go untested
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    images = torch.randn(config.batch_size, 3, *size, device=device)
+    mask = random_mask(config.batch_size, encoder.grid(*size), config.mask_ratio, device=device)
+    bf16 = config.dtype == "bf16"
+
+    def step(backend: str) -> Tensor:
+        encoder.backend = backend
+        encoder.zero_grad()
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            features = encoder(images, mask)
+        features.float().square().mean().backward()
+        return features.detach()
+
+    usable = [name for name, layout in BACKENDS.items() if layout.unusable(device) is None]
+    errors = gate(encoder, images, mask, usable)
+    names = [name for name in usable if errors[name][0] < FORWARD_TOLERANCE and errors[name][1] < GRADIENT_TOLERANCE]
+    times = take_turns({name: lambda name=name: step(name) for name in names}, config.rounds, device)
+    rows = []
+    for name in BACKENDS:
+        row: dict[str, Any] = {"backend": name}
+        if name not in usable:
+            row["refused"] = BACKENDS[name].unusable(device)
+        else:
+            row["forward_error"], row["gradient_error"] = errors[name]
+            if name not in names:
+                row["refused"] = "features or gradients differ"
+            else:
+                row["ms"] = 1e3 * statistics.median(times[name])
+                row["images_per_second"] = config.batch_size / statistics.median(times[name])
+                row["speedup"] = statistics.median(b / t for b, t in zip(times[BASELINE], times[name], strict=True))
+        rows.append(row)
+    setting = {
+        **{k: getattr(config, k) for k in ("model", "batch_size", "image_size", "mask_ratio", "dtype")},
+        **{"device": str(device), "threads": torch.get_num_threads(), "torch": torch.__version__},
+    }
+    print(", ".join(f"{key} {value}" for key, value in setting.items()))
+    print(f"{'backend':8} {'ms':>9} {'images/s':>9} {'over ' + BASELINE:>12}   error of features and gradients")
+    for row in rows:
+        error = f"{row['forward_error']:.0e} {row['gradient_error']:.0e}" if "forward_error" in row else ""
+        if "refused" in row:
+            print(f"{row['backend']:8} refused: {row['refused']} {error}")
+        else:
+            speed = f"{row['ms']:9.1f} {row['images_per_second']:9.1f} {row['speedup']:12.2f}"
+            print(f"{row['backend']:8} {speed}   {error}")
+    if config.json:
+        write_json(Path(config.json), {"setting": setting, "rows": rows})
+    return rows
+
+
+def gate(encoder: SparseEncoder, images: Tensor, mask: Tensor, backends: list[str]) -> dict[str, tuple[float, float]]:
+    """Each backend's float32 errors against BASELINE: of the features, and the greatest of any parameter's gradient."""
+    rows, cols = mask.shape[1:]
+    probe = torch.randn(len(images), encoder.num_features, rows, cols, device=images.device)
+
+    def values(backend: str) -> tuple[Tensor, list[Tensor]]:
+        encoder.backend = backend
+        encoder.zero_grad()
+        features = encoder(images, mask)
+        (features * probe).sum().backward()
+        return features.detach(), [p.grad.clone() for p in encoder.parameters()]
+
+    def relative(a: Tensor, b: Tensor) -> float:
+        return ((a - b).norm() / b.norm().clamp_min(1e-12)).item()
+
+    features, gradients = values(BASELINE)
+    errors = {}
+    for name in backends:
+        ours, ours_gradients = values(name)
+        worst = max(relative(a, b) for a, b in zip(ours_gradients, gradients, strict=True))
+        errors[name] = (relative(ours, features), worst)
+    return errors
+
+
+def take_turns(candidates: dict[str, Callable[[], Any]], rounds: int, device: torch.device) -> dict[str, list[float]]:
+    """Seconds of every candidate in each of `rounds`, after one round that is not counted."""
+    times: dict[str, list[float]] = {name: [] for name in candidates}
+    for turn in range(rounds + 1):
+        for name, run in candidates.items():
+            _synchronise(device)
+            start = time.perf_counter()
+            run()
+            _synchronise(device)
+            if turn:
+                times[name].append(time.perf_counter() - start)
+    return times
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,131 @@
+"""The command line: sub-commands made from the dataclasses in `config`."""
+
+import argparse
+import os
+import platform
+import sys
+import types
+import typing
+from collections.abc import Callable
+from dataclasses import MISSING, fields
+from typing import Any, NoReturn
+
+from sparse_fcmae.config import ConvertConfig, DemoConfig, PretrainConfig, ThroughputConfig, flag
+from sparse_fcmae.errors import UserError
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports a mistake in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def run_pretrain(options: dict[str, Any]) -> None:
+    from sparse_fcmae.training.pretrain import Interrupted, pretrain
+
+    try:
+        pretrain(**options)
+    except Interrupted:
+        sys.exit(130)
+
+
+def run_convert(options: dict[str, Any]) -> None:
+    from sparse_fcmae.convert import convert
+
+    print(convert(options.pop("source"), options.pop("destination"), **options))
+
+
+def run_demo(options: dict[str, Any]) -> None:
+    from sparse_fcmae.demo import demo
+    from sparse_fcmae.training.pretrain import Interrupted
+
+    try:
+        demo(**options)
+    except Interrupted:
+        sys.exit(130)
+
+
+def run_throughput(options: dict[str, Any]) -> None:
+    from sparse_fcmae.benchmarks.throughput import throughput
+
+    throughput(**options)
+
+
+def run_info(options: dict[str, Any]) -> None:
+    import torch
+
+    from sparse_fcmae import __version__, available_backends
+    from sparse_fcmae.backends import default_device
+    from sparse_fcmae.kernels import cpu
+
+    device = default_device()
+    print(f"sparse-fcmae {__version__}, torch {torch.__version__}, Python {platform.python_version()}")
+    print(f"device {device}, {torch.get_num_threads()} CPU threads, CPU kernels for {cpu.instruction_set()}")
+    for name, reason in available_backends(device).items():
+        print(f"backend {name:7} {reason or 'usable'}")
+
+
+# name: what it does, config, run
+COMMANDS: dict[str, tuple[str, type | None, Callable[[dict[str, Any]], None]]] = {
+    "pretrain": ("pretrain on a folder of images", PretrainConfig, run_pretrain),
+    "convert": ("write a checkpoint's encoder for the official code, timm or Hugging Face", ConvertConfig, run_convert),
+    "demo": ("draw images and pretrain on them, in about two minutes on a CPU", DemoConfig, run_demo),
+    "bench throughput": ("training step of the encoder, backend against backend", ThroughputConfig, run_throughput),
+    "info": ("versions, device and usable backends", None, run_info),
+}
+
+
+def add_options(parser: argparse.ArgumentParser, config: type) -> None:
+    """A flag or positional argument for every field; what is not given is left out of the namespace."""
+    types_of = typing.get_type_hints(config)
+    for f in fields(config):
+        kind = types_of[f.name]
+        if isinstance(kind, types.UnionType):
+            kind = next(k for k in typing.get_args(kind) if k is not type(None))
+        help_text = f.metadata["help"]
+        if f.default not in (MISSING, None, False):
+            help_text += f" [{'yes' if f.default is True else f.default}]"
+        arguments: dict[str, Any] = {"help": help_text, "default": argparse.SUPPRESS}
+        if kind is bool:
+            arguments["action"] = argparse.BooleanOptionalAction if f.default else "store_true"
+        else:
+            arguments |= {"type": kind, "choices": f.metadata["choices"]}
+        if f.metadata["positional"]:
+            parser.add_argument(f.name, metavar=f.name.upper(), **arguments)
+            continue
+        # --data can be left out of a resumed run, so the command itself asks for it
+        required = f.default is MISSING and f.name != "data"
+        if kind is not bool and not f.metadata["choices"]:
+            arguments["metavar"] = {int: "N", float: "X"}.get(kind, "TEXT")
+        parser.add_argument(flag(f.name), dest=f.name, required=required, **arguments)
+
+
+def make_parser() -> Parser:
+    """The whole command line."""
+    parser = Parser(prog="sparse-fcmae", description="Sparse FCMAE pretraining of ConvNeXt V2.")
+    groups = {"": parser.add_subparsers(required=True, metavar="COMMAND")}
+    for name, (what, config, run) in COMMANDS.items():
+        *group, leaf = name.split()
+        key = " ".join(group)
+        if key not in groups:
+            above = groups[""].add_parser(key, help="benchmarks", description="Benchmarks.")
+            groups[key] = above.add_subparsers(required=True, metavar="BENCHMARK")
+        command = groups[key].add_parser(leaf, help=what, description=what[0].upper() + what[1:] + ".")
+        if config:
+            add_options(command, config)
+        command.set_defaults(run=run)
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point; a UserError ends in its one line and exit code 2."""
+    options = vars(make_parser().parse_args(arguments))
+    try:
+        options.pop("run")(options)
+    except UserError as error:
+        if os.environ.get("RANK", "0") == "0":  # one line from many ranks
+            print(f"sparse-fcmae: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,121 @@
+"""Every option of every command: one dataclass each, from which the command line is made."""
+
+from collections.abc import Sequence
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any
+
+from sparse_fcmae.errors import UserError
+
+
+def option(
+    default: Any = MISSING,
+    *,
+    help: str,
+    choices: tuple[str, ...] | None = None,
+    any_time: bool = False,
+    positional: bool = False,
+) -> Any:
+    """A dataclass field with the help text of its flag; `any_time` marks what may differ when a run is resumed."""
+    metadata = {"help": help, "choices": choices, "any_time": any_time, "positional": positional}
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig:
+    """Options of `sparse-fcmae pretrain`; the defaults are the paper's recipe (ConvNeXt V2, appendix A)."""
+
+    data: str = option(help="folder of images, flat or nested", any_time=True)
+    out: str = option("runs/pretrain", help="run folder to make", any_time=True)
+
+    model: str = option("atto", help="atto, femto, pico, nano, tiny, base, large or huge")
+    image_size: str = option("224", help="pixels, as 224 or, height first, 224x320; a multiple of the patch")
+    in_chans: int = option(3, help="channels: 3 for colour, 1 for greyscale")
+    stem_stride: int = option(4, help="4, 2 or 1; the patch is 8 times that, so 2 or 1 suit small images")
+    mask_ratio: float = option(0.6, help="share of the patches that is masked")
+    mask_patch_size: int | None = option(None, help="draw masks in squares of this many pixels [the patch]")
+    mask_grid: int | None = option(None, help="or draw masks on a grid of this many rows and columns")
+    grn_scope: str = option("image", help="what the response norm pools over", choices=("image", "batch"))
+    norm_pix_loss: bool = option(True, help="normalise each target patch")
+    decoder_dim: int = option(512, help="width of the decoder")
+    decoder_depth: int = option(1, help="blocks of the decoder")
+
+    epochs: int = option(800, help="passes over the images")
+    batch_size: int = option(4096, help="images an optimiser step, over all ranks and micro-batches")
+    micro_batch_size: int = option(128, help="images a rank takes through the model at once")
+    warmup_epochs: float | None = option(None, help="epochs of linear warm-up [5 %% of --epochs]")
+    base_lr: float = option(1.5e-4, help="peak learning rate for each 256 images of --batch-size")
+    lr: float | None = option(None, help="peak learning rate outright, instead of --base-lr")
+    weight_decay: float = option(0.05, help="of AdamW; none on biases and norms")
+    clip_grad: float | None = option(None, help="clip the gradient to this norm [off]")
+    seed: int = option(0, help="of weights, data order, augmentation and masks")
+
+    backend: str = option("auto", help="auto, native, torch or masked; see `sparse-fcmae info`")
+    device: str = option("auto", help="auto, cpu, cuda, cuda:1, ...", any_time=True)
+    dtype: str = option("auto", help="auto is bf16 where the device has it", choices=("auto", "bf16", "fp32"))
+    num_workers: int | None = option(
+        None, help="processes loading images, a rank [one a core, up to 16]", any_time=True
+    )
+    max_bad_images: float = option(0.01, help="stop when a larger share of the files is unreadable", any_time=True)
+
+    log_every: int = option(10, help="steps between updates of log and bar", any_time=True)
+    save_every: int | None = option(None, help="steps between checkpoints [one epoch]", any_time=True)
+    keep_checkpoints: int = option(3, help="newest checkpoints to keep", any_time=True)
+    resume: bool = option(False, help="go on from the newest checkpoint in --out", any_time=True)
+    overwrite: bool = option(False, help="delete the run that is in --out first", any_time=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertConfig:
+    """Options of `sparse-fcmae convert`."""
+
+    source: str = option(help="run folder, checkpoint folder, exported folder or .safetensors file", positional=True)
+    destination: str = option(help="folder to make", positional=True)
+    to: str = option(help="layout to write", choices=("official", "timm", "huggingface"))
+    overwrite: bool = option(False, help="replace the files of an earlier conversion")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoConfig:
+    """Options of `sparse-fcmae demo`."""
+
+    out: str = option("runs/demo", help="folder for the drawn images and the run")
+    images: int = option(3000, help="images to draw")
+    epochs: int = option(20, help="passes over the images")
+    seed: int = option(0, help="of images, weights and masks")
+    overwrite: bool = option(False, help="delete what an earlier demo left in --out first")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ThroughputConfig:
+    """Options of `sparse-fcmae bench throughput`."""
+
+    model: str = option("atto", help="atto, femto, pico, nano, tiny, base, large or huge")
+    batch_size: int = option(32, help="images a step")
+    image_size: str = option("224", help="pixels, as 224 or, height first, 224x320")
+    mask_ratio: float = option(0.6, help="share of the patches that is masked")
+    dtype: str = option("fp32", help="storage of features", choices=("fp32", "bf16"))
+    device: str = option("auto", help="auto, cpu, cuda, cuda:1, ...")
+    rounds: int = option(5, help="timed steps of each backend, taken in turn")
+    json: str | None = option(None, help="also write the rows to this file")
+
+
+def differences(a: Any, b: Any) -> list[str]:
+    """Names of the options in which two configs differ, `any_time` ones left out."""
+    return [f.name for f in fields(a) if not f.metadata["any_time"] and getattr(a, f.name) != getattr(b, f.name)]
+
+
+def image_size_of(value: str | int | Sequence[int]) -> tuple[int, int]:
+    """(height, width) of 224, "224", "224x320" or (224, 320)."""
+    if isinstance(value, int):
+        value = (value,)
+    try:
+        sides = [int(side) for side in (value.lower().split("x") if isinstance(value, str) else value)]
+        height, width = sides * 2 if len(sides) == 1 else sides
+    except (TypeError, ValueError):
+        raise UserError(f"--image-size {value}: give pixels as 224 or, height first, 224x320") from None
+    return height, width
+
+
+def flag(name: str) -> str:
+    """The command line's flag for an option: "--kebab-case"."""
+    return "--" + name.replace("_", "-")

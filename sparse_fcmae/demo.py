@@ -1,0 +1,103 @@
+"""Images that the package draws itself, and a pretraining run on them that shows the whole path in minutes."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFilter
+
+from sparse_fcmae.config import DemoConfig
+from sparse_fcmae.errors import UserError
+from sparse_fcmae.files import new_folder, writing
+from sparse_fcmae.training.pretrain import pretrain
+
+SIDE = 64  # pixels
+SHAPES = ("disc", "square", "triangle", "star", "ring")
+TEXTURES = ("stripes", "checks")
+CLASSES = tuple(f"{texture}-{shape}" for shape in SHAPES for texture in TEXTURES)
+
+
+def draw_image(label: int, seed: tuple[int, ...]) -> Image.Image:
+    """An RGB picture of class CLASSES[label]: a textured shape of random place, size, turn and colours on a shaded
+    background of another texture. The same for the same arguments."""
+    rng = np.random.default_rng(seed)
+    texture, shape = CLASSES[label].split("-")
+    fore, back = _texture(texture, rng, contrast=160), _texture("waves", rng, contrast=60)
+    mask = Image.new("L", (4 * SIDE, 4 * SIDE))
+    centre, radius = rng.uniform(0.38, 0.62, 2) * 4 * SIDE, rng.uniform(0.24, 0.36) * 4 * SIDE
+    draw, turn = ImageDraw.Draw(mask), rng.uniform(0, 2 * np.pi)
+    if shape in ("disc", "ring"):
+        for share, fill in ((1.0, 255), (0.5, 0))[: 1 + (shape == "ring")]:
+            (x, y), r = centre, radius * share
+            draw.ellipse((x - r, y - r, x + r, y + r), fill=fill)
+    else:
+        corners = {"square": 4, "triangle": 3, "star": 10}[shape]
+        angles = turn + 2 * np.pi * np.arange(corners) / corners
+        reach = radius * np.where(np.arange(corners) % 2, 0.45, 1.15) if shape == "star" else radius * 1.15
+        points = centre + np.stack([np.cos(angles), np.sin(angles)], 1) * np.reshape(reach, (-1, 1))
+        draw.polygon([tuple(p) for p in points], fill=255)
+    mask = mask.resize((SIDE, SIDE), Image.Resampling.LANCZOS)
+    shadow = mask.filter(ImageFilter.GaussianBlur(3)).point(lambda v: v // 2)
+    picture = Image.composite(Image.new("RGB", (SIDE, SIDE)), back, shadow)
+    picture.paste(fore, mask=mask)
+    return picture
+
+
+def _texture(kind: str, rng: np.random.Generator, contrast: float) -> Image.Image:
+    """Two random colours mixed by a pattern of random period, turn and phase, under a linear gradient of light."""
+    y, x = np.mgrid[:SIDE, :SIDE] / SIDE
+    turn, period = rng.uniform(0, np.pi), rng.uniform(5, 9)
+    along, across = x * np.cos(turn) + y * np.sin(turn), y * np.cos(turn) - x * np.sin(turn)
+    wave, other = (np.sin(2 * np.pi * (period * v + rng.uniform())) for v in (along, across))
+    pattern = {"stripes": np.tanh(4 * wave), "checks": np.tanh(8 * wave * other), "waves": wave * 0.5}[kind]
+    colour = rng.uniform(70, 185, 3)
+    direction = rng.normal(size=3)
+    shift = contrast * direction / np.linalg.norm(direction)
+    light = (rng.uniform(-60, 60) * (x - 0.5) + rng.uniform(-60, 60) * (y - 0.5))[..., None]
+    pixels = colour + pattern[..., None] * shift / 2 + light
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+def draw_images(folder: Path, count: int, seed: int) -> None:
+    """Draws `count` PNG files into a folder a class, equally many of each."""
+    with new_folder(folder) as temporary, writing(folder):
+        for name in CLASSES:
+            (temporary / name).mkdir()
+        for i in range(count):
+            label = i % len(CLASSES)
+            draw_image(label, (seed, i)).save(temporary / CLASSES[label] / f"{i:05d}.png", compress_level=1)
+
+
+def demo(**options: Any) -> Path:
+    """Draws the images into OUT/images, pretrains on them in OUT/run; returns the exported encoder's folder.
+
+    Options are those of `DemoConfig`.
+    """
+    config = DemoConfig(**options)
+    out = Path(config.out)
+    if config.images < 64:
+        raise UserError(f"--images {config.images}: draw at least 64")
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out} is a file: choose another")
+    if out.is_dir() and {p.name for p in out.iterdir()} - {"images", "run"}:
+        raise UserError(f"--out {out} holds more than a demo: choose another")
+    if (out / "run").exists() and not config.overwrite:
+        raise UserError(f"--out {out} holds an earlier demo: give --overwrite to replace it")
+    print(f"drawing {config.images} pictures of {len(CLASSES)} classes into {out / 'images'}")
+    draw_images(out / "images", config.images, config.seed)
+    exported = pretrain(
+        data=out / "images",
+        out=out / "run",
+        overwrite=config.overwrite and (out / "run").exists(),
+        model="atto",
+        image_size=SIDE,
+        stem_stride=2,
+        batch_size=100,
+        epochs=config.epochs,
+        lr=2e-3,
+        save_every=max(1, config.images // 100 * config.epochs // 4),
+        seed=config.seed,
+    )
+    pictures = sorted((out / "run" / "reconstructions").glob("*.png"))
+    print(f"what it learnt to fill in: {pictures[-1]}")
+    return exported

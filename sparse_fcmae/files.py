@@ -1,0 +1,97 @@
+"""Files that appear whole or not at all, and folders that are refused before anything in them is lost."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from sparse_fcmae.errors import UserError
+
+
+def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
+    """Has `write` make a temporary file beside `path`, then moves it there once it is on the disk.
+
+    Raises UserError where that is not possible (full disk, no permission); `path` is then as it was.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with writing(path):
+            write(temporary)
+            sync(temporary)
+            os.replace(temporary, path)
+            sync(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes `value` as indented JSON, atomically."""
+    write_atomic(path, lambda p: p.write_text(json.dumps(value, indent=2) + "\n"))
+
+
+def read_json(path: Path) -> Any:
+    """The JSON value in a file; UserError where it can't be read."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} can't be read as JSON: {one_line(error)}") from None
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder to fill, moved to `path` when the block ends well and deleted when it does not.
+
+    `path` may exist: it is replaced, and comes back if the move fails.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    old = path.with_name(f".{path.name}.{os.getpid()}.old")
+    try:
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir()
+        yield temporary
+        with writing(path):
+            for file in temporary.iterdir():
+                sync(file)
+            sync(temporary)
+            if path.exists():
+                os.replace(path, old)
+            try:
+                os.replace(temporary, path)
+            except OSError:
+                if old.exists():
+                    os.replace(old, path)
+                raise
+            sync(path.parent)
+            shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turns what a failed write raises into a UserError that names `path`."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"can't write {path}: {getattr(error, 'strerror', None) or one_line(error)}") from None
+
+
+def sync(path: Path) -> None:
+    """Has the file or folder reach the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def one_line(error: BaseException) -> str:
+    """An exception's message on one line."""
+    return " ".join(str(error).split()) or type(error).__name__

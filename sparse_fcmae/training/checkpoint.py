@@ -1,0 +1,132 @@
+"""The run folder: what is refused, what is written, and checkpoints that are valid or not there.
+
+RUN/config.json  metrics.jsonl  train.log  loss.png
+RUN/checkpoints/step-00000100/{model.safetensors, trainer.pt, meta.json}   valid only once meta.json is there
+RUN/checkpoints/latest      name of the newest valid one
+RUN/exported/{model.safetensors, config.json}   dense encoder
+RUN/reconstructions/step-00000100.png
+"""
+
+import io
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from sparse_fcmae.config import PretrainConfig, differences, flag
+from sparse_fcmae.errors import UserError
+from sparse_fcmae.files import new_folder, read_json, write_atomic, write_json, writing
+
+MODEL, TRAINER, META = "model.safetensors", "trainer.pt", "meta.json"
+PARTS = (
+    *("metrics.jsonl", "train.log", "events.out.tfevents.*", "loss.png"),
+    *("checkpoints", "exported", "reconstructions", "config.json"),
+)
+
+
+class RunFolder:
+    """A run's folder on disk. Constructing it touches nothing."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.checkpoints = self.path / "checkpoints"
+
+    def check(self, resume: bool, overwrite: bool) -> None:
+        """Raises UserError where the folder can't be used as asked."""
+        if resume and overwrite:
+            raise UserError("--resume and --overwrite exclude each other: give one")
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError(f"--out {self.path} is a file: choose another")
+        is_run, empty = (self.path / "config.json").is_file(), not self.path.exists() or not any(self.path.iterdir())
+        if resume and not is_run:
+            raise UserError(f"--out {self.path} holds no run to resume: leave --resume out to start one")
+        if not empty and not is_run:
+            raise UserError(f"--out {self.path} is not empty and holds no run: choose another")
+        if not empty and not (resume or overwrite):
+            raise UserError(f"--out {self.path} holds a run: give --resume to go on or --overwrite to delete it")
+
+    def saved_config(self) -> dict[str, Any]:
+        """The options that the run was started with."""
+        return read_json(self.path / "config.json")
+
+    def begin(self, config: PretrainConfig) -> None:
+        """Makes the folder, after deleting an earlier run's files if asked, and writes the config."""
+        with writing(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            if config.overwrite:
+                for part in (entry for pattern in PARTS for entry in self.path.glob(pattern)):
+                    shutil.rmtree(part) if part.is_dir() else part.unlink()
+            for part in ("checkpoints", "reconstructions"):
+                (self.path / part).mkdir(exist_ok=True)
+        options = {k: v for k, v in asdict(config).items() if k not in ("resume", "overwrite")}
+        write_json(self.path / "config.json", options)
+
+    def save(self, step: int, model: dict[str, Tensor], trainer: dict[str, Any], keep: int) -> None:
+        """Writes the checkpoint of a step, names it the latest, and deletes all but the newest `keep`."""
+        folder = self.checkpoints / f"step-{step:08d}"
+        with new_folder(folder) as temporary, writing(folder):
+            save_file({k: v.contiguous() for k, v in model.items()}, temporary / MODEL)
+            buffer = io.BytesIO()
+            torch.save(trainer, buffer)
+            (temporary / TRAINER).write_bytes(buffer.getbuffer())
+            sizes = {name: (temporary / name).stat().st_size for name in (MODEL, TRAINER)}
+            write_json(temporary / META, {"step": step, "bytes": sizes})
+        write_atomic(self.checkpoints / "latest", lambda p: p.write_text(folder.name + "\n"))
+        for old in sorted(self.checkpoints.glob("step-*"))[: -max(keep, 1)]:
+            shutil.rmtree(old, ignore_errors=True)
+
+    def latest(self) -> Path | None:
+        """The newest checkpoint's folder; None where there is none yet. Raises UserError where it is damaged."""
+        pointer = self.checkpoints / "latest"
+        if not pointer.exists():
+            return None
+        folder = self.checkpoints / pointer.read_text().strip()
+        check_whole(folder)
+        return folder
+
+
+def check_whole(folder: Path) -> None:
+    """Raises UserError unless a checkpoint folder holds its files at their full sizes."""
+    if not (folder / META).is_file():
+        raise UserError(f"{folder} is no checkpoint: {META} is missing")
+    for name, size in read_json(folder / META)["bytes"].items():
+        if not (folder / name).is_file() or (folder / name).stat().st_size != size:
+            raise UserError(f"checkpoint {folder} is damaged: {name} is missing or truncated; {_earlier(folder)}")
+
+
+def load_model(folder: Path) -> dict[str, Tensor]:
+    """The whole model's weights in a checkpoint."""
+    try:
+        return load_file(folder / MODEL)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"checkpoint {folder} is damaged: {MODEL}: {error}; {_earlier(folder)}") from None
+
+
+def load_trainer(folder: Path) -> dict[str, Any]:
+    """The optimiser's state and what else a run needs to go on, on the CPU."""
+    try:
+        return torch.load(folder / TRAINER, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises many types on a damaged file
+        reason = str(error).splitlines()[0]
+        raise UserError(f"checkpoint {folder} is damaged: {TRAINER}: {reason}; {_earlier(folder)}") from None
+
+
+def _earlier(folder: Path) -> str:
+    others = [p.name for p in sorted(folder.parent.glob("step-*")) if p.name < folder.name]
+    if not others:
+        return "there is no earlier one, start the run anew with --overwrite"
+    return f"to go on from the one before, write {others[-1]} into {folder.parent / 'latest'}"
+
+
+def check_same(config: PretrainConfig, saved: PretrainConfig) -> None:
+    """Raises UserError where a run would be resumed with another model, data order or recipe."""
+    for name in differences(config, saved):
+        raise UserError(
+            f"{flag(name)} is {getattr(config, name)} but the run in {config.out} has {getattr(saved, name)}: "
+            "leave it out to resume, or start another run with another --out"
+        )

@@ -1,0 +1,74 @@
+"""One process or many: what `torchrun` sets up, and the device to train on."""
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from sparse_fcmae.backends import default_device
+from sparse_fcmae.errors import UserError
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process's place among `world` ones; `device` is its own."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+    @property
+    def main(self) -> bool:
+        """Whether this process writes the files."""
+        return self.rank == 0
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's picklable value, in rank order, on all ranks."""
+        if self.world == 1:
+            return [value]
+        values = [None] * self.world
+        dist.all_gather_object(values, value)
+        return values
+
+    def mean(self, values: torch.Tensor) -> torch.Tensor:
+        """The mean over ranks, elementwise."""
+        if self.world > 1:
+            dist.all_reduce(values)
+            values /= self.world
+        return values
+
+    def barrier(self) -> None:
+        """Waits for all ranks."""
+        if self.world > 1:
+            dist.barrier()
+
+
+def choose_device(name: str, local_rank: int = 0) -> torch.device:
+    """The device that a --device flag means. Raises UserError where it can't be used."""
+    try:
+        device = default_device() if name == "auto" else torch.device(name)
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", local_rank)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name} can't be used: {str(error).splitlines()[0]}") from None
+    return device
+
+
+def start(device: str) -> Ranks:
+    """Joins the process group when started by `torchrun` (NCCL on GPUs, gloo elsewhere)."""
+    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    chosen = choose_device(device, int(os.environ.get("LOCAL_RANK", 0)))
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    return Ranks(rank, world, chosen)
+
+
+def stop() -> None:
+    """Leaves the process group, if any."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

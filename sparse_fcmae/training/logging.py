@@ -1,0 +1,77 @@
+"""What a run tells while it goes on: progress bar, train.log, metrics.jsonl and, where installed, TensorBoard."""
+
+import json
+import time
+from pathlib import Path
+from typing import TextIO
+
+import torch
+from tqdm import tqdm
+
+from sparse_fcmae.errors import UserError
+from sparse_fcmae.files import writing
+
+
+class RunLog:
+    """Writes one line of metrics a step. Constructed on a rank that is not the main one it only keeps quiet.
+
+    metrics.jsonl is cut to the first `step` steps, so that a resumed run goes on without a seam.
+    """
+
+    def __init__(self, run: Path, step: int, steps: int, main: bool) -> None:
+        self.run, self.main = run, main
+        self.bar = tqdm(total=steps, initial=step, unit="step", disable=not main, dynamic_ncols=True, smoothing=0.05)
+        self.tensorboard = _tensorboard(run) if main else None
+        self.since = time.perf_counter()
+        if main:
+            with writing(run):
+                metrics = run / "metrics.jsonl"
+                kept = metrics.read_text().splitlines(keepends=True)[:step] if metrics.exists() else []
+                metrics.write_text("".join(kept))
+                self.metrics: TextIO = metrics.open("a", buffering=1)
+                self.text: TextIO = (run / "train.log").open("a", buffering=1)
+
+    def say(self, message: str) -> None:
+        """One line above the bar and into train.log."""
+        if self.main:
+            self.bar.write(message)
+            self.text.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {message}\n")
+
+    def steps(self, last: int, epochs: float, losses: list[float], lrs: list[float], images: int) -> None:
+        """Records the steps up to `last` (counted from 1), of which `epochs` make one step, after `images` images.
+
+        Raises UserError where a loss is not finite.
+        """
+        now = time.perf_counter()
+        speed, self.since = images / (now - self.since), now
+        for i, (loss, lr) in enumerate(zip(losses, lrs, strict=True)):
+            step = last - len(losses) + 1 + i
+            row = {"step": step, "epoch": round(step * epochs, 4), "loss": loss, "lr": lr}
+            row["images_per_second"] = round(speed, 1)
+            if self.main:
+                with writing(self.run):
+                    self.metrics.write(json.dumps(row) + "\n")
+                if self.tensorboard:
+                    for name in ("loss", "lr", "images_per_second"):
+                        self.tensorboard.add_scalar(name, row[name], step)
+            if not torch.isfinite(torch.tensor(loss)):
+                raise UserError(f"the loss is {loss} at step {step}: lower --lr or --base-lr, or give --clip-grad 1")
+        self.bar.set_postfix_str(f"loss {losses[-1]:.4f}, {speed:.1f} images/s, lr {lrs[-1]:.2e}", refresh=False)
+        self.bar.update(len(losses))
+
+    def close(self) -> None:
+        """Closes bar and files."""
+        self.bar.close()
+        if self.main:
+            self.metrics.close()
+            self.text.close()
+            if self.tensorboard:
+                self.tensorboard.close()
+
+
+def _tensorboard(run: Path):
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(run))

@@ -1,0 +1,69 @@
+"""Independent references and what several tests share."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def relative_error(a: Tensor, b: Tensor) -> float:
+    """Relative Frobenius error of a against b, in float64."""
+    a, b = a.detach().double(), b.detach().double()
+    return ((a - b).norm() / b.norm().clamp_min(1e-30)).item()
+
+
+@torch.no_grad()
+def randomise(module: nn.Module) -> nn.Module:
+    """Moves every parameter away from its initial value, so that GRN and biases take part."""
+    for parameter in module.parameters():
+        parameter.add_(0.05 * torch.randn_like(parameter))
+    return module
+
+
+def masks(rows: int, cols: int) -> dict[str, Tensor]:
+    """Masks [3, rows, cols] that reach the corners: ragged, borders empty, whole images empty, none, all but one."""
+    generator = torch.Generator().manual_seed(1)
+    ragged = torch.rand(3, rows, cols, generator=generator) < torch.tensor([0.2, 0.6, 0.9])[:, None, None]
+    ragged[:, 0, -1] = False
+    borders = torch.rand(3, rows, cols, generator=generator) < 0.3
+    borders[:, 0], borders[:, -1], borders[:, :, 0] = True, True, True
+    borders[0, rows // 2, cols // 2] = False
+    empty = ragged.clone()
+    empty[0], empty[2] = True, True
+    single = torch.ones(3, rows, cols, dtype=torch.bool)
+    single[:, -1, 0] = False
+    return {"ragged": ragged, "borders": borders, "empty": empty, "none": torch.zeros_like(ragged), "single": single}
+
+
+def dense_encoder(state: dict[str, Tensor], images: Tensor, mask: Tensor, scope: str = "image") -> Tensor:
+    """ConvNeXt V2's encoder with the mask multiplied in, written from the paper alone: [B, D, rows, cols]."""
+
+    def norm(x: Tensor, name: str) -> Tensor:
+        return F.layer_norm(x, x.shape[-1:], state[f"{name}.weight"], state[f"{name}.bias"], eps=1e-6)
+
+    def conv(x: Tensor, name: str, **options) -> Tensor:
+        x = F.conv2d(x.permute(0, 3, 1, 2), state[f"{name}.weight"], state[f"{name}.bias"], **options)
+        return x.permute(0, 2, 3, 1)
+
+    x = images.permute(0, 2, 3, 1)
+    for stage in range(4):
+        if stage == 0:
+            stride = state["downsample_layers.0.0.weight"].shape[-1]
+            x = norm(conv(x, "downsample_layers.0.0", stride=stride), "downsample_layers.0.1")
+        else:
+            x = norm(x, f"downsample_layers.{stage}.0")
+            x = conv(x, f"downsample_layers.{stage}.1", stride=2)
+        keep = ~mask.repeat_interleave(8 >> stage, 1).repeat_interleave(8 >> stage, 2)[..., None]
+        block = 0
+        while f"stages.{stage}.{block}.norm.weight" in state:
+            name = f"stages.{stage}.{block}"
+            y = norm(conv(x * keep, f"{name}.dwconv", padding=3, groups=x.shape[-1]), f"{name}.norm")
+            y = F.gelu(F.linear(y, state[f"{name}.pwconv1.weight"], state[f"{name}.pwconv1.bias"]))
+            response = ((y * keep) ** 2).sum((0, 1, 2) if scope == "batch" else (1, 2), keepdim=True).clamp_min(
+                1e-38
+            ) ** 0.5
+            y = state[f"{name}.grn.gamma"] * (y * response / (response.mean(-1, keepdim=True) + 1e-6)) + (
+                state[f"{name}.grn.beta"] + y
+            )
+            x = x + F.linear(y, state[f"{name}.pwconv2.weight"], state[f"{name}.pwconv2.bias"])
+            block += 1
+    return (x * keep).permute(0, 3, 1, 2)

@@ -1,0 +1,141 @@
+import pytest
+import torch
+from helpers import masks, relative_error
+
+from sparse_fcmae.masking import VisiblePatches
+from sparse_fcmae.ops import block_dwconv, reference
+
+SIDES = (8, 4, 2, 1)
+FORWARD, GRADIENT = {torch.float32: 1e-5, torch.bfloat16: 1e-2}, {torch.float32: 1e-4, torch.bfloat16: 1e-2}
+
+
+def make(side, channels, mask, dtype=torch.float32):
+    visible = VisiblePatches.of(mask)
+    x = torch.randn(len(visible.index), side, side, channels).to(dtype)
+    weight, bias = torch.randn(channels, 1, 7, 7), torch.randn(channels)
+    return [t.requires_grad_() for t in (x, weight, bias)] + [visible.slot, visible.index]
+
+
+def run(function, inputs, probe):
+    x, weight, bias, slot, index = inputs
+    out = function(x, weight, bias, slot, index)
+    return out, *torch.autograd.grad((out * probe.to(out.dtype)).sum(), (x, weight, bias))
+
+
+def compare(inputs, dtype):
+    probe = torch.randn(inputs[0].shape).to(dtype)
+    ours = run(block_dwconv, inputs, probe)
+    exact = run(reference.block_dwconv, [t.detach().double().requires_grad_() for t in inputs[:3]] + inputs[3:], probe)
+    assert ours[0].dtype == ours[1].dtype == dtype
+    assert ours[2].dtype == ours[3].dtype == torch.float32
+    for name, a, b in zip(("out", "x", "weight", "bias"), ours, exact, strict=True):
+        assert a.isfinite().all(), name
+        assert relative_error(a, b) < (FORWARD if name == "out" else GRADIENT)[dtype], name
+
+
+def test_reference_is_the_sum_over_visible_positions():
+    side, cols, channels = 2, 3, 1
+    mask = torch.tensor([[[0, 1, 0], [0, 0, 1]]], dtype=torch.bool)
+    x, weight, bias, slot, index = (t.detach() for t in make(side, channels, mask))
+    positions = {}  # (row, column) of each visible position -> its value
+    for t, flat in enumerate(index.tolist()):
+        for r in range(side):
+            for c in range(side):
+                positions[flat // cols * side + r, flat % cols * side + c] = x[t, r, c, 0]
+    expected = [
+        bias[0]
+        + sum(
+            weight[0, 0, r - y + 3, c - z + 3] * v
+            for (r, c), v in positions.items()
+            if max(abs(r - y), abs(c - z)) <= 3
+        )
+        for y, z in positions
+    ]
+    out = reference.block_dwconv(x, weight, bias, slot, index)
+    torch.testing.assert_close(out.flatten(), torch.stack(expected), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", list(masks(3, 5)))
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.usefixtures("poisoned")
+def test_values_and_gradients(side, kind, dtype):
+    compare(make(side, 40, masks(3, 5)[kind], dtype), dtype)
+
+
+@pytest.mark.parametrize("channels", [1, 3, 7, 13, 16, 31, 100, 129])
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.usefixtures("poisoned")
+def test_odd_widths(side, channels):
+    for dtype in (torch.float32, torch.bfloat16):
+        compare(make(side, channels, masks(4, 4)["ragged"][1:2], dtype), dtype)
+
+
+def test_no_visible_patch_at_all():
+    inputs = make(4, 8, torch.ones(2, 3, 3, dtype=torch.bool))
+    out, *grads = run(block_dwconv, inputs, torch.zeros(0, 4, 4, 8))
+    assert out.shape == (0, 4, 4, 8)
+    assert all((g == 0).all() for g in grads)
+
+
+def test_without_bias_and_non_contiguous():
+    x, weight, _, slot, index = make(4, 24, masks(3, 5)["ragged"])
+    strided = x.detach().transpose(1, 2).contiguous().transpose(1, 2)
+    out = block_dwconv(strided, weight.detach(), None, slot, index)
+    assert relative_error(out, reference.block_dwconv(x, weight, None, slot, index)) < 1e-5
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_opcheck(side):
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.library.opcheck(torch.ops.sparse_fcmae.block_dwconv.default, make(side, 9, masks(2, 3)["ragged"], dtype))
+
+
+def test_threads_change_rounding_at_most():
+    inputs, probe = make(8, 40, masks(3, 5)["ragged"]), torch.randn(1)
+    threads, results = torch.get_num_threads(), []
+    for count in (1, 2, 3, 3):
+        torch.set_num_threads(count)
+        results.append(run(block_dwconv, inputs, probe))
+    torch.set_num_threads(threads)
+    for single, *others in zip(*results, strict=True):
+        assert all(relative_error(other, single) < GRADIENT[torch.float32] for other in others)
+        assert torch.equal(others[-1], others[-2])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_non_finite_values_go_where_the_reference_sends_them(value):
+    for side in SIDES:
+        x, weight, bias, slot, index = (t.detach() for t in make(side, 20, masks(3, 5)["ragged"]))
+        x[len(x) // 2, 0, 0, 3] = value
+        ours, exact = (f(x, weight, bias, slot, index) for f in (block_dwconv, reference.block_dwconv))
+        assert torch.equal(ours.isfinite(), exact.isfinite())
+        assert not ours.isfinite().all()
+
+
+def test_bfloat16_keeps_nan():
+    x = torch.full((1, 1, 1, 33), float("nan"), dtype=torch.bfloat16)
+    visible = VisiblePatches.of(torch.zeros(1, 1, 1, dtype=torch.bool))
+    assert block_dwconv(x, torch.ones(33, 1, 7, 7), None, visible.slot, visible.index).isnan().all()
+
+
+def test_autocast():
+    inputs = make(4, 40, masks(3, 5)["ragged"])
+    with torch.autocast("cpu", torch.bfloat16):
+        out, *grads = run(block_dwconv, inputs, torch.ones(1))
+    assert out.dtype == torch.bfloat16
+    assert all(g.dtype == torch.float32 for g in grads)
+
+
+def test_wrong_arguments():
+    x, weight, bias, slot, index = make(4, 8, masks(3, 5)["ragged"])
+    wrong = {
+        "float32 or bfloat16": (x.double(), weight, bias, slot, index),
+        "S one of": (x[:, :3, :3], weight, bias, slot, index),
+        "weight must be": (x, weight[:4], bias, slot, index),
+        "bias must be": (x, weight, bias[:4], slot, index),
+        "index int64": (x, weight, bias, slot, index[:-1]),
+    }
+    for message, arguments in wrong.items():
+        with pytest.raises(ValueError, match=message):
+            block_dwconv(*arguments)

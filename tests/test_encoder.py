@@ -1,0 +1,165 @@
+import pytest
+import timm
+import torch
+from helpers import dense_encoder, masks, randomise, relative_error
+
+from sparse_fcmae import UserError, available_backends, create_encoder, create_fcmae, random_mask
+from sparse_fcmae.encoder import SIZES
+
+BACKENDS = ("native", "torch", "masked")
+
+
+def gradients(module):
+    return {name: p.grad.clone() for name, p in module.named_parameters()}
+
+
+def exact(encoder, images, mask):
+    """Features and gradients of the independent dense encoder in float64, for a fixed probe."""
+    state = {k: v.detach().double().requires_grad_() for k, v in encoder.named_parameters()}
+    features = dense_encoder(state, images.double(), mask, encoder.grn_scope)
+    probe = torch.randn(features.shape, generator=torch.Generator().manual_seed(2))
+    (features * probe).sum().backward()
+    return features, {k: v.grad for k, v in state.items()}, probe
+
+
+def check(encoder, images, mask):
+    features, expected, probe = exact(encoder, images, mask)
+    for backend in BACKENDS:
+        encoder.backend = backend
+        encoder.zero_grad()
+        ours = encoder(images, mask)
+        (ours * probe).sum().backward()
+        assert relative_error(ours, features) < 1e-5, backend
+        assert (ours.permute(0, 2, 3, 1)[mask] == 0).all(), backend
+        for name, gradient in gradients(encoder).items():
+            assert gradient.isfinite().all(), (backend, name)
+            assert relative_error(gradient, expected[name]) < 1e-4, (backend, name)
+
+
+@pytest.mark.parametrize("kind", list(masks(3, 4)))
+def test_every_backend_equals_masked_dense_convolution(kind):
+    check(randomise(create_encoder("atto")), torch.randn(3, 3, 96, 128), masks(3, 4)[kind])
+
+
+@pytest.mark.parametrize(
+    ("size", "options"),
+    [
+        ((32, 64), {}),
+        ((64, 32), {"in_chans": 1}),
+        ((64, 96), {"in_chans": 13}),
+        ((32, 40), {"stem_stride": 1}),
+        ((48, 32), {"stem_stride": 2}),
+        ((64, 96), {"grn_scope": "batch"}),
+    ],
+)
+def test_shapes_and_options(size, options):
+    encoder = randomise(create_encoder("atto", image_size=size, **options))
+    for batch in (1, 3):
+        mask = torch.rand(batch, *encoder.grid(*size)) < 0.5
+        mask[0, 0, 0], mask[-1, -1, -1] = True, False
+        check(encoder, torch.randn(batch, encoder.in_chans, *size), mask)
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_every_size_has_the_same_loss_and_gradients_on_all_backends(name):
+    model = randomise(create_fcmae(name, image_size=64))
+    images = torch.randn(1, 3, 64, 64)
+    mask = torch.tensor([[[True, False], [False, True]]])
+    losses, reference = {}, None
+    for backend in ("masked", "native", "torch"):
+        model.encoder.backend = backend
+        model.zero_grad()
+        output = model(images, mask)
+        output.loss.backward()
+        losses[backend] = output.loss.item()
+        if reference is None:
+            reference = [p.grad for p in model.parameters()]
+            continue
+        for (parameter, p), g in zip(model.named_parameters(), reference, strict=True):
+            assert ((p.grad - g).norm() / g.norm().clamp_min(1e-12)).item() < 1e-4, (backend, parameter)
+    assert losses["native"] == pytest.approx(losses["masked"], rel=1e-5)
+    assert losses["torch"] == pytest.approx(losses["masked"], rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["atto", "tiny"])
+def test_without_a_mask_it_is_timms_encoder(name):
+    encoder = randomise(create_encoder(name))
+    model = timm.create_model(f"convnextv2_{name}", num_classes=0).eval()
+    state = timm.models.convnext.checkpoint_filter_fn(dict(encoder.state_dict()), model)
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    assert not unexpected
+    assert all(key.startswith("head.") for key in missing)
+    images = torch.randn(2, 3, 64, 96)
+    with torch.no_grad():
+        assert relative_error(encoder(images), model.forward_features(images)) < 1e-5
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_image_does_not_feel_the_others(backend):
+    encoder = randomise(create_encoder("atto", backend=backend)).eval()
+    images, mask = torch.randn(3, 3, 96, 96), masks(3, 3)["ragged"]
+    others = images.clone()
+    others[1:] = torch.randn(2, 3, 96, 96) * 100
+    others[2] = float("nan")
+    with torch.no_grad():
+        assert torch.equal(encoder(others, mask)[0], encoder(images, mask)[0])
+
+
+def test_masked_pixels_are_never_read():
+    images, mask = torch.randn(2, 3, 96, 96), random_mask(2, (3, 3), 0.5)
+    hidden = mask.repeat_interleave(32, 1).repeat_interleave(32, 2)[:, None]
+    for backend in BACKENDS:
+        encoder = randomise(create_encoder("atto", backend=backend))
+        features = [encoder(images.masked_fill(hidden, value), mask) for value in (0.0, float("nan"))]
+        assert torch.equal(*features)
+
+
+def test_bf16_autocast_is_near_float32():
+    encoder, mask = randomise(create_encoder("atto")), random_mask(4, (3, 3), 0.6)
+    images = torch.randn(4, 3, 96, 96)
+    _, expected, probe = exact(encoder, images, mask)
+    with torch.autocast("cpu", torch.bfloat16):
+        features = encoder(images, mask)
+    assert features.dtype == torch.float32  # the residual stream
+    (features * probe).sum().backward()
+    flat = [torch.cat([g[name].flatten().double() for name in expected]) for g in (gradients(encoder), expected)]
+    assert relative_error(features, dense_encoder(dict(encoder.state_dict()), images, mask)) < 2e-2
+    assert relative_error(*flat) < 3e-2
+
+
+def test_one_state_dict_in_the_official_layout():
+    keys = set(create_encoder("atto").state_dict())
+    assert {"downsample_layers.0.0.weight", "downsample_layers.3.1.bias", "stages.2.5.pwconv1.weight"} <= keys
+    assert create_encoder("atto").state_dict()["stages.1.0.grn.gamma"].shape == (1, 1, 1, 320)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"name": "gigantic"}, "unknown model 'gigantic'"),
+        ({"image_size": 100}, "100x100 is not a multiple of the 32-pixel patch"),
+        ({"image_size": (64, 0)}, "not a multiple"),
+        ({"stem_stride": 3}, "stem stride 3"),
+        ({"grn_scope": "pixel"}, "GRN scope 'pixel'"),
+        ({"backend": "cuda"}, "unknown backend 'cuda'"),
+        ({"in_chans": 0}, "0 input channels"),
+    ],
+)
+def test_wrong_options(arguments, message):
+    with pytest.raises(UserError, match=message):
+        create_encoder(**{"name": "atto", **arguments})
+
+
+def test_wrong_inputs():
+    encoder = create_encoder("atto")
+    with pytest.raises(UserError, match="images must be"):
+        encoder(torch.randn(1, 1, 64, 64))
+    with pytest.raises(UserError, match="mask must be bool"):
+        encoder(torch.randn(1, 3, 64, 64), torch.zeros(1, 2, 3, dtype=torch.bool))
+    with pytest.raises(UserError, match="mask must be bool"):
+        encoder(torch.randn(1, 3, 64, 64), torch.zeros(1, 2, 2))
+
+
+def test_available_backends():
+    assert available_backends("cpu") == {"native": None, "torch": None, "masked": None}
+    assert available_backends("cuda")["native"] == "there are no native kernels for cuda"

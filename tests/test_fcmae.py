@@ -1,0 +1,89 @@
+import numpy as np
+import pytest
+import torch
+from helpers import randomise
+
+from sparse_fcmae import UserError, create_fcmae
+from sparse_fcmae.fcmae import patchify, unpatchify
+
+
+def test_output_and_official_keys():
+    model = create_fcmae("atto", image_size=(64, 96))
+    output = model(torch.randn(2, 3, 64, 96))
+    assert output.loss.shape == ()
+    assert output.prediction.shape == (2, 6, 32 * 32 * 3)
+    assert output.mask.shape == (2, 2, 3)
+    assert ((~output.mask).flatten(1).sum(1) == 2).all()
+    shapes = {k: tuple(v.shape) for k, v in model.state_dict().items() if not k.startswith("encoder.")}
+    assert shapes["mask_token"] == (1, 512, 1, 1)
+    assert shapes["proj.weight"] == (512, 320, 1, 1)
+    assert shapes["decoder.0.dwconv.weight"] == (512, 1, 7, 7)
+    assert shapes["decoder.0.grn.gamma"] == (1, 1, 1, 2048)
+    assert shapes["pred.weight"] == (3072, 512, 1, 1)
+
+
+@pytest.mark.parametrize("norm_pix_loss", [True, False])
+def test_loss_is_the_published_one(norm_pix_loss):
+    model = randomise(create_fcmae("atto", image_size=64, norm_pix_loss=norm_pix_loss))
+    images = torch.randn(2, 3, 64, 64) * 2 + 1
+    mask = torch.tensor([[[True, False], [False, True]], [[False, False], [True, False]]])
+    loss, prediction, _ = model(images, mask)
+    total, pixels = 0.0, images.double().numpy()
+    for b, row, col in mask.nonzero().tolist():
+        patch = pixels[b, :, row * 32 : row * 32 + 32, col * 32 : col * 32 + 32].transpose(1, 2, 0).reshape(-1)
+        if norm_pix_loss:
+            patch = (patch - patch.mean()) / np.sqrt(patch.var(ddof=1) + 1e-6)
+        total += np.mean((prediction[b, row * 2 + col].detach().double().numpy() - patch) ** 2)
+    assert loss.item() == pytest.approx(total / 3, rel=1e-5)
+
+
+def test_patchify_and_back():
+    images = torch.randn(2, 5, 16, 24)
+    patches = patchify(images, 8)
+    assert patches.shape == (2, 6, 320)
+    assert torch.equal(patches[1, 4].view(8, 8, 5), images[1, :, 8:16, 8:16].permute(1, 2, 0))
+    assert torch.equal(unpatchify(patches, 8, (2, 3)), images)
+
+
+def test_masks_follow_the_generator():
+    model = create_fcmae("atto", image_size=96)
+    images = torch.randn(2, 3, 96, 96)
+    first, again, other = (model(images, generator=torch.Generator().manual_seed(s)).mask for s in (5, 5, 6))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+@pytest.mark.parametrize("options", [{"mask_patch_size": 64}, {"mask_grid": 2}])
+def test_coarser_masks(options):
+    model = create_fcmae("atto", image_size=128, mask_ratio=0.5, **options)
+    mask = model.draw_mask(4, (128, 128))
+    assert mask.shape == (4, 4, 4)
+    coarse = mask[:, ::2, ::2]
+    assert torch.equal(coarse.repeat_interleave(2, 1).repeat_interleave(2, 2), mask)
+    assert (coarse.flatten(1).sum(1) == 2).all()
+
+
+def test_whole_image_hidden_and_whole_image_visible():
+    model = randomise(create_fcmae("atto", image_size=64))
+    mask = torch.tensor([[[True, True], [True, True]], [[False, False], [False, False]]])
+    loss = model(torch.randn(2, 3, 64, 64), mask).loss
+    loss.backward()
+    assert loss.isfinite()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mask_ratio": 1.0}, "keeps no patch"),
+        ({"mask_ratio": 0.0}, "masks no patch"),
+        ({"mask_patch_size": 48}, "--mask-patch-size 48 must be a multiple"),
+        ({"mask_patch_size": 96}, "divides the image"),
+        ({"mask_grid": 3}, "--mask-grid 3 does not divide"),
+        ({"mask_grid": 2, "mask_patch_size": 64}, "exclude each other"),
+        ({"decoder_depth": 0}, "--decoder-depth"),
+    ],
+)
+def test_wrong_options(options, message):
+    with pytest.raises(UserError, match=message):
+        create_fcmae("atto", image_size=128, **options)
