@@ -109,6 +109,8 @@ def _official_config(encoder: SparseEncoder) -> dict[str, Any]:
 
 
 def _timm_config(encoder: SparseEncoder) -> dict[str, Any]:
+    if encoder.stem_stride == 2:  # timm would put a further downsampling before the first stage
+        raise UserError("timm's ConvNeXt V2 has no stem of stride 2: convert to huggingface or official")
     mean, std = channel_stats(encoder.in_chans)
     pretrained = {
         "input_size": [encoder.in_chans, *encoder.image_size],

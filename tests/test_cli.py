@@ -1,0 +1,79 @@
+import json
+
+import pytest
+from PIL import Image
+
+from sparse_fcmae.cli import main
+from sparse_fcmae.demo import CLASSES, draw_image, draw_images
+
+
+def test_info_names_every_backend(capsys):
+    main(["info"])
+    output = capsys.readouterr().out
+    assert output.startswith("sparse-fcmae 0.1.0, torch ")
+    for name in ("native", "torch", "masked"):
+        assert f"backend {name}" in output
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["pretrian"], ["pretrain", "--epoch"], ["pretrain", "--dtype", "fp8"], ["convert", "a", "b"], ["bench"]],
+)
+def test_a_wrong_command_line_is_one_line(capsys, arguments):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("command", ["pretrain", "convert", "demo", "bench throughput", "info"])
+def test_help_gives_every_flag_with_its_default(capsys, command):
+    with pytest.raises(SystemExit) as stop:
+        main([*command.split(), "--help"])
+    assert stop.value.code == 0
+    output = capsys.readouterr().out
+    if command == "pretrain":
+        for text in ("--mask-ratio", "[0.6]", "--no-norm-pix-loss", "[4096]", "5 % of --epochs"):
+            assert text in output
+
+
+def test_convert_prints_what_it_did(capsys, tmp_path, pictures):
+    run = tmp_path / "demo"
+    main(["demo", "--out", str(run), "--images", "100", "--epochs", "1"])
+    assert f"reconstructions/step-{1:08d}.png" in capsys.readouterr().out
+    assert Image.open(run / "run" / "reconstructions" / "step-00000001.png").size[0] > 300
+    main(["convert", str(run / "run"), str(tmp_path / "hf"), "--to", "huggingface"])
+    assert "verified: loaded by transformers" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["demo", "--out", str(run)])
+    assert "give --overwrite" in capsys.readouterr().err
+
+
+def test_drawn_images_are_deterministic_and_labelled(tmp_path):
+    assert draw_image(3, (0, 1)).tobytes() == draw_image(3, (0, 1)).tobytes()
+    assert draw_image(3, (0, 1)).tobytes() != draw_image(3, (0, 2)).tobytes()
+    draw_images(tmp_path / "x", 30, seed=1)
+    assert {p.name: len(list(p.iterdir())) for p in (tmp_path / "x").iterdir()} == dict.fromkeys(CLASSES, 3)
+
+
+def test_throughput_reports_every_backend(capsys, tmp_path):
+    options = ["--batch-size", "2", "--image-size", "64", "--rounds", "1", "--mask-ratio", "0.5"]
+    main(["bench", "throughput", *options, "--json", str(tmp_path / "rows.json")])
+    rows = {row["backend"]: row for row in json.loads((tmp_path / "rows.json").read_text())["rows"]}
+    assert set(rows) == {"native", "torch", "masked"}
+    assert rows["masked"]["speedup"] == 1
+    assert rows["native"]["forward_error"] < 1e-5
+    assert "images/s" in capsys.readouterr().out
+
+
+def test_throughput_refuses_a_backend_that_is_wrong(monkeypatch):
+    from sparse_fcmae.benchmarks.throughput import throughput
+
+    from sparse_fcmae.backends import NativeLayout
+
+    leave = NativeLayout.leave
+    monkeypatch.setattr(NativeLayout, "leave", lambda self, x: leave(self, x) * 1.01)
+    rows = throughput(batch_size=1, image_size="64", rounds=1, mask_ratio=0.5)
+    assert {row["backend"]: row.get("refused") for row in rows} == {
+        **{"native": "features or gradients differ", "torch": None, "masked": None}
+    }

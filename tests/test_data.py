@@ -1,0 +1,186 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from sparse_fcmae import UserError
+from sparse_fcmae.data import (
+    AugmentedImages,
+    ImageFolder,
+    load_crop,
+    make_loader,
+    micro_batches,
+    normalise,
+    random_crop_box,
+)
+
+RAMP = np.linspace(0, 255, 40 * 30 * 3).astype(np.uint8).reshape(30, 40, 3)
+
+
+def save(path, image, **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path, **options)
+
+
+def test_folder_lists_every_depth_in_a_fixed_order(tmp_path):
+    image = Image.fromarray(RAMP)
+    for name in ("b.PNG", "a/z.jpg", "a/deep/er/x.webp", "c.tiff", "d.bmp", "e.gif", ".hidden.png", ".cache/f.png"):
+        save(tmp_path / name, image)
+    (tmp_path / "notes.txt").write_text("not an image")
+    folder = ImageFolder(tmp_path)
+    assert folder.files == ["a/deep/er/x.webp", "a/z.jpg", "b.PNG", "c.tiff", "d.bmp", "e.gif"]
+    assert folder.fingerprint == ImageFolder(tmp_path).fingerprint
+    (tmp_path / "c.tiff").unlink()
+    assert folder.fingerprint != ImageFolder(tmp_path).fingerprint
+
+
+def test_folder_without_images(tmp_path):
+    with pytest.raises(UserError, match="no such folder"):
+        ImageFolder(tmp_path / "missing")
+    with pytest.raises(UserError, match="no image files"):
+        ImageFolder(tmp_path)
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "tiff", "bmp", "gif"])
+def test_formats(tmp_path, suffix):
+    save(tmp_path / f"x.{suffix}", Image.fromarray(RAMP), **({"quality": 100} if suffix in ("jpg", "webp") else {}))
+    with Image.open(tmp_path / f"x.{suffix}") as image:
+        pixels = load_crop(image, (30, 40), 3)
+    assert pixels.shape == (30, 40, 3)
+    assert pixels.dtype == np.uint8
+    assert np.abs(pixels.astype(int) - RAMP).mean() < 8
+
+
+def crop_of(image, in_chans=3):
+    return load_crop(image, (image.size[1], image.size[0]), in_chans)
+
+
+def test_modes():
+    rgb = Image.fromarray(RAMP)
+    for mode in ("L", "1", "P", "CMYK", "YCbCr", "LA", "HSV"):
+        assert crop_of(rgb.convert(mode)).shape == (30, 40, 3), mode
+        assert crop_of(rgb.convert(mode), in_chans=1).shape == (30, 40, 1), mode
+    assert np.array_equal(crop_of(rgb), RAMP)
+
+
+def test_transparent_pixels_become_white():
+    rgba = np.dstack([np.zeros_like(RAMP), np.full((30, 40), 255, np.uint8)])
+    rgba[:, :20, 3] = 0
+    pixels = crop_of(Image.fromarray(rgba))
+    assert (pixels[:, :20] == 255).all()
+    assert (pixels[:, 20:] == 0).all()
+    palette = Image.fromarray(RAMP[..., 0]).convert("P")
+    palette.info["transparency"] = palette.getpixel((0, 0))
+    assert (crop_of(palette)[0, 0] == 255).all()
+
+
+def test_sixteen_bits_keep_their_range(tmp_path):
+    values = np.linspace(0, 65535, 1200).astype(np.uint16).reshape(30, 40)
+    for suffix in ("png", "tiff"):
+        save(tmp_path / f"x.{suffix}", Image.fromarray(values))
+        with Image.open(tmp_path / f"x.{suffix}") as image:
+            assert np.array_equal(crop_of(image, in_chans=1)[..., 0], values >> 8)
+    stretched = crop_of(Image.fromarray(np.linspace(-1, 3, 1200).astype(np.float32).reshape(30, 40)), in_chans=1)
+    assert (stretched.min(), stretched.max()) == (0, 255)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_applied(tmp_path, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    save(tmp_path / "x.png", Image.fromarray(RAMP), exif=exif)
+    turned = [
+        *(RAMP, RAMP[:, ::-1], RAMP[::-1, ::-1], RAMP[::-1]),
+        *(RAMP.transpose(1, 0, 2), np.rot90(RAMP, -1), np.rot90(RAMP, 2).transpose(1, 0, 2), np.rot90(RAMP)),
+    ][orientation - 1]
+    with Image.open(tmp_path / "x.png") as image:
+        assert np.array_equal(load_crop(image, turned.shape[:2], 3), turned)
+
+
+def test_jpeg_decoded_at_a_reduced_scale_is_nearly_the_same(tmp_path):
+    y, x = np.mgrid[:600, :800] / 40
+    smooth = (127 + 60 * np.sin(x)[..., None] * np.cos(y)[..., None] * [1, 0.5, -1]).astype(np.uint8)
+    save(tmp_path / "x.jpg", Image.fromarray(smooth), quality=95)
+    expected = np.asarray(Image.fromarray(smooth).resize((80, 60), Image.Resampling.BICUBIC)).astype(int)
+    with Image.open(tmp_path / "x.jpg") as image:
+        pixels = load_crop(image, (60, 80), 3)
+        assert image.size < (800, 600)
+    assert np.abs(pixels - expected).mean() < 1.5
+
+
+def test_random_crops_have_the_stated_distribution():
+    rng = np.random.default_rng(0)
+    boxes = np.array([random_crop_box(640, 480, rng) for _ in range(4000)])
+    width, height = (boxes[:, 2:] - boxes[:, :2]).T
+    area, ratio = width * height / (640 * 480), width / height
+    assert (boxes[:, :2] >= 0).all()
+    assert (boxes[:, 2:] <= [640, 480]).all()
+    assert 0.19 < area.min() < 0.22
+    assert area.max() > 0.95
+    assert 0.74 < ratio.min() < 0.77
+    assert 1.30 < ratio.max() < 1.35
+    small = np.array([np.log(ratio[area < 0.5])])
+    assert abs(small.mean()) < 0.02
+
+
+def test_extreme_shapes_fall_back_to_a_centred_crop():
+    rng = np.random.default_rng(0)
+    assert random_crop_box(1000, 10, rng) == (493, 0, 506, 10)
+    assert random_crop_box(10, 1000, rng) == (0, 493, 10, 506)
+    assert random_crop_box(1, 1, rng) == (0, 0, 1, 1)
+
+
+def test_samples_depend_on_seed_epoch_and_index_alone(pictures):
+    first, again, other = (AugmentedImages(ImageFolder(pictures), (32, 32), 3, seed) for seed in (1, 1, 2))
+    assert np.array_equal(first[0, 5][0], again[0, 5][0])
+    for key in ((1, 5), (0, 6)):
+        assert not np.array_equal(first[0, 5][0], first[key][0])
+    assert not np.array_equal(first[0, 5][0], other[0, 5][0])
+
+
+def test_micro_batches_cover_every_epoch_alike_for_any_number_of_ranks():
+    def keys(world, micro, steps=range(7)):
+        ranks = [list(micro_batches(25, 8, steps, 3, rank, world, micro)) for rank in range(world)]
+        per_step = len(ranks[0]) // len(steps)
+        return [
+            [key for batches in ranks for batch in batches[s * per_step : (s + 1) * per_step] for key in batch]
+            for s in range(len(steps))
+        ]
+
+    alone = keys(1, 8)
+    assert alone == keys(2, 4) == keys(4, 1) == keys(1, 3)
+    assert keys(1, 8, range(4, 7)) == alone[4:]
+    for epoch in (0, 1):
+        batches = alone[3 * epoch : 3 * epoch + 3]
+        assert {e for batch in batches for e, _ in batch} == {epoch}
+        assert len({i for batch in batches for _, i in batch}) == 24
+
+
+def test_loader_gives_the_same_batches_on_any_number_of_workers(pictures):
+    dataset = AugmentedImages(ImageFolder(pictures), (16, 24), 1, 0)
+    batches = [
+        list(make_loader(dataset, micro_batches(40, 8, range(3), 0, 0, 1, 8), workers, pin_memory=False))
+        for workers in (0, 2)
+    ]
+    for a, b in zip(*batches, strict=True):
+        assert a.pixels.shape == (8, 16, 24, 1)
+        assert torch.equal(a.pixels, b.pixels)
+
+
+def test_unreadable_files_are_named_and_replaced(tmp_path, pictures):
+    (tmp_path / "broken.png").write_text("no picture")
+    save(tmp_path / "good.png", Image.fromarray(RAMP))
+    dataset = AugmentedImages(ImageFolder(tmp_path), (16, 16), 3, 0)
+    pixels, bad = dataset[0, 0]
+    assert pixels.shape == (16, 16, 3)
+    assert {entry.file for entry in bad} == {"broken.png"}
+    (tmp_path / "good.png").write_text("no picture either")
+    assert dataset[0, 0][0] is None
+
+
+def test_normalise():
+    pixels = torch.tensor([0, 128, 255], dtype=torch.uint8).view(1, 1, 1, 3)
+    out = normalise(pixels)
+    assert out.shape == (1, 3, 1, 1)
+    expected = [(0 / 255 - 0.485) / 0.229, (128 / 255 - 0.456) / 0.224, (255 / 255 - 0.406) / 0.225]
+    torch.testing.assert_close(out.flatten(), torch.tensor(expected))

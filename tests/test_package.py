@@ -1,0 +1,80 @@
+"""The wheel: built under isolation, with and without a compiler, used from another folder."""
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+USE = """
+import warnings, torch, sparse_fcmae
+assert sparse_fcmae.__file__.startswith({target!r}), sparse_fcmae.__file__
+print(sparse_fcmae.available_backends("cpu")["native"])
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    for _ in range(2):
+        sparse_fcmae.create_encoder("atto")(torch.randn(1, 3, 32, 32))
+print(len(caught), *(str(w.message) for w in caught))
+"""
+
+
+def build_and_use(folder, environment):
+    """Lists the wheel's files and what using it prints."""
+    source, target = folder / "source", folder / "target"
+    archive = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"],
+        cwd=ROOT,
+        capture_output=True,
+        check=True,
+    )
+    for name in archive.stdout.decode().split("\0")[:-1]:
+        if (ROOT / name).is_file():
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            (source / name).write_bytes((ROOT / name).read_bytes())
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    environment = os.environ | environment
+    wheel = [*pip, "wheel", "--no-deps", "--wheel-dir", folder, source]
+    subprocess.run(wheel, check=True, env=environment, capture_output=True)
+    (file,) = folder.glob("*.whl")
+    subprocess.run([*pip, "install", "--no-deps", "--target", target, file], check=True)
+    program = [sys.executable, "-c", USE.format(target=str(target))]
+    used = subprocess.run(
+        program, check=True, cwd=folder, env=os.environ | {"PYTHONPATH": str(target)}, capture_output=True, text=True
+    )
+    return zipfile.ZipFile(file).namelist(), used.stdout.splitlines()
+
+
+def test_wheel_has_the_kernels_and_no_top_level_strangers(tmp_path):
+    names, output = build_and_use(tmp_path, {})
+    X
+    for kernel in ("baseline", "avx2", "avx512") if os.uname().machine == "x86_64" else ("baseline",):
+        assert f"sparse_fcmae/kernels/cpu/_{kernel}.abi3.so" in names
+    assert "sparse_fcmae/benchmarks/throughput.py" in names
+    assert output == ["None", "0"]
+
+
+def test_wheel_built_without_a_compiler_serves_the_torch_backend(tmp_path):
+    names, output = build_and_use(tmp_path, {"CC": "/nowhere/cc", "CXX": "/nowhere/c++"})
+    assert not [name for name in names if name.endswith(".so")]
+    reason = "the C++ kernels were not built (no C++20 compiler when sparse-fcmae was installed)"
+    assert output == [reason, f"1 using the slower torch backend: {reason}"]
+
+
+@pytest.mark.parametrize("capability", ["default", "avx2"])
+def test_kernels_of_other_instruction_sets(capability):
+    program = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "test_block_dwconv.py",
+        "test_gelu_grn.py",
+    ]
+    environment = os.environ | {"ATEN_CPU_CAPABILITY": capability}
+    result = subprocess.run(program, cwd=ROOT / "tests", env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout

@@ -1,0 +1,268 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from sparse_fcmae import UserError, load_encoder, pretrain
+from sparse_fcmae.cli import main
+from sparse_fcmae.training.optim import cosine_lr
+
+SMALL = {  # 40 images, 4 steps of 10 an epoch
+    **{"model": "atto", "image_size": 32, "stem_stride": 1, "batch_size": 10, "epochs": 3, "lr": 1e-3},
+    **{"dtype": "fp32", "device": "cpu", "num_workers": 1},
+}
+
+
+def flags(options):
+    return [part for k, v in options.items() for part in ("--" + k.replace("_", "-"), str(v))]
+
+
+def command(pictures, out, *extra, **options):
+    arguments = flags({"data": pictures, "out": out, **SMALL, **options})
+    return [sys.executable, "-m", "sparse_fcmae", "pretrain", *arguments, *extra]
+
+
+def losses(run):
+    return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def whole(pictures, tmp_path_factory):
+    """An uninterrupted run."""
+    run = tmp_path_factory.mktemp("whole") / "run"
+    pretrain(data=pictures, out=run, **SMALL)
+    return run
+
+
+def test_run_folder(whole):
+    assert {p.name for p in whole.iterdir()} >= {
+        *("config.json", "metrics.jsonl", "train.log", "loss.png"),
+        *("checkpoints", "exported", "reconstructions"),
+    }
+    steps = sorted(p.name for p in (whole / "checkpoints").glob("step-*"))
+    assert steps == ["step-00000004", "step-00000008", "step-00000012"]
+    assert (whole / "checkpoints" / "latest").read_text() == "step-00000012\n"
+    assert {p.name for p in (whole / "checkpoints" / steps[-1]).iterdir()} == {
+        *("model.safetensors", "trainer.pt", "meta.json")
+    }
+    with Image.open(whole / "reconstructions" / "step-00000012.png") as picture:
+        assert picture.size == (3 * 100 + 4, 8 * 100 + 18)
+    assert not [p for p in whole.rglob("*") if p.name.endswith((".tmp", ".old"))]
+
+
+def test_metrics_and_learning(whole):
+    rows = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(1, 13))
+    assert rows[-1]["epoch"] == 3
+    assert rows[0]["loss"] == pytest.approx(1, abs=0.1)
+    assert rows[-1]["loss"] < 0.95
+
+
+def test_export_is_the_trained_encoder(whole):
+    model = load_file(whole / "checkpoints" / "step-00000012" / "model.safetensors")
+    state = load_file(whole / "exported" / "model.safetensors")
+    assert state == {} or all(torch.equal(v, model[f"encoder.{k}"]) for k, v in state.items())
+    encoder = load_encoder(whole)
+    assert (encoder.image_size, encoder.stem_stride) == ((32, 32), 1)
+    assert encoder(torch.randn(1, 3, 32, 32)).shape == (1, 320, 4, 4)
+
+
+@pytest.mark.parametrize("seconds_after_first_step", [0.0, 0.7, 1.9])
+def test_killed_and_resumed_run_ends_with_the_same_weights(pictures, whole, tmp_path, seconds_after_first_step):
+    run = tmp_path / "run"
+    arguments = command(pictures, run, log_every=1, save_every=2)
+    process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    metrics = run / "metrics.jsonl"
+    while process.poll() is None and not (metrics.exists() and metrics.stat().st_size):
+        time.sleep(0.02)
+    time.sleep(seconds_after_first_step)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert process.returncode == -signal.SIGKILL
+    subprocess.run([*arguments, "--resume"], check=True, capture_output=True)
+    assert losses(run) == losses(whole)
+    for a, b in zip(*(load_file(r / "exported" / "model.safetensors").values() for r in (run, whole)), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_ctrl_c_saves_a_checkpoint_and_resume_needs_out_alone(pictures, whole, tmp_path):
+    run = tmp_path / "run"
+    arguments = command(pictures, run, log_every=1, save_every=100)
+    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    metrics = run / "metrics.jsonl"
+    while process.poll() is None and not (metrics.exists() and metrics.stat().st_size):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate()
+    assert process.returncode == 130
+    assert "go on with" in output
+    stopped = int((run / "checkpoints" / "latest").read_text().removeprefix("step-"))
+    assert 0 < stopped < 12
+    pretrain(out=run, resume=True)
+    assert losses(run) == losses(whole)
+
+
+def test_micro_batches_change_rounding_at_most(pictures, whole, tmp_path):
+    pretrain(data=pictures, out=tmp_path / "run", **SMALL, micro_batch_size=4)
+    assert losses(tmp_path / "run") == pytest.approx(losses(whole), rel=1e-4)
+
+
+def test_two_ranks_give_one_ranks_losses(pictures, tmp_path):
+    options = {"epochs": 5}
+    pretrain(data=pictures, out=tmp_path / "one", **SMALL | options)
+    arguments = command(pictures, tmp_path / "two", micro_batch_size=3, **options)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *arguments[1:]]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run(torchrun, check=True, capture_output=True, env=environment)
+    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
+    assert len(one) == 20
+    assert two == pytest.approx(one, rel=1e-4)
+
+
+def test_bad_images_are_named_and_survived(pictures, tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    for file in sorted(pictures.rglob("*.png"))[:37]:
+        Image.open(file).save(data / f"{file.stem}.jpg")
+    cut = (data / "00000.jpg").read_bytes()
+    (data / "cut.jpg").write_bytes(cut[: len(cut) // 2])
+    (data / "text.png").write_text("just text")
+    Image.new("1", (60_000, 60_000)).save(data / "bomb.png")
+    pretrain(data=data, out=tmp_path / "run", **SMALL, max_bad_images=0.1)
+    log = (tmp_path / "run" / "train.log").read_text()
+    for name in ("cut.jpg", "text.png", "bomb.png"):
+        assert log.count(f"another image: {name}") == 1
+    with pytest.raises(UserError, match=r"of 40 images are unreadable, such as .*--max-bad-images"):
+        pretrain(data=data, out=tmp_path / "strict", **SMALL)
+
+
+def test_data_set_that_changed_is_not_resumed(pictures, tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    for file in pictures.rglob("*.png"):
+        (data / file.name).write_bytes(file.read_bytes())
+    pretrain(data=data, out=tmp_path / "run", **SMALL | {"epochs": 1})
+    (data / "00000.png").unlink()
+    with pytest.raises(UserError, match="are not those that the run"):
+        pretrain(out=tmp_path / "run", resume=True)
+
+
+def test_greyscale_and_non_square(pictures, tmp_path):
+    options = SMALL | {"image_size": "32x48", "epochs": 1, "in_chans": 1, "dtype": "bf16"}
+    pretrain(data=pictures, out=tmp_path / "run", **options)
+    encoder = load_encoder(tmp_path / "run")
+    assert (encoder.in_chans, encoder.image_size) == (1, (32, 48))
+
+
+def test_schedule():
+    rates = [cosine_lr(step, 100, 10, 2.0) for step in range(100)]
+    assert rates[0] == 0
+    assert rates[5] == 1.0
+    assert max(rates) == rates[10] == 2.0
+    assert rates[55] == pytest.approx(1.0)
+    assert 0 < rates[99] < 0.001
+    assert cosine_lr(3, 4, 4, 1.0) == 0.75
+
+
+def fails(capsys, *arguments):
+    """The one line that the command line prints for a mistake."""
+    with pytest.raises(SystemExit) as stop:
+        main([str(a) for a in arguments])
+    assert stop.value.code == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1
+    return lines[0]
+
+
+def test_mistakes_end_in_one_line(pictures, tmp_path, capsys):
+    def wrong(data=pictures, out=tmp_path / "run", **options):
+        options = {"data": data, "out": out, **SMALL, **options}
+        line = fails(capsys, "pretrain", *flags({k: v for k, v in options.items() if v is not None}))
+        assert not (tmp_path / "run").exists()
+        return line
+
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "x.txt").write_text("x")
+    (tmp_path / "file").write_text("x")
+    assert "no such folder" in wrong(data=tmp_path / "missing")
+    assert "no image files" in wrong(data=empty)
+    assert "no image files" in wrong(data=tmp_path / "texts")
+    assert "--data is missing" in wrong(data=None)
+    assert "not a multiple of the 8-pixel patch" in wrong(image_size=100)
+    assert "give pixels as" in wrong(image_size="big")
+    assert "keeps no patch" in wrong(mask_ratio=0.99)
+    assert "masks no patch" in wrong(mask_ratio=0)
+    assert "unknown model 'giga'" in wrong(model="giga")
+    assert "unknown backend 'fast'" in wrong(backend="fast")
+    assert "--device warp can't be used" in wrong(device="warp")
+    assert "--batch-size 64 is more than the 40 images" in wrong(batch_size=64)
+    assert "--epochs must be greater than 0" in wrong(epochs=0)
+    assert "--in-chans 2" in wrong(in_chans=2)
+    assert "argument --epochs" in wrong(epochs="many")
+    assert "is a file" in wrong(out=tmp_path / "file")
+    assert "can't write" in wrong(out=tmp_path / "file" / "run")
+    (empty / "thesis.pdf").write_text("x")
+    assert "holds no run: choose another" in wrong(out=empty)
+    assert "holds no run to resume" in fails(capsys, "pretrain", "--out", empty, "--resume")
+    assert (empty / "thesis.pdf").exists()
+
+
+def test_mistakes_with_an_existing_run(pictures, whole, tmp_path, capsys):
+    run = tmp_path / "run"
+    subprocess.run(["cp", "-r", whole, run], check=True)
+    before = {p: p.stat().st_mtime_ns for p in run.rglob("*")}
+    again = ["pretrain", "--data", pictures, "--out", run]
+    assert "give --resume to go on or --overwrite to delete it" in fails(capsys, *again)
+    assert "exclude each other" in fails(capsys, *again, "--resume", "--overwrite")
+    assert "--model is femto but the run" in fails(capsys, *again, "--resume", "--model", "femto")
+    assert "--epochs is 9 but the run" in fails(capsys, *again, "--resume", "--epochs", "9")
+    assert before == {p: p.stat().st_mtime_ns for p in run.rglob("*")}
+    checkpoint = run / "checkpoints" / "step-00000012"
+    for name in ("model.safetensors", "trainer.pt"):
+        content = (checkpoint / name).read_bytes()
+        (checkpoint / name).write_bytes(content[:-1000])
+        line = fails(capsys, *again, "--resume")
+        assert f"{name} is missing or truncated; to go on from the one before, write step-00000008 into" in line
+        (checkpoint / name).write_bytes(content[:-1000] + bytes(1000))
+        if name == "trainer.pt":
+            assert f"is damaged: {name}" in fails(capsys, *again, "--resume")
+        (checkpoint / name).write_bytes(content)
+
+
+def test_overwrite_deletes_the_run_and_nothing_else(pictures, whole, tmp_path):
+    run = tmp_path / "run"
+    subprocess.run(["cp", "-r", whole, run], check=True)
+    (run / "notes.md").write_text("mine")
+    pretrain(data=pictures, out=run, **SMALL | {"epochs": 1}, overwrite=True)
+    assert len(losses(run)) == 4
+    assert (run / "notes.md").read_text() == "mine"
+    assert [p.name for p in (run / "checkpoints").glob("step-*")] == ["step-00000004"]
+
+
+def test_loss_that_is_not_finite_stops_the_run(pictures, tmp_path):
+    with pytest.raises(UserError, match="the loss is nan at step"):
+        pretrain(data=pictures, out=tmp_path / "run", **SMALL | {"lr": 1e12}, log_every=1)
+
+
+def test_full_disk_is_one_line_and_keeps_what_was_there(whole, tmp_path, monkeypatch):
+    from sparse_fcmae.training import checkpoint
+
+    def full(*arguments, **options):
+        raise OSError(28, "No space left on device")
+
+    run = checkpoint.RunFolder(tmp_path / "run")
+    subprocess.run(["cp", "-r", whole, run.path], check=True)
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(UserError, match=r"can't write .*step-00000016: No space left on device"):
+        run.save(16, {}, {}, keep=3)
+    assert run.latest().name == "step-00000012"
+    assert len(list(run.checkpoints.iterdir())) == 4
