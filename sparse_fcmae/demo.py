@@ -88,7 +88,7 @@ def demo(**options: Any) -> Path:
     exported = pretrain(
         data=out / "images",
         out=out / "run",
-        overwrite=config.overwrite and (out / "run").exists(),
+        overwrite=config.overwrite,
         model="atto",
         image_size=SIDE,
         stem_stride=2,

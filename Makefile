@@ -1,0 +1,39 @@
+# Everything is installed into .venv; choose other versions with, say, make test TORCH=torch==2.9.1 TORCHVISION=torchvision==0.24.1
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+TORCHVISION ?= torchvision==0.28.0
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+SOURCES := pyproject.toml setup.py $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h)
+
+.PHONY: demo test lint wheel clean
+
+demo: .venv/installed  ## draw images, pretrain on them, show what was learnt
+	$(BIN)/sparse-fcmae demo --out runs/demo --overwrite
+
+test: lint  ## all tests
+	$(BIN)/python -m pytest
+
+lint: .venv/installed-for-tests
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+wheel: .venv/installed  ## dist/*.whl
+	$(PIP) wheel --no-deps --wheel-dir dist .
+
+clean:
+	rm -rf .venv build dist *.egg-info kernels/cpu/*.so
+
+# torch comes first and by itself, so that nothing else decides on its version
+.venv/torch:
+	$(PYTHON) -m venv .venv
+	$(PIP) install $(TORCH)
+	touch $@
+
+.venv/installed: .venv/torch $(SOURCES)
+	$(PIP) install --editable '.[plots]'
+	touch $@
+
+.venv/installed-for-tests: .venv/installed
+	$(PIP) install $(TORCH) $(TORCHVISION) --editable '.[test]'
+	touch $@
