@@ -5,6 +5,7 @@ and one wheel serves every torch version. Where no compiler exists the package i
 """
 
 import platform
+import sys
 
 from setuptools import Extension, setup
 
@@ -15,6 +16,8 @@ if platform.machine().lower() in ("x86_64", "amd64"):
         "avx512": ["-march=x86-64-v4", "-mprefer-vector-width=512"],
     }
 
+OPENMP = [] if sys.platform == "darwin" else ["-fopenmp"]  # Apple's compiler has none: one thread there
+
 setup(
     package_dir={"sparse_fcmae.kernels": "kernels", "sparse_fcmae.benchmarks": "benchmarks"},
     ext_modules=[
@@ -22,8 +25,8 @@ setup(
             f"sparse_fcmae.kernels.cpu._{name}",
             sources=["kernels/cpu/block_dwconv.cpp", "kernels/cpu/gelu_grn.cpp"],
             depends=["kernels/cpu/vector.h"],
-            extra_compile_args=["-O3", "-std=c++20", "-fopenmp", "-Wno-psabi", "-g0", *flags],
-            extra_link_args=["-fopenmp"],
+            extra_compile_args=["-O3", "-std=c++20", "-Wno-psabi", "-g0", *OPENMP, *flags],
+            extra_link_args=OPENMP,
             py_limited_api=True,
             optional=True,
         )

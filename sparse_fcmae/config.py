@@ -80,7 +80,7 @@ class DemoConfig:
 
     out: str = option("runs/demo", help="folder for the drawn images and the run")
     images: int = option(3000, help="images to draw")
-    epochs: int = option(20, help="passes over the images")
+    epochs: int = option(10, help="passes over the images")
     seed: int = option(0, help="of images, weights and masks")
     overwrite: bool = option(False, help="delete what an earlier demo left in --out first")
 

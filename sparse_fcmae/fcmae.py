@@ -86,12 +86,18 @@ class FCMAE(nn.Module):
 
     def decode(self, features: Tensor, mask: Tensor) -> Tensor:
         """features [B, D, H/P, W/P] of the visible patches -> prediction [B, L, P * P * C] for all patches."""
-        x = torch.where(mask[:, None], self.mask_token.to(features.dtype), self.proj(features).to(features.dtype))
+        x = self._pointwise(features.permute(0, 2, 3, 1), self.proj).to(features.dtype)
+        x = torch.where(mask[..., None], self.mask_token.flatten().to(x.dtype), x)
         layout = resolve_backend(self.encoder.backend, x.device.type)(torch.zeros_like(mask))
-        x = layout.enter(x)
+        x = layout.enter(x.permute(0, 3, 1, 2))
         for block in self.decoder:
             x = block(x, layout)
-        return self.pred(layout.leave(x)).flatten(2).transpose(1, 2)
+        return self._pointwise(layout.leave(x).permute(0, 2, 3, 1), self.pred).flatten(1, 2)
+
+    @staticmethod
+    def _pointwise(x: Tensor, conv: nn.Conv2d) -> Tensor:
+        """A 1x1 convolution of channels-last features, as the matrix product that it is."""
+        return F.linear(x, conv.weight.flatten(1), conv.bias)
 
     def loss(self, images: Tensor, prediction: Tensor, mask: Tensor) -> Tensor:
         """Mean squared error over the masked patches' pixels, in float32."""

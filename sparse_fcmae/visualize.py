@@ -1,5 +1,6 @@
 """Pictures of what a run has learnt: reconstructions as a grid, the loss as a curve."""
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -17,16 +18,12 @@ GREY = 0.5
 
 
 def sample_images(folder: ImageFolder, count: int, size: tuple[int, int], in_chans: int) -> Tensor:
-    """Centred crops of up to `count` readable images spread over the folder: uint8 [N, H, W, C]."""
+    """Centred crops of up to `count` images spread over the folder: uint8 [N, H, W, C], less unreadable ones."""
     crops = []
-    for index in np.unique(np.linspace(0, len(folder) - 1, 4 * count).astype(int)):
-        try:
-            with folder.open(index) as image:
-                crops.append(load_crop(image, size, in_chans))
-        except Exception:  # an unreadable file; training names it in the log
-            continue
-    picked = np.linspace(0, len(crops) - 1, min(count, len(crops))).astype(int)
-    return torch.from_numpy(np.stack([crops[i] for i in picked])) if crops else torch.empty(0, *size, in_chans)
+    for index in np.unique(np.linspace(0, len(folder) - 1, count).astype(int)):
+        with contextlib.suppress(Exception), folder.open(index) as image:  # training names it in the log
+            crops.append(torch.from_numpy(load_crop(image, size, in_chans)))
+    return torch.stack(crops) if crops else torch.empty(0, *size, in_chans, dtype=torch.uint8)
 
 
 @torch.no_grad()

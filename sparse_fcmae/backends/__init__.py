@@ -49,8 +49,7 @@ BACKENDS: dict[str, type[Layout]] = {layout.name: layout for layout in (NativeLa
 
 def default_device() -> torch.device:
     """A GPU if there is one, else the CPU."""
-    kinds = [("cuda", torch.cuda.is_available()), ("mps", torch.backends.mps.is_available())]
-    return torch.device(next((kind for kind, there in kinds if there), "cpu"))
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def available_backends(device: torch.device | str | None = None) -> dict[str, str | None]:

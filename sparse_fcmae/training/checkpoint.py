@@ -55,16 +55,19 @@ class RunFolder:
         return read_json(self.path / "config.json")
 
     def begin(self, config: PretrainConfig) -> None:
-        """Makes the folder, after deleting an earlier run's files if asked, and writes the config."""
+        """Makes the folder and writes the config, after deleting an earlier run's files if asked, else only what a
+        killed process left half-written."""
+        half_written = (".*.tmp", "checkpoints/.*.tmp", "reconstructions/.*.tmp")
         with writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-            if config.overwrite:
-                for part in (entry for pattern in PARTS for entry in self.path.glob(pattern)):
+            for pattern in PARTS if config.overwrite else half_written:
+                for part in self.path.glob(pattern):
                     shutil.rmtree(part) if part.is_dir() else part.unlink()
-            for part in ("checkpoints", "reconstructions"):
-                (self.path / part).mkdir(exist_ok=True)
         options = {k: v for k, v in asdict(config).items() if k not in ("resume", "overwrite")}
         write_json(self.path / "config.json", options)
+        with writing(self.path):
+            for folder in ("checkpoints", "reconstructions"):
+                (self.path / folder).mkdir(exist_ok=True)
 
     def save(self, step: int, model: dict[str, Tensor], trainer: dict[str, Any], keep: int) -> None:
         """Writes the checkpoint of a step, names it the latest, and deletes all but the newest `keep`."""

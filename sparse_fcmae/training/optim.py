@@ -19,9 +19,9 @@ def adamw(model: nn.Module, weight_decay: float, betas: tuple[float, float]) -> 
 
 
 def cosine_lr(step: int, steps: int, warmup: int, peak: float) -> float:
-    """Rate of a step counted from 0: linear from 0 to `peak` over `warmup` steps, then half a cosine towards 0."""
+    """Rate of a step counted from 0: `warmup` equal increments up to `peak`, then half a cosine towards 0."""
     if step < warmup:
-        return peak * step / warmup
+        return peak * (step + 1) / warmup
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 

@@ -28,6 +28,10 @@ from sparse_fcmae.training.optim import adamw, clip, cosine_lr, set_lr
 BETAS = (0.9, 0.95)
 WARMUP_SHARE = 0.05
 DRAWN = 8  # images in a reconstruction picture
+MODEL_OPTIONS = (
+    *("in_chans", "mask_ratio", "backend", "stem_stride", "grn_scope", "mask_patch_size", "mask_grid"),
+    *("norm_pix_loss", "decoder_dim", "decoder_depth"),
+)
 
 
 class Interrupted(Exception):
@@ -97,20 +101,8 @@ def train(config: PretrainConfig, ranks: distributed.Ranks) -> Path:
     save_every = config.save_every or per_epoch
 
     torch.manual_seed(config.seed)
-    model = FCMAE(
-        config.model,
-        image_size=size,
-        in_chans=config.in_chans,
-        mask_ratio=config.mask_ratio,
-        backend=config.backend,
-        stem_stride=config.stem_stride,
-        grn_scope=config.grn_scope,
-        mask_patch_size=config.mask_patch_size,
-        mask_grid=config.mask_grid,
-        norm_pix_loss=config.norm_pix_loss,
-        decoder_dim=config.decoder_dim,
-        decoder_depth=config.decoder_depth,
-    ).to(device)
+    options = {name: getattr(config, name) for name in MODEL_OPTIONS}
+    model = FCMAE(config.model, image_size=size, **options).to(device)
     backend = resolve_backend(config.backend, device.type)
     optimizer = adamw(model, config.weight_decay, BETAS)
 
@@ -124,7 +116,7 @@ def train(config: PretrainConfig, ranks: distributed.Ranks) -> Path:
         if trainer["images"] != folder.fingerprint:
             raise UserError(f"the images in {config.data} are not those that the run in {config.out} was started with")
     ranks.barrier()  # every rank has found the folder in order before one writes to it
-    if ranks.main and not checkpoint:
+    if ranks.main:
         run.begin(config)
     ranks.barrier()
 
@@ -133,7 +125,7 @@ def train(config: PretrainConfig, ranks: distributed.Ranks) -> Path:
         *(len(folder), config.batch_size, range(start, steps), config.seed),
         *(ranks.rank, ranks.world, config.micro_batch_size),
     )
-    workers = min(16, _cores()) if config.num_workers is None else config.num_workers
+    workers = _cores_per_rank() if config.num_workers is None else config.num_workers
     loader = iter(make_loader(dataset, batches, workers, pin_memory=device.type == "cuda"))
     bf16 = choose_dtype(config.dtype, device) == torch.bfloat16
     trained: nn.Module = model
@@ -149,6 +141,7 @@ def train(config: PretrainConfig, ranks: distributed.Ranks) -> Path:
     )
     if checkpoint:
         log.say(f"resumed from {checkpoint}")
+    drawn = visualize.sample_images(folder, DRAWN if ranks.main else 0, size, config.in_chans).to(device)
     losses, lrs, new_bad = [], [], []
 
     def flush(step: int) -> None:
@@ -170,10 +163,9 @@ def train(config: PretrainConfig, ranks: distributed.Ranks) -> Path:
     def save(step: int) -> None:
         state = {"step": step, "optimizer": optimizer.state_dict(), "bad": bad, "images": folder.fingerprint}
         run.save(step, model.state_dict(), state, config.keep_checkpoints)
-        pixels = visualize.sample_images(folder, DRAWN, size, config.in_chans).to(device)
-        if len(pixels):
+        if len(drawn):
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                picture = visualize.reconstruct(model, pixels, torch.Generator().manual_seed(config.seed))
+                picture = visualize.reconstruct(model, drawn, torch.Generator().manual_seed(config.seed))
             visualize.save_picture(picture, run.path / "reconstructions" / f"step-{step:08d}.png")
 
     try:
@@ -201,13 +193,13 @@ def train(config: PretrainConfig, ranks: distributed.Ranks) -> Path:
                 optimizer.step()
                 optimizer.zero_grad()
                 losses.append(loss_sum)
-                done = step + 1
-                saving = done % save_every == 0 or done == steps or stopped()
+                done, stopping = step + 1, stopped()
+                saving = done % save_every == 0 or done == steps or stopping
                 if saving or done % config.log_every == 0:
                     flush(done)
                 if saving and ranks.main:
                     save(done)
-                if stopped():
+                if stopping:
                     log.say(f"stopped at step {done}; go on with --out {config.out} --resume")
                     raise Interrupted
         exported = run.path / "exported"
@@ -215,6 +207,7 @@ def train(config: PretrainConfig, ranks: distributed.Ranks) -> Path:
             export_encoder(model.encoder, exported)
             draw_curve(run.path, log)
             log.say(f"pretrained encoder in {exported}; use it with\n\n{usage_example(model.encoder, exported)}")
+        ranks.barrier()
     finally:
         log.close()
     return exported
@@ -267,5 +260,6 @@ def _nothing_readable(bad: list[BadImage]) -> UserError:
     return UserError(f"no readable image found in many tries: {bad[-1].file}: {bad[-1].reason}; check --data")
 
 
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def _cores_per_rank() -> int:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(16, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
