@@ -22,8 +22,8 @@ def sample_images(folder: ImageFolder, count: int, size: tuple[int, int], in_cha
     crops = []
     for index in np.unique(np.linspace(0, len(folder) - 1, count).astype(int)):
         with contextlib.suppress(Exception), folder.open(index) as image:  # training names it in the log
-            crops.append(torch.from_numpy(load_crop(image, size, in_chans)))
-    return torch.stack(crops) if crops else torch.empty(0, *size, in_chans, dtype=torch.uint8)
+            crops.append(load_crop(image, size, in_chans))
+    return torch.from_numpy(np.stack(crops)) if crops else torch.empty(0, *size, in_chans, dtype=torch.uint8)
 
 
 @torch.no_grad()
