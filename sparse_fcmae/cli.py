@@ -10,6 +10,8 @@ from collections.abc import Callable
 from dataclasses import MISSING, fields
 from typing import Any, NoReturn
 
+import torch
+
 from sparse_fcmae.config import ConvertConfig, DemoConfig, PretrainConfig, ThroughputConfig, flag
 from sparse_fcmae.errors import UserError
 
@@ -53,15 +55,13 @@ def run_throughput(options: dict[str, Any]) -> None:
 
 
 def run_info(options: dict[str, Any]) -> None:
-    import torch
-
     from sparse_fcmae import __version__, available_backends
     from sparse_fcmae.backends import default_device
     from sparse_fcmae.kernels import cpu
 
     device = default_device()
     print(f"sparse-fcmae {__version__}, torch {torch.__version__}, Python {platform.python_version()}")
-    print(f"device {device}, {torch.get_num_threads()} CPU threads, CPU kernels for {cpu.instruction_set()}")
+    print(f"device {device}, {torch.get_num_threads()} CPU threads, CPU kernels for {cpu.instruction_set() or 'none'}")
     for name, reason in available_backends(device).items():
         print(f"backend {name:7} {reason or 'usable'}")
 
@@ -118,14 +118,25 @@ def make_parser() -> Parser:
     return parser
 
 
+def stop(message: str) -> NoReturn:
+    """Ends with one line and exit code 2."""
+    rank = os.environ.get("RANK", "0")
+    print(f"sparse-fcmae: {f'[rank {rank}] ' if rank != '0' else ''}{message}", file=sys.stderr)
+    sys.exit(2)
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Entry point; a UserError ends in its one line and exit code 2."""
     options = vars(make_parser().parse_args(arguments))
     try:
         options.pop("run")(options)
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":  # one line from many ranks
-            print(f"sparse-fcmae: {error}", file=sys.stderr)
-        sys.exit(2)
+        stop(str(error))
+    except OSError as error:
+        if error.filename is None:
+            raise
+        stop(f"{error.filename}: {error.strerror}")
+    except torch.OutOfMemoryError as error:
+        stop(f"out of memory, lower --micro-batch-size or --batch-size: {str(error).splitlines()[0]}")
     except KeyboardInterrupt:
         sys.exit(130)

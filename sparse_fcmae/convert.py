@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import torch
@@ -105,7 +106,7 @@ def architecture(encoder: SparseEncoder) -> dict[str, Any]:
 
 def _official_config(encoder: SparseEncoder) -> dict[str, Any]:
     mean, std = channel_stats(encoder.in_chans)
-    return {CONFIG: {"format": "sparse-fcmae", **architecture(encoder), "mean": mean, "std": std}}
+    return {CONFIG: {"format": "sparse-fcmae encoder", **architecture(encoder), "mean": mean, "std": std}}
 
 
 def _timm_config(encoder: SparseEncoder) -> dict[str, Any]:
@@ -309,12 +310,12 @@ def usage_example(encoder: SparseEncoder, folder: Path) -> str:
     return (
         "    import torch\n"
         "    from sparse_fcmae import load_encoder\n\n"
-        f'    encoder = load_encoder("{folder}")\n'
+        f"    encoder = load_encoder({str(folder)!r})\n"
         f"    images = torch.randn(1, {encoder.in_chans}, {height}, {width})  # normalised as in config.json\n"
         f"    features = encoder(images)  # [1, {encoder.num_features}, {rows}, {cols}]\n\n"
         f"or, for timm or Hugging Face,\n\n"
-        f"    sparse-fcmae convert {folder} {folder}-timm --to timm\n"
-        f"    sparse-fcmae convert {folder} {folder}-huggingface --to huggingface\n"
+        f"    sparse-fcmae convert {quote(str(folder))} {quote(f'{folder}-timm')} --to timm\n"
+        f"    sparse-fcmae convert {quote(str(folder))} {quote(f'{folder}-huggingface')} --to huggingface\n"
     )
 
 

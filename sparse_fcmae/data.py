@@ -6,7 +6,7 @@ import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -15,28 +15,32 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from sparse_fcmae.errors import UserError
+from sparse_fcmae.files import one_line
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 TRIES = 10  # samples drawn in place of an unreadable one
 ORIENTATION = 0x0112  # EXIF tag
+NOT_IMAGES = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}  # formats that Pillow identifies but can't decode by itself
+CROPS, ORDER = 1, 2  # tell apart the random numbers that are drawn for one seed
 
 
 class ImageFolder:
     """The image files under a folder, at any depth, in a fixed order.
 
-    `files` are relative paths, sorted; `fingerprint` a digest of them. Hidden files and folders are left out. Raises
-    UserError where there is no such folder or no image in it.
+    `files` are relative paths, sorted; `fingerprint` a digest of them. Left out are hidden files and folders, and the
+    folder `without`, so that a run inside its own data does not train on its pictures. Raises UserError where there is
+    no such folder, one can't be read, or there is no image.
     """
 
-    def __init__(self, root: str | os.PathLike) -> None:
+    def __init__(self, root: str | os.PathLike, without: str | os.PathLike | None = None) -> None:
         self.root = Path(root)
-        if not self.root.is_dir():
+        if not os.path.isdir(root):
             raise UserError(f"--data {root}: no such folder")
         Image.init()
-        extensions = {e for e, name in Image.registered_extensions().items() if name in Image.OPEN}
+        extensions = {e for e, name in Image.registered_extensions().items() if name in set(Image.OPEN) - NOT_IMAGES}
         self.files = sorted(
-            os.path.relpath(os.path.join(folder, name), self.root)
-            for folder, folders, names in _walk(self.root)
+            os.path.relpath(os.path.join(folder, name), root)
+            for folder, names in _walk(root, without)
             for name in names
             if os.path.splitext(name)[1].lower() in extensions and not name.startswith(".")
         )
@@ -52,10 +56,21 @@ class ImageFolder:
         return Image.open(self.root / self.files[index])
 
 
-def _walk(root: Path) -> Iterator[tuple[str, list[str], list[str]]]:
-    for folder, folders, names in os.walk(root, followlinks=True):
-        folders[:] = [f for f in folders if not f.startswith(".")]
-        yield folder, folders, names
+def _walk(root: str | os.PathLike, without: str | os.PathLike | None) -> Iterator[tuple[str, list[str]]]:
+    """Every folder once, links followed, and the names of its files."""
+
+    def unreadable(error: OSError) -> NoReturn:
+        raise UserError(f"--data {root}: can't read {error.filename}: {error.strerror}")
+
+    seen = {os.path.realpath(without)} if without else set()
+    for folder, folders, names in os.walk(root, followlinks=True, onerror=unreadable):
+        real = os.path.realpath(folder)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(f for f in folders if not f.startswith("."))
+        yield folder, names
 
 
 def random_crop_box(
@@ -92,15 +107,19 @@ def load_crop(
     JPEGs are decoded at a reduced scale where the crop allows it.
     """
     height, width = size
+    reducible = image.format in ("JPEG", "MPO")
+    if not reducible:  # turned at once, as some of these formats' readers turn by themselves when they decode
+        ImageOps.exif_transpose(image, in_place=True)
     turned = image.getexif().get(ORIENTATION, 1) >= 5
     full = image.size[::-1] if turned else image.size
     box = random_crop_box(*full, rng) if rng is not None else centre_crop_box(*full, width / height)
     flip = rng is not None and rng.random() < 0.5
 
     shrink = min((box[2] - box[0]) / width, (box[3] - box[1]) / height)
-    if shrink >= 2:
+    if reducible and shrink >= 2:
         image.draft(None, (math.ceil(image.size[0] / shrink), math.ceil(image.size[1] / shrink)))
-    ImageOps.exif_transpose(image, in_place=True)
+    if reducible:
+        ImageOps.exif_transpose(image, in_place=True)
     image = to_eight_bits(image, in_chans)
     across, down = image.size[0] / full[0], image.size[1] / full[1]
     box = (box[0] * across, box[1] * down, box[2] * across, box[3] * down)
@@ -112,15 +131,19 @@ def load_crop(
 def to_eight_bits(image: Image.Image, in_chans: int) -> Image.Image:
     """RGB (3 channels) or greyscale (1) of any mode.
 
-    Transparent pixels become white, 16-bit values lose their low byte, floating-point ones are stretched from their
-    least to their greatest.
+    Transparent pixels become white, integers beyond 255 lose their low byte of two, floating-point values are stretched
+    from their least to their greatest.
     """
     if image.mode.startswith("I"):
-        image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
+        values = np.asarray(image).clip(0, 65535)
+        deep = image.mode != "I" or values.max() > 255
+        image = Image.fromarray((values >> 8 if deep else values).astype(np.uint8))
     elif image.mode == "F":
         values = np.nan_to_num(np.asarray(image))
         low, span = values.min(), max(float(np.ptp(values)), 1e-12)
         image = Image.fromarray(((values - low) * (255 / span)).round().astype(np.uint8))
+    elif image.mode == "La":
+        image = image.convert("LA")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -150,14 +173,15 @@ class AugmentedImages(Dataset):
     def __getitem__(self, key: tuple[int, int]) -> tuple[np.ndarray | None, list[BadImage]]:
         """The sample, None where TRIES files in a row could not be read, and the bad files met."""
         epoch, index = key
-        rng = np.random.default_rng((self.seed, epoch, index))
+        rng = np.random.default_rng((self.seed, CROPS, epoch, index))
         bad = []
         for _ in range(TRIES):
             try:
                 with self.folder.open(index) as image:
                     return load_crop(image, self.size, self.in_chans, rng), bad
             except Exception as error:  # Pillow's decoders raise nearly anything on a broken file
-                bad.append(BadImage(self.folder.files[index], " ".join(str(error).split()) or type(error).__name__))
+                name = self.folder.files[index].encode(errors="backslashreplace").decode()
+                bad.append(BadImage(name, one_line(error)))
                 index = int(rng.integers(len(self.folder)))
         return None, bad
 
@@ -182,7 +206,7 @@ def micro_batches(
     for step in steps:
         epoch, place = divmod(step, per_epoch)
         if epoch != order_of:
-            order, order_of = np.random.default_rng((seed, epoch)).permutation(images), epoch
+            order, order_of = np.random.default_rng((seed, ORDER, epoch)).permutation(images), epoch
         first = place * batch_size + rank * share
         mine = [(epoch, int(i)) for i in order[first : first + share]]
         for start in range(0, share, micro_batch_size):

@@ -1,5 +1,6 @@
 """Images that the package draws itself, and a pretraining run on them that shows the whole path in minutes."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +9,12 @@ from PIL import Image, ImageDraw, ImageFilter
 
 from sparse_fcmae.config import DemoConfig
 from sparse_fcmae.errors import UserError
-from sparse_fcmae.files import new_folder, writing
+from sparse_fcmae.files import new_folder, write_json, writing
 from sparse_fcmae.training.pretrain import pretrain
 
 SIDE = 64  # pixels
+BATCH = 100
+MARK = "demo.json"  # tells a demo's folder, which may be overwritten, from any other
 SHAPES = ("disc", "square", "triangle", "star", "ring")
 TEXTURES = ("stripes", "checks")
 CLASSES = tuple(f"{texture}-{shape}" for shape in SHAPES for texture in TEXTURES)
@@ -75,14 +78,20 @@ def demo(**options: Any) -> Path:
     """
     config = DemoConfig(**options)
     out = Path(config.out)
-    if config.images < 64:
-        raise UserError(f"--images {config.images}: draw at least 64")
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out {out} is a file: choose another")
-    if out.is_dir() and {p.name for p in out.iterdir()} - {"images", "run"}:
-        raise UserError(f"--out {out} holds more than a demo: choose another")
-    if (out / "run").exists() and not config.overwrite:
-        raise UserError(f"--out {out} holds an earlier demo: give --overwrite to replace it")
+    if config.images < BATCH:
+        raise UserError(f"--images {config.images}: draw at least {BATCH}")
+    if config.epochs < 1:
+        raise UserError(f"--epochs {config.epochs} must be greater than 0")
+    with writing(out):
+        if out.exists() and not out.is_dir():
+            raise UserError(f"--out {out} is a file: choose another")
+        if out.is_dir() and any(out.iterdir()):
+            if not (out / MARK).is_file():
+                raise UserError(f"--out {out} is not empty and holds no demo: choose another")
+            if not config.overwrite:
+                raise UserError(f"--out {out} holds an earlier demo: give --overwrite to replace it")
+        out.mkdir(parents=True, exist_ok=True)
+    write_json(out / MARK, asdict(config))
     print(f"drawing {config.images} pictures of {len(CLASSES)} classes into {out / 'images'}")
     draw_images(out / "images", config.images, config.seed)
     exported = pretrain(
@@ -92,10 +101,10 @@ def demo(**options: Any) -> Path:
         model="atto",
         image_size=SIDE,
         stem_stride=2,
-        batch_size=100,
+        batch_size=BATCH,
         epochs=config.epochs,
         lr=2e-3,
-        save_every=max(1, config.images // 100 * config.epochs // 4),
+        save_every=max(1, config.images // BATCH * config.epochs // 4),
         seed=config.seed,
     )
     pictures = sorted((out / "run" / "reconstructions").glob("*.png"))

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparse_fcmae.backends import Layout, check_backend, resolve_backend
+from sparse_fcmae.backends import Layout, check_backend, compute_dtype, resolve_backend
 from sparse_fcmae.errors import UserError
 
 SIZES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {  # name: depths, widths
@@ -125,7 +125,7 @@ class SparseEncoder(nn.Module):
                 f"the mask must be bool [{len(images)}, {grid[0]}, {grid[1]}], not {mask.dtype} {list(mask.shape)}"
             )
 
-        layout = resolve_backend(self.backend, images.device.type)(mask.to(images.device))
+        layout = resolve_backend(self.backend, images.device.type, compute_dtype(self))(mask.to(images.device))
         x = layout.enter(images)
         for i, stage in enumerate(self.stages):
             if i == 0:

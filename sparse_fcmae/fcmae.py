@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparse_fcmae.backends import resolve_backend
+from sparse_fcmae.backends import compute_dtype, resolve_backend
 from sparse_fcmae.encoder import Block, SparseEncoder, init_weights
 from sparse_fcmae.errors import UserError
 from sparse_fcmae.masking import kept_patches, random_mask
@@ -88,7 +88,7 @@ class FCMAE(nn.Module):
         """features [B, D, H/P, W/P] of the visible patches -> prediction [B, L, P * P * C] for all patches."""
         x = self._pointwise(features.permute(0, 2, 3, 1), self.proj).to(features.dtype)
         x = torch.where(mask[..., None], self.mask_token.flatten().to(x.dtype), x)
-        layout = resolve_backend(self.encoder.backend, x.device.type)(torch.zeros_like(mask))
+        layout = resolve_backend(self.encoder.backend, x.device.type, compute_dtype(self))(torch.zeros_like(mask))
         x = layout.enter(x.permute(0, 3, 1, 2))
         for block in self.decoder:
             x = block(x, layout)

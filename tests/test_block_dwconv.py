@@ -134,7 +134,9 @@ def test_wrong_arguments():
         "S one of": (x[:, :3, :3], weight, bias, slot, index),
         "weight must be": (x, weight[:4], bias, slot, index),
         "bias must be": (x, weight, bias[:4], slot, index),
-        "index int64": (x, weight, bias, slot, index[:-1]),
+        "slot must be": (x, weight, bias, slot.long(), index),
+        "index must be": (x, weight, bias, slot, index[:-1]),
+        "not of one mask": (x, weight, bias, slot[:1], index),
     }
     for message, arguments in wrong.items():
         with pytest.raises(ValueError, match=message):

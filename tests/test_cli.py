@@ -1,9 +1,11 @@
 import json
+from dataclasses import MISSING, fields
 
 import pytest
 from PIL import Image
 
-from sparse_fcmae.cli import main
+from sparse_fcmae.cli import COMMANDS, main
+from sparse_fcmae.config import flag
 from sparse_fcmae.demo import CLASSES, draw_image, draw_images
 
 
@@ -26,15 +28,19 @@ def test_a_wrong_command_line_is_one_line(capsys, arguments):
     assert len(capsys.readouterr().err.strip().splitlines()) == 1
 
 
-@pytest.mark.parametrize("command", ["pretrain", "convert", "demo", "bench throughput", "info"])
-def test_help_gives_every_flag_with_its_default(capsys, command):
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_gives_every_flag_with_its_default(capsys, monkeypatch, command):
+    monkeypatch.setenv("COLUMNS", "400")
     with pytest.raises(SystemExit) as stop:
         main([*command.split(), "--help"])
     assert stop.value.code == 0
-    output = capsys.readouterr().out
-    if command == "pretrain":
-        for text in ("--mask-ratio", "[0.6]", "--no-norm-pix-loss", "[4096]", "5 % of --epochs"):
-            assert text in output
+    text = " ".join(capsys.readouterr().out.split())
+    for field in fields(COMMANDS[command][1]) if COMMANDS[command][1] else ():
+        help_text = field.metadata["help"] % ()
+        if field.default not in (MISSING, None, True, False):
+            help_text += f" [{field.default}]"
+        assert help_text in text
+        assert (field.name.upper() if field.metadata["positional"] else flag(field.name)) in text
 
 
 def test_convert_prints_what_it_did(capsys, tmp_path, pictures):
@@ -47,6 +53,13 @@ def test_convert_prints_what_it_did(capsys, tmp_path, pictures):
     with pytest.raises(SystemExit):
         main(["demo", "--out", str(run)])
     assert "give --overwrite" in capsys.readouterr().err
+    own = tmp_path / "data" / "images" / "holiday.png"
+    own.parent.mkdir(parents=True)
+    own.write_bytes(b"mine")
+    with pytest.raises(SystemExit):
+        main(["demo", "--out", str(tmp_path / "data"), "--overwrite"])
+    assert "holds no demo" in capsys.readouterr().err
+    assert own.read_bytes() == b"mine"
 
 
 def test_drawn_images_are_deterministic_and_labelled(tmp_path):
@@ -64,6 +77,14 @@ def test_throughput_reports_every_backend(capsys, tmp_path):
     assert rows["masked"]["speedup"] == 1
     assert rows["native"]["forward_error"] < 1e-5
     assert "images/s" in capsys.readouterr().out
+
+
+def test_throughput_checks_bf16_as_well(capsys):
+    from sparse_fcmae.benchmarks.throughput import throughput
+
+    rows = throughput(batch_size=2, image_size="64", rounds=1, mask_ratio=0.5, dtype="bf16")
+    assert not [row for row in rows if "refused" in row]
+    assert all(1e-4 < row["forward_error"] < 0.05 for row in rows)
 
 
 def test_throughput_refuses_a_backend_that_is_wrong(monkeypatch):

@@ -163,3 +163,35 @@ def test_wrong_inputs():
 def test_available_backends():
     assert available_backends("cpu") == {"native": None, "torch": None, "masked": None}
     assert available_backends("cuda")["native"] == "there are no native kernels for cuda"
+
+
+def test_dtypes_without_native_kernels_run_on_the_torch_backend():
+    images, mask = torch.randn(1, 3, 64, 64), random_mask(1, (2, 2), 0.5)
+    encoder = randomise(create_encoder("atto"))
+    expected = encoder(images, mask)
+    assert relative_error(encoder.double()(images.double(), mask), expected) < 1e-5
+    assert relative_error(encoder.bfloat16()(images.bfloat16(), mask), expected) < 5e-2
+    encoder.float().backend = "native"
+    with pytest.raises(UserError, match="take float32 and bfloat16"):
+        encoder.double()(images.double(), mask)
+
+
+def test_empty_batch():
+    for backend in BACKENDS:
+        assert create_encoder("atto", backend=backend)(torch.randn(0, 3, 64, 96)).shape == (0, 320, 2, 3)
+
+
+def test_another_default_dtype_changes_nothing():
+    encoder, images = randomise(create_encoder("atto")), torch.randn(2, 3, 64, 64)
+    expected = encoder(images)
+    expected.sum().backward()
+    before = gradients(encoder)
+    encoder.zero_grad()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        features = encoder(images)
+        features.sum().backward()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(features, expected)
+    assert all(torch.equal(g, before[name]) for name, g in gradients(encoder).items())

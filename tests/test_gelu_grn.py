@@ -112,8 +112,9 @@ def test_wrong_arguments():
     wrong = {
         "float32 or bfloat16": (x.double(), gamma, offsets),
         "x must be": (x[0], gamma, offsets),
-        "gamma float32": (x, gamma[:4], offsets),
+        r"gamma \[H\]": (x, gamma[:4], offsets),
         "offsets must be": (x, gamma, offsets.float()),
+        "ascend from 0 to 15": (x, gamma, offsets[:-1]),
     }
     for message, arguments in wrong.items():
         with pytest.raises(ValueError, match=message):

@@ -1,28 +1,27 @@
 """The wheel: built under isolation, with and without a compiler, used from another folder."""
 
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
 import pytest
+from sparse_fcmae.kernels import cpu
 
 ROOT = Path(__file__).parent.parent
 USE = """
-import warnings, torch, sparse_fcmae
+import torch, sparse_fcmae
 assert sparse_fcmae.__file__.startswith({target!r}), sparse_fcmae.__file__
 print(sparse_fcmae.available_backends("cpu")["native"])
-with warnings.catch_warnings(record=True) as caught:
-    warnings.simplefilter("always")
-    for _ in range(2):
-        sparse_fcmae.create_encoder("atto")(torch.randn(1, 3, 32, 32))
-print(len(caught), *(str(w.message) for w in caught))
+for _ in range(2):
+    sparse_fcmae.create_encoder("atto")(torch.randn(1, 3, 32, 32))
 """
 
 
 def build_and_use(folder, environment):
-    """Lists the wheel's files and what using it prints."""
+    """The wheel's files, and what using it prints to stdout and stderr."""
     source, target = folder / "source", folder / "target"
     archive = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"],
@@ -44,23 +43,24 @@ def build_and_use(folder, environment):
     used = subprocess.run(
         program, check=True, cwd=folder, env=os.environ | {"PYTHONPATH": str(target)}, capture_output=True, text=True
     )
-    return zipfile.ZipFile(file).namelist(), used.stdout.splitlines()
+    return zipfile.ZipFile(file).namelist(), used.stdout.splitlines(), used.stderr.splitlines()
 
 
 def test_wheel_has_the_kernels_and_no_top_level_strangers(tmp_path):
-    names, output = build_and_use(tmp_path, {})
+    names, output, errors = build_and_use(tmp_path, {})
     assert {name.split("/")[0].split("-")[0] for name in names} == {"sparse_fcmae"}
     for kernel in ("baseline", "avx2", "avx512") if os.uname().machine == "x86_64" else ("baseline",):
         assert f"sparse_fcmae/kernels/cpu/_{kernel}.abi3.so" in names
     assert "sparse_fcmae/benchmarks/throughput.py" in names
-    assert output == ["None", "0"]
+    assert not [name for name in names if name.endswith((".cpp", ".h"))]
+    assert (output, errors) == (["None"], [])
 
 
 def test_wheel_built_without_a_compiler_serves_the_torch_backend(tmp_path):
-    names, output = build_and_use(tmp_path, {"CC": "/nowhere/cc", "CXX": "/nowhere/c++"})
+    names, output, errors = build_and_use(tmp_path, {"CC": "/nowhere/cc", "CXX": "/nowhere/c++"})
     assert not [name for name in names if name.endswith(".so")]
     reason = "the C++ kernels were not built (no C++20 compiler when sparse-fcmae was installed)"
-    assert output == [reason, f"1 using the slower torch backend: {reason}"]
+    assert (output, errors) == ([reason], [f"sparse-fcmae: using the slower torch backend: {reason}"])
 
 
 @pytest.mark.parametrize("capability", ["default", "avx2"])
@@ -78,3 +78,17 @@ def test_kernels_of_other_instruction_sets(capability):
     environment = os.environ | {"ATEN_CPU_CAPABILITY": capability}
     result = subprocess.run(program, cwd=ROOT / "tests", env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout
+
+
+def test_a_lesser_build_serves_where_the_best_is_missing(tmp_path, monkeypatch):
+    monkeypatch.setattr(cpu, "__file__", str(tmp_path / "__init__.py"))
+    shutil.copy(next((ROOT / "kernels" / "cpu").glob("_baseline.*.so")), tmp_path)
+    (tmp_path / "_avx2.abi3.so").write_text("no library")
+    cpu._load.cache_clear()
+    assert cpu.instruction_set() == "baseline"
+    next(tmp_path.glob("_baseline.*")).unlink()
+    cpu._load.cache_clear()
+    assert cpu.unusable().startswith("the C++ kernels can't be loaded")
+    monkeypatch.undo()
+    cpu._load.cache_clear()
+    assert cpu.unusable() is None

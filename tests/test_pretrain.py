@@ -74,18 +74,22 @@ def test_export_is_the_trained_encoder(whole):
     assert encoder(torch.randn(1, 3, 32, 32)).shape == (1, 320, 4, 4)
 
 
-@pytest.mark.parametrize("seconds_after_first_step", [0.0, 0.7, 1.9])
-def test_killed_and_resumed_run_ends_with_the_same_weights(pictures, whole, tmp_path, seconds_after_first_step):
+def start(arguments, run, steps, **pipes):
+    """Starts a run and waits until it has recorded so many steps."""
+    process = subprocess.Popen(arguments, stderr=subprocess.DEVNULL, text=True, **pipes)
+    metrics = run / "metrics.jsonl"
+    while process.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") >= steps):
+        time.sleep(0.005)
+    return process
+
+
+@pytest.mark.parametrize("steps", [1, 5, 10])
+def test_killed_and_resumed_run_ends_with_the_same_weights(pictures, whole, tmp_path, steps):
     run = tmp_path / "run"
     arguments = command(pictures, run, log_every=1, save_every=2)
-    process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    metrics = run / "metrics.jsonl"
-    while process.poll() is None and not (metrics.exists() and metrics.stat().st_size):
-        time.sleep(0.02)
-    time.sleep(seconds_after_first_step)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert process.returncode == -signal.SIGKILL
+    process = start(arguments, run, steps, stdout=subprocess.DEVNULL)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
     subprocess.run([*arguments, "--resume"], check=True, capture_output=True)
     assert losses(run) == losses(whole)
     for a, b in zip(*(load_file(r / "exported" / "model.safetensors").values() for r in (run, whole)), strict=True):
@@ -94,11 +98,7 @@ def test_killed_and_resumed_run_ends_with_the_same_weights(pictures, whole, tmp_
 
 def test_ctrl_c_saves_a_checkpoint_and_resume_needs_out_alone(pictures, whole, tmp_path):
     run = tmp_path / "run"
-    arguments = command(pictures, run, log_every=1, save_every=100)
-    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    metrics = run / "metrics.jsonl"
-    while process.poll() is None and not (metrics.exists() and metrics.stat().st_size):
-        time.sleep(0.02)
+    process = start(command(pictures, run, log_every=1, save_every=100), run, 1, stdout=subprocess.PIPE)
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate()
     assert process.returncode == 130
@@ -107,6 +107,36 @@ def test_ctrl_c_saves_a_checkpoint_and_resume_needs_out_alone(pictures, whole, t
     assert 0 < stopped < 12
     pretrain(out=run, resume=True)
     assert losses(run) == losses(whole)
+
+
+def test_second_process_is_kept_out_of_a_run(pictures, tmp_path, capsys):
+    run = tmp_path / "run"
+    process = start(command(pictures, run, log_every=1, epochs=100), run, 1, stdout=subprocess.DEVNULL)
+    try:
+        for arguments in (["--out", run, "--resume"], [*flags(SMALL), "--data", pictures, "--out", run, "--overwrite"]):
+            assert "in use by another process" in fails(capsys, "pretrain", *arguments)
+        assert process.poll() is None
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_going_on_from_an_earlier_checkpoint_keeps_the_newest(pictures, whole, tmp_path):
+    run = tmp_path / "run"
+    subprocess.run(["cp", "-r", whole, run], check=True)
+    (run / "checkpoints" / "latest").write_text("step-00000004\n")
+    pretrain(out=run, resume=True, keep_checkpoints=1)
+    assert losses(run) == losses(whole)
+    assert (run / "checkpoints" / "latest").read_text() == "step-00000012\n"
+    assert (run / "checkpoints" / "step-00000012" / "meta.json").exists()
+
+
+def test_run_inside_its_data_does_not_train_on_its_own_pictures(pictures, whole, tmp_path):
+    data = tmp_path / "data"
+    subprocess.run(["cp", "-r", pictures, data], check=True)
+    pretrain(data=data, out=data / "runs", **SMALL | {"epochs": 1})
+    pretrain(out=data / "runs", resume=True)
+    assert losses(data / "runs")[0] == losses(whole)[0]
 
 
 def test_micro_batches_change_rounding_at_most(pictures, whole, tmp_path):
@@ -139,12 +169,14 @@ def test_bad_images_are_named_and_survived(pictures, tmp_path):
     cut = (data / "00000.jpg").read_bytes()
     (data / "cut.jpg").write_bytes(cut[: len(cut) // 2])
     (data / "text.png").write_text("just text")
+    (data / os.fsdecode(b"caf\xe9.png")).write_text("just text")
     Image.new("1", (60_000, 60_000)).save(data / "bomb.png")
     pretrain(data=data, out=tmp_path / "run", **SMALL, max_bad_images=0.1)
     log = (tmp_path / "run" / "train.log").read_text()
     for name in ("cut.jpg", "text.png", "bomb.png"):
         assert log.count(f"another image: {name}") == 1
-    with pytest.raises(UserError, match=r"of 40 images are unreadable, such as .*--max-bad-images"):
+    assert log.count("another image: caf\\udce9.png") == 1
+    with pytest.raises(UserError, match=r"of 41 images are unreadable, such as .*: raise --max-bad-images"):
         pretrain(data=data, out=tmp_path / "strict", **SMALL)
 
 
@@ -212,6 +244,12 @@ def test_mistakes_end_in_one_line(pictures, tmp_path, capsys):
     assert "--batch-size 64 is more than the 40 images" in wrong(batch_size=64)
     assert "--epochs must be greater than 0" in wrong(epochs=0)
     assert "--in-chans 2" in wrong(in_chans=2)
+    assert "--device meta can't be used" in wrong(device="meta")
+    assert "--mask-ratio must be 0 or more, not nan" in wrong(mask_ratio="nan")
+    assert "--lr must be greater than 0, not inf" in wrong(lr="inf")
+    assert "--seed must be" in wrong(seed=10**30)
+    assert "--mask-patch-size must be greater than 0" in wrong(mask_patch_size=0)
+    assert "File name too long" in wrong(out=tmp_path / ("x" * 300))
     assert "argument --epochs" in wrong(epochs="many")
     assert "is a file" in wrong(out=tmp_path / "file")
     assert "can't write" in wrong(out=tmp_path / "file" / "run")
@@ -219,6 +257,13 @@ def test_mistakes_end_in_one_line(pictures, tmp_path, capsys):
     assert "holds no run: choose another" in wrong(out=empty)
     assert "holds no run to resume" in fails(capsys, "pretrain", "--out", empty, "--resume")
     assert (empty / "thesis.pdf").exists()
+    other = tmp_path / "another-project"
+    other.mkdir()
+    (other / "config.json").write_text('{"model_type": "bert"}')
+    assert "holds no run: choose another" in fails(
+        capsys, "pretrain", "--data", pictures, "--out", other, "--overwrite"
+    )
+    assert "holds no run to resume" in fails(capsys, "pretrain", "--out", other, "--resume")
 
 
 def test_mistakes_with_an_existing_run(pictures, whole, tmp_path, capsys):
@@ -243,6 +288,17 @@ def test_mistakes_with_an_existing_run(pictures, whole, tmp_path, capsys):
         (checkpoint / name).write_bytes(content)
 
 
+def test_checkpoint_of_another_model_is_one_line(pictures, whole, tmp_path, capsys):
+    run, other = tmp_path / "run", tmp_path / "other"
+    subprocess.run(["cp", "-r", whole, run], check=True)
+    pretrain(data=pictures, out=other, **SMALL | {"epochs": 1, "decoder_dim": 64})
+    checkpoint = run / "checkpoints" / "step-00000012"
+    subprocess.run(["rm", "-r", checkpoint], check=True)
+    subprocess.run(["cp", "-r", other / "checkpoints" / "step-00000004", checkpoint], check=True)
+    capsys.readouterr()
+    assert "is of another model: size mismatch for" in fails(capsys, "pretrain", "--out", run, "--resume")
+
+
 def test_overwrite_deletes_the_run_and_nothing_else(pictures, whole, tmp_path):
     run = tmp_path / "run"
     subprocess.run(["cp", "-r", whole, run], check=True)
@@ -254,7 +310,7 @@ def test_overwrite_deletes_the_run_and_nothing_else(pictures, whole, tmp_path):
 
 
 def test_loss_that_is_not_finite_stops_the_run(pictures, tmp_path):
-    with pytest.raises(UserError, match="the loss is nan at step"):
+    with pytest.raises(UserError, match=r"not finite|the loss is nan"):
         pretrain(data=pictures, out=tmp_path / "run", **SMALL | {"lr": 1e12}, log_every=1)
 
 

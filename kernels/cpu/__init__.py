@@ -17,30 +17,36 @@ _SIGNATURES = {
 }
 
 
-def instruction_set() -> str:
-    """The build to load: "avx512", "avx2" or "baseline", by what torch found this CPU to have."""
-    capability = torch.backends.cpu.get_cpu_capability()
-    return capability.lower() if capability in ("AVX512", "AVX2") else "baseline"
-
-
 @cache
-def _load() -> tuple[ctypes.CDLL | None, str | None]:
-    found = sorted(Path(__file__).parent.glob(f"_{instruction_set()}.*.so"))
-    if not found:
-        return None, "the C++ kernels were not built (no C++20 compiler when sparse-fcmae was installed)"
-    try:
-        loaded = ctypes.CDLL(str(found[0]))
-    except OSError as error:
-        return None, f"the C++ kernels can't be loaded: {error}"
-    for name, arguments in _SIGNATURES.items():
-        getattr(loaded, name).argtypes = arguments
-        getattr(loaded, name).restype = None
-    return loaded, None
+def _load() -> tuple[ctypes.CDLL | None, str]:
+    """The library and its instruction set, or None and the reason, in one line."""
+    sets = ["avx512", "avx2", "baseline"]
+    capability = torch.backends.cpu.get_cpu_capability().lower()
+    reason = "the C++ kernels were not built (no C++20 compiler when sparse-fcmae was installed)"
+    for name in sets[sets.index(capability) if capability in sets else -1 :]:
+        for file in sorted(Path(__file__).parent.glob(f"_{name}.*.so")):
+            try:
+                library = ctypes.CDLL(str(file))
+            except OSError as error:
+                reason = f"the C++ kernels can't be loaded: {error}"
+                continue
+            for function, arguments in _SIGNATURES.items():
+                getattr(library, function).argtypes = arguments
+                getattr(library, function).restype = None
+            return library, name
+    return None, reason
+
+
+def instruction_set() -> str | None:
+    """The instruction set of the loaded kernels, "avx512", "avx2" or "baseline"; None where there are none."""
+    library, name = _load()
+    return name if library else None
 
 
 def unusable() -> str | None:
     """Why the kernels can't be called, in one line; None where they can."""
-    return _load()[1]
+    library, reason = _load()
+    return None if library else reason
 
 
 def call(name: str, *arguments: torch.Tensor | int | None) -> None:

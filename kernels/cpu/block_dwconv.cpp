@@ -88,16 +88,15 @@ INLINE void forward_block(const Geometry& g, int64_t t, int64_t c, const E* x, c
 }
 
 // Adds to sum[50, C] the 49 taps' and the bias's gradients of blocks [begin, end) in channels [c, c + V * U), a kernel
-// row of 7 taps at a time in registers.
+// row of 7 taps at a time in registers. What is added is summed by itself first: one running total over all positions
+// would lose digits.
 template <int S, int V, int U, class E>
 INLINE void weight_blocks(const Geometry& g, int64_t begin, int64_t end, int64_t c, const E* x, const E* grad,
                           float* sum) {
   const int64_t C = g.channels, stride = g.cols + 2 * PAD;
   for (int ky = 0; ky < K; ++ky) {
-    fvec<V> acc[K][U];
+    fvec<V> acc[K][U] = {};
     float* const taps = sum + ky * K * C + c;
-    UNROLL for (int kx = 0; kx < K; ++kx)
-      UNROLL for (int u = 0; u < U; ++u) acc[kx][u] = load<V>(taps + kx * C + u * V);
     for (int64_t t = begin; t < end; ++t) {
       const int32_t* here = g.at(t);
       for (int oy = 0; oy < S; ++oy) {
@@ -124,13 +123,16 @@ INLINE void weight_blocks(const Geometry& g, int64_t begin, int64_t end, int64_t
       }
     }
     UNROLL for (int kx = 0; kx < K; ++kx)
-      UNROLL for (int u = 0; u < U; ++u) store<V>(taps + kx * C + u * V, acc[kx][u]);
+      UNROLL for (int u = 0; u < U; ++u) {
+        float* const tap = taps + kx * C + u * V;
+        store<V>(tap, load<V>(tap) + acc[kx][u]);
+      }
   }
   UNROLL for (int u = 0; u < U; ++u) {
     float* const bias = sum + TAPS * C + c + u * V;
-    fvec<V> acc = load<V>(bias);
+    fvec<V> acc = {};
     for (int64_t i = begin * S * S; i < end * S * S; ++i) acc += load<V>(grad + i * C + c + u * V);
-    store<V>(bias, acc);
+    store<V>(bias, load<V>(bias) + acc);
   }
 }
 

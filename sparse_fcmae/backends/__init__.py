@@ -4,7 +4,7 @@ A backend is a class, constructed with the mask of a batch, with the five method
 encoder works on the last dimension alone and is the same for all of them.
 """
 
-import warnings
+import logging
 from functools import cache
 from typing import Protocol
 
@@ -65,16 +65,27 @@ def check_backend(name: str) -> None:
 
 
 @cache
-def resolve_backend(name: str, device_type: str) -> type[Layout]:
-    """The backend to run on a device: "auto" is `native` where usable, else `torch` with one warning.
+def resolve_backend(name: str, device_type: str, dtype: torch.dtype = torch.float32) -> type[Layout]:
+    """The backend to run features of a dtype on a device: "auto" is `native` where usable, else `torch`, said once.
 
     Raises UserError where a backend asked for by name can't run there.
     """
     check_backend(name)
-    reason = BACKENDS["native" if name == "auto" else name].unusable(torch.device(device_type))
+    layout = BACKENDS["native" if name == "auto" else name]
+    reason = layout.unusable(torch.device(device_type))
+    if not reason and layout is NativeLayout and dtype not in (torch.float32, torch.bfloat16):
+        reason = f"its kernels take float32 and bfloat16, not {dtype}"
     if reason and name != "auto":
         raise UserError(f"backend {name} can't be used: {reason}; choose another --backend or auto")
     if reason:
-        warnings.warn(f"using the slower torch backend: {reason}", stacklevel=2)
+        logging.getLogger("sparse_fcmae").warning("sparse-fcmae: using the slower torch backend: %s", reason)
         return TorchLayout
-    return BACKENDS["native" if name == "auto" else name]
+    return layout
+
+
+def compute_dtype(module: nn.Module) -> torch.dtype:
+    """The dtype of a module's matrix products: autocast's where that is on, else its parameters'."""
+    weight = next(module.parameters())
+    if torch.is_autocast_enabled(weight.device.type):
+        return torch.get_autocast_dtype(weight.device.type)
+    return weight.dtype

@@ -46,7 +46,7 @@ class BlockLayout:
     def leave(self, x: Tensor) -> Tensor:
         batch, rows, cols = self.visible.mask.shape
         canvas = x.new_zeros(batch * rows * cols, x.shape[-1]).index_copy(0, self.visible.index, x.flatten(0, 2))
-        return canvas.view(batch, rows, cols, -1).permute(0, 3, 1, 2)
+        return canvas.view(batch, rows, cols, x.shape[-1]).permute(0, 3, 1, 2)
 
 
 class NativeLayout(BlockLayout):

@@ -49,8 +49,9 @@ def _(grad, weight, slot, index):
 def _weight_grad(grad: Tensor, x: Tensor, slot: Tensor, index: Tensor) -> Tensor:
     """float32 [50, C]: the gradients of the 49 taps, then of the bias."""
     x, grad = x.contiguous(), grad.contiguous()
-    partial = torch.empty(torch.get_num_threads(), TAPS + 1, x.shape[-1])
-    out = torch.empty(TAPS + 1, x.shape[-1])
+    shape = (TAPS + 1, x.shape[-1])
+    partial = torch.empty(torch.get_num_threads(), *shape, dtype=torch.float32)
+    out = torch.empty(shape, dtype=torch.float32)
     cpu.call("block_dwconv_weight", x, grad, *_geometry(x, slot, index), partial, out)
     return out
 
@@ -90,8 +91,13 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, slot: Tensor, index: 
         raise ValueError(f"weight must be [{x.shape[3]}, 1, 7, 7], not {tuple(weight.shape)}")
     if bias is not None and bias.shape != x.shape[3:]:
         raise ValueError(f"bias must be [{x.shape[3]}], not {tuple(bias.shape)}")
-    if slot.dtype != torch.int32 or index.dtype != torch.int64 or index.shape != x.shape[:1]:
-        raise ValueError(f"slot must be int32 and index int64 [{x.shape[0]}]")
+    if slot.dtype != torch.int32 or slot.dim() != 3 or slot.device != x.device:
+        raise ValueError(f"slot must be int32 [B, rows + 6, cols + 6] on {x.device}")
+    if index.dtype != torch.int64 or index.shape != x.shape[:1] or index.device != x.device:
+        raise ValueError(f"index must be int64 [{x.shape[0]}] on {x.device}")
+    patches = slot.shape[0] * (slot.shape[1] - 6) * (slot.shape[2] - 6)
+    if len(index) and not (0 <= index[0] <= index[-1] < patches and slot.max() < len(index)):
+        raise ValueError("slot and index are not of one mask")
 
 
 def _taps(weight: Tensor) -> Tensor:

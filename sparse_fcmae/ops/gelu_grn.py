@@ -12,11 +12,11 @@ def gelu_grn(x: Tensor, gamma: Tensor, offsets: Tensor) -> Tensor:
     N_c = G_c / (mean of G + 1e-6), G_c the norm of h_c over all positions of the image. Only x and G are kept for the
     backward pass, which computes GELU again. The beta of the full layer is left to the layer that follows.
 
-    x: [T, S, S, H] float32 or bfloat16 on the CPU. gamma: [H] float32. offsets: int64 [B + 1], image b owns patches
+    x: [T, S, S, H] float32 or bfloat16 on the CPU. gamma: [H]. offsets: int64 [B + 1], image b owns patches
     offsets[b] to offsets[b + 1] of the T. Returns [T, S, S, H] of x's dtype; sums are float32. Differentiable once in x
     and gamma. Raises ValueError for other shapes, dtypes or devices.
     """
-    return _gelu_grn(x, gamma, offsets)[0]
+    return _gelu_grn(x, gamma.float(), offsets)[0]
 
 
 @torch.library.custom_op("sparse_fcmae::gelu_grn", mutates_args=())
@@ -24,7 +24,7 @@ def _gelu_grn(x: Tensor, gamma: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor
     _check(x, gamma, offsets)
     x = x.contiguous()
     out = torch.empty_like(x)
-    norm = torch.empty(len(offsets) - 1, x.shape[-1])
+    norm = torch.empty(len(offsets) - 1, x.shape[-1], dtype=torch.float32)
     cpu.call("gelu_grn", x, gamma.contiguous(), *_images(x, offsets), out, norm)
     return out, norm
 
@@ -38,7 +38,7 @@ def _(x, gamma, offsets):
 @torch.library.custom_op("sparse_fcmae::gelu_grn_backward", mutates_args=())
 def _gelu_grn_backward(grad: Tensor, x: Tensor, gamma: Tensor, offsets: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
     grad, x = grad.contiguous(), x.contiguous()
-    grad_x, grad_gamma = torch.empty_like(x), torch.empty(x.shape[-1])
+    grad_x, grad_gamma = torch.empty_like(x), torch.empty_like(gamma)
     offsets, *rest = _images(x, offsets)
     cpu.call("gelu_grn_backward", grad, x, gamma.contiguous(), offsets, norm, *rest, grad_x, grad_gamma)
     return grad_x, grad_gamma
@@ -64,10 +64,12 @@ _gelu_grn.register_autograd(_backward, setup_context=_setup_context)
 def _check(x: Tensor, gamma: Tensor, offsets: Tensor) -> None:
     if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"gelu_grn takes float32 or bfloat16 on the CPU, not {x.dtype} on {x.device}")
-    if x.dim() != 4 or gamma.shape != x.shape[3:] or gamma.dtype != torch.float32:
-        raise ValueError(f"x must be [T, S, S, H] and gamma float32 [H], not {tuple(x.shape)} and {tuple(gamma.shape)}")
-    if offsets.dtype != torch.int64 or offsets.dim() != 1:
-        raise ValueError("offsets must be int64 [B + 1]")
+    if x.dim() != 4 or gamma.shape != x.shape[3:] or gamma.device != x.device:
+        raise ValueError(f"x must be [T, S, S, H] and gamma [H], not {tuple(x.shape)} and {tuple(gamma.shape)}")
+    if offsets.dtype != torch.int64 or offsets.dim() != 1 or not len(offsets) or offsets.device != x.device:
+        raise ValueError(f"offsets must be int64 [B + 1] on {x.device}")
+    if offsets[0] != 0 or offsets[-1] != len(x) or (offsets.diff() < 0).any():
+        raise ValueError(f"offsets must ascend from 0 to {len(x)}")
 
 
 def _images(x: Tensor, offsets: Tensor) -> tuple:

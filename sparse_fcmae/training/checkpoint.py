@@ -13,16 +13,23 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparse_fcmae.config import PretrainConfig, differences, flag
 from sparse_fcmae.errors import UserError
 from sparse_fcmae.files import new_folder, read_json, write_atomic, write_json, writing
 
-MODEL, TRAINER, META = "model.safetensors", "trainer.pt", "meta.json"
+MODEL, TRAINER, META, LOCK = "model.safetensors", "trainer.pt", "meta.json", ".lock"
+FORMAT = "sparse-fcmae pretraining run"
+ENDS = ("tmp", "old")  # of the temporary names in `files`
 PARTS = (
     *("metrics.jsonl", "train.log", "events.out.tfevents.*", "loss.png"),
     *("checkpoints", "exported", "reconstructions", "config.json"),
@@ -40,9 +47,11 @@ class RunFolder:
         """Raises UserError where the folder can't be used as asked."""
         if resume and overwrite:
             raise UserError("--resume and --overwrite exclude each other: give one")
-        if self.path.exists() and not self.path.is_dir():
-            raise UserError(f"--out {self.path} is a file: choose another")
-        is_run, empty = (self.path / "config.json").is_file(), not self.path.exists() or not any(self.path.iterdir())
+        with writing(self.path):
+            if self.path.exists() and not self.path.is_dir():
+                raise UserError(f"--out {self.path} is a file: choose another")
+            empty = not self.path.exists() or not {p.name for p in self.path.iterdir()} - {LOCK}
+        is_run = not empty and self.saved_config() is not None
         if resume and not is_run:
             raise UserError(f"--out {self.path} holds no run to resume: leave --resume out to start one")
         if not empty and not is_run:
@@ -50,27 +59,47 @@ class RunFolder:
         if not empty and not (resume or overwrite):
             raise UserError(f"--out {self.path} holds a run: give --resume to go on or --overwrite to delete it")
 
-    def saved_config(self) -> dict[str, Any]:
-        """The options that the run was started with."""
-        return read_json(self.path / "config.json")
+    def saved_config(self) -> dict[str, Any] | None:
+        """The options that the run was started with; None where this is no run's folder."""
+        path = self.path / "config.json"
+        saved = read_json(path) if path.is_file() else None
+        if not isinstance(saved, dict) or saved.pop("format", None) != FORMAT:
+            return None
+        return saved
 
     def begin(self, config: PretrainConfig) -> None:
-        """Makes the folder and writes the config, after deleting an earlier run's files if asked, else only what a
-        killed process left half-written."""
-        half_written = (".*.tmp", "checkpoints/.*.tmp", "reconstructions/.*.tmp")
+        """Makes the folder, keeps other processes out of it, and writes the config.
+
+        An earlier run's files are deleted if so asked, else only what a killed process left half-written. Raises
+        UserError where another process is training there.
+        """
+        half_written = [f"{folder}.*.{end}" for folder in ("", "checkpoints/", "reconstructions/") for end in ENDS]
         with writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-            for pattern in PARTS if config.overwrite else half_written:
+            self._lock()
+            for pattern in (*half_written, *(PARTS if config.overwrite else ())):
                 for part in self.path.glob(pattern):
                     shutil.rmtree(part) if part.is_dir() else part.unlink()
         options = {k: v for k, v in asdict(config).items() if k not in ("resume", "overwrite")}
-        write_json(self.path / "config.json", options)
+        write_json(self.path / "config.json", {"format": FORMAT, **options})
         with writing(self.path):
             for folder in ("checkpoints", "reconstructions"):
                 (self.path / folder).mkdir(exist_ok=True)
 
+    def _lock(self) -> None:
+        """Holds a lock until this object or the process is gone."""
+        if fcntl is None:
+            return
+        self._held = (self.path / LOCK).open("w")
+        try:
+            fcntl.lockf(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock not shared with forked workers
+        except (BlockingIOError, PermissionError):
+            raise UserError(f"--out {self.path} is in use by another process: wait for it or choose another") from None
+        except OSError:  # a file system without locks
+            return
+
     def save(self, step: int, model: dict[str, Tensor], trainer: dict[str, Any], keep: int) -> None:
-        """Writes the checkpoint of a step, names it the latest, and deletes all but the newest `keep`."""
+        """Writes the checkpoint of a step, names it the latest, and deletes all but the last `keep` up to it."""
         folder = self.checkpoints / f"step-{step:08d}"
         with new_folder(folder) as temporary, writing(folder):
             save_file({k: v.contiguous() for k, v in model.items()}, temporary / MODEL)
@@ -80,7 +109,8 @@ class RunFolder:
             sizes = {name: (temporary / name).stat().st_size for name in (MODEL, TRAINER)}
             write_json(temporary / META, {"step": step, "bytes": sizes})
         write_atomic(self.checkpoints / "latest", lambda p: p.write_text(folder.name + "\n"))
-        for old in sorted(self.checkpoints.glob("step-*"))[: -max(keep, 1)]:
+        so_far = sorted(p for p in self.checkpoints.glob("step-*") if p.name <= folder.name)
+        for old in so_far[:-keep]:
             shutil.rmtree(old, ignore_errors=True)
 
     def latest(self) -> Path | None:
@@ -102,12 +132,15 @@ def check_whole(folder: Path) -> None:
             raise UserError(f"checkpoint {folder} is damaged: {name} is missing or truncated; {_earlier(folder)}")
 
 
-def load_model(folder: Path) -> dict[str, Tensor]:
-    """The whole model's weights in a checkpoint."""
+def load_model(folder: Path, model: nn.Module) -> None:
+    """Loads the whole model's weights in a checkpoint."""
     try:
-        return load_file(folder / MODEL)
+        model.load_state_dict(load_file(folder / MODEL))
     except (OSError, SafetensorError) as error:
         raise UserError(f"checkpoint {folder} is damaged: {MODEL}: {error}; {_earlier(folder)}") from None
+    except RuntimeError as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise UserError(f"checkpoint {folder} is of another model: {reason}; {_earlier(folder)}") from None
 
 
 def load_trainer(folder: Path) -> dict[str, Any]:

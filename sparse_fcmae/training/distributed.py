@@ -18,6 +18,7 @@ class Ranks:
     rank: int
     world: int
     device: torch.device
+    joined: bool = False  # whether `start` made the process group
 
     @property
     def main(self) -> bool:
@@ -51,7 +52,7 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
         device = default_device() if name == "auto" else torch.device(name)
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", local_rank)
-        torch.empty(1, device=device)
+        torch.zeros(1, device=device).item()  # "meta" has no values
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name} can't be used: {str(error).splitlines()[0]}") from None
     return device
@@ -63,12 +64,13 @@ def start(device: str) -> Ranks:
     chosen = choose_device(device, int(os.environ.get("LOCAL_RANK", 0)))
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
-    if world > 1 and not dist.is_initialized():
+    joining = world > 1 and not dist.is_initialized()
+    if joining:
         dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
-    return Ranks(rank, world, chosen)
+    return Ranks(rank, world, chosen, joining)
 
 
-def stop() -> None:
-    """Leaves the process group, if any."""
-    if dist.is_initialized():
+def stop(ranks: Ranks) -> None:
+    """Leaves the process group that `start` made."""
+    if ranks.joined:
         dist.destroy_process_group()

@@ -1,15 +1,16 @@
 """What a run tells while it goes on: progress bar, train.log, metrics.jsonl and, where installed, TensorBoard."""
 
 import json
+import os
 import time
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import torch
 from tqdm import tqdm
 
 from sparse_fcmae.errors import UserError
-from sparse_fcmae.files import writing
+from sparse_fcmae.files import write_atomic, writing
 
 
 class RunLog:
@@ -20,16 +21,13 @@ class RunLog:
 
     def __init__(self, run: Path, step: int, steps: int, main: bool) -> None:
         self.run, self.main = run, main
-        self.bar = tqdm(total=steps, initial=step, unit="step", disable=not main, dynamic_ncols=True, smoothing=0.05)
-        self.tensorboard = _tensorboard(run) if main else None
-        self.since = time.perf_counter()
         if main:
             with writing(run):
-                metrics = run / "metrics.jsonl"
-                kept = metrics.read_text().splitlines(keepends=True)[:step] if metrics.exists() else []
-                metrics.write_text("".join(kept))
-                self.metrics: TextIO = metrics.open("a", buffering=1)
-                self.text: TextIO = (run / "train.log").open("a", buffering=1)
+                self.metrics = _open_metrics(run / "metrics.jsonl", step)
+                self.text = (run / "train.log").open("a", buffering=1, encoding="utf-8", errors="backslashreplace")
+        self.tensorboard = _tensorboard(run, step) if main else None
+        self.bar = tqdm(total=steps, initial=step, unit="step", disable=not main, dynamic_ncols=True, smoothing=0.05)
+        self.since = time.perf_counter()
 
     def say(self, message: str) -> None:
         """One line above the bar and into train.log."""
@@ -59,6 +57,12 @@ class RunLog:
         self.bar.set_postfix_str(f"loss {losses[-1]:.4f}, {speed:.1f} images/s, lr {lrs[-1]:.2e}", refresh=False)
         self.bar.update(len(losses))
 
+    def sync(self) -> None:
+        """Has the metrics reach the disk."""
+        if self.main:
+            with writing(self.run):
+                os.fsync(self.metrics.fileno())
+
     def close(self) -> None:
         """Closes bar and files."""
         self.bar.close()
@@ -69,9 +73,18 @@ class RunLog:
                 self.tensorboard.close()
 
 
-def _tensorboard(run: Path):
+def _open_metrics(path: Path, step: int) -> TextIO:
+    """The file to append to, without rows beyond `step`."""
+    if path.exists():
+        lines = path.read_text().splitlines(keepends=True)
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+        write_atomic(path, lambda p: p.write_text("".join(kept)))
+    return path.open("a", buffering=1)
+
+
+def _tensorboard(run: Path, step: int) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
+    except Exception:  # not installed, or with a protobuf or NumPy that it does not go with
         return None
-    return SummaryWriter(str(run))
+    return SummaryWriter(str(run), purge_step=step + 1)

@@ -8,14 +8,14 @@ from torch import Tensor, nn
 
 
 def adamw(model: nn.Module, weight_decay: float, betas: tuple[float, float]) -> torch.optim.AdamW:
-    """AdamW, without decay on 1-d parameters: biases, norms, GRN's gamma and beta, the mask token."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    flat = [max(p.shape) == p.numel() for p in parameters]
-    groups = [
-        {"params": [p for p, f in zip(parameters, flat, strict=True) if not f], "weight_decay": weight_decay},
-        {"params": [p for p, f in zip(parameters, flat, strict=True) if f], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=parameters[0].device.type in ("cpu", "cuda"))
+    """AdamW, without decay on vectors: biases, norms, GRN's gamma and beta, the mask token."""
+    matrices, vectors = [], []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            vector = parameter.ndim <= 1 or name.endswith((".gamma", ".beta", "mask_token"))
+            (vectors if vector else matrices).append(parameter)
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=matrices[0].device.type in ("cpu", "cuda"))
 
 
 def cosine_lr(step: int, steps: int, warmup: int, peak: float) -> float:

@@ -1,10 +1,13 @@
 """FCMAE pretraining: images -> masks -> loss -> weights, one linear loop for one process or many."""
 
+import math
 import os
 import signal
-from collections.abc import Iterator
+import sys
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +30,12 @@ from sparse_fcmae.training.optim import adamw, clip, cosine_lr, set_lr
 
 BETAS = (0.9, 0.95)
 WARMUP_SHARE = 0.05
+MASKS = 3  # beside data.CROPS and data.ORDER
 DRAWN = 8  # images in a reconstruction picture
+POSITIVE = (
+    *("epochs", "batch_size", "micro_batch_size", "log_every", "save_every", "keep_checkpoints", "base_lr", "lr"),
+    *("clip_grad", "mask_patch_size", "mask_grid", "decoder_dim", "decoder_depth"),
+)
 MODEL_OPTIONS = (
     *("in_chans", "mask_ratio", "backend", "stem_stride", "grn_scope", "mask_patch_size", "mask_grid"),
     *("norm_pix_loss", "decoder_dim", "decoder_depth"),
@@ -49,11 +57,14 @@ def pretrain(**options: Any) -> Path:
     try:
         return train(config, ranks)
     finally:
-        distributed.stop()
+        distributed.stop(ranks)
 
 
 def configure(options: dict[str, Any]) -> PretrainConfig:
     """The config that options mean, checked; touches nothing on the disk."""
+    known = [f.name for f in fields(PretrainConfig)]
+    for name in options.keys() - set(known):
+        raise TypeError(f"pretrain() got an unexpected option {name!r}")
     options = {k: os.fspath(v) if isinstance(v, os.PathLike) else v for k, v in options.items()}
     if "image_size" in options:
         options["image_size"] = "x".join(map(str, dict.fromkeys(image_size_of(options["image_size"]))))
@@ -61,22 +72,23 @@ def configure(options: dict[str, Any]) -> PretrainConfig:
     run = RunFolder(options.get("out", PretrainConfig.out))
     run.check(resume, options.get("overwrite", False))
     if resume:
-        known = {f.name for f in fields(PretrainConfig)}
-        saved = PretrainConfig(**{k: v for k, v in run.saved_config().items() if k in known})
-        config = PretrainConfig(**{f.name: options.get(f.name, getattr(saved, f.name)) for f in fields(saved)})
+        saved = PretrainConfig(**{k: v for k, v in (run.saved_config() or {}).items() if k in known})
+        if options.get("dtype") == "auto":  # a run stays with what it was started with
+            del options["dtype"]
+        config = replace(saved, **options)
         check_same(config, saved)
     elif "data" not in options:
         raise UserError("--data is missing: name the folder with the images")
     else:
         config = PretrainConfig(**options)
-    counts = ("epochs", "batch_size", "micro_batch_size", "log_every", "save_every", "keep_checkpoints")
-    positive = (*counts, "base_lr", "lr", "clip_grad")
-    for name in positive:
-        if getattr(config, name) is not None and not getattr(config, name) > 0:
-            raise UserError(f"{flag(name)} must be greater than 0, not {getattr(config, name)}")
-    for name in ("warmup_epochs", "weight_decay", "seed", "num_workers", "max_bad_images"):
-        if getattr(config, name) is not None and not getattr(config, name) >= 0:
-            raise UserError(f"{flag(name)} must not be negative")
+    for name in POSITIVE:
+        value = getattr(config, name)
+        if value is not None and not 0 < value < math.inf:
+            raise UserError(f"{flag(name)} must be greater than 0, not {value}")
+    for name in ("warmup_epochs", "weight_decay", "seed", "num_workers", "max_bad_images", "mask_ratio"):
+        value = getattr(config, name)
+        if value is not None and not 0 <= value < 2**32:
+            raise UserError(f"{flag(name)} must be 0 or more, not {value}")
     if config.in_chans not in (1, 3):
         raise UserError(f"--in-chans {config.in_chans}: image files give 3 channels (colour) or 1 (greyscale)")
     return config
@@ -85,7 +97,7 @@ def configure(options: dict[str, Any]) -> PretrainConfig:
 def train(config: PretrainConfig, ranks: distributed.Ranks) -> Path:
     """The run of a checked config, on this rank."""
     device, size = ranks.device, image_size_of(config.image_size)
-    run, folder = RunFolder(config.out), ImageFolder(config.data)
+    run, folder = RunFolder(config.out), ImageFolder(config.data, without=config.out)
     if config.batch_size > len(folder):
         raise UserError(
             f"--batch-size {config.batch_size} is more than the {len(folder)} images in {config.data}: "
@@ -109,12 +121,14 @@ def train(config: PretrainConfig, ranks: distributed.Ranks) -> Path:
     start, bad = 0, {}
     checkpoint = run.latest() if config.resume else None
     if checkpoint:
-        model.load_state_dict(load_model(checkpoint))
+        load_model(checkpoint, model)
         trainer = load_trainer(checkpoint)
         optimizer.load_state_dict(trainer["optimizer"])
         start, bad = trainer["step"], trainer["bad"]
         if trainer["images"] != folder.fingerprint:
             raise UserError(f"the images in {config.data} are not those that the run in {config.out} was started with")
+    bf16 = choose_dtype(config.dtype, device) == torch.bfloat16
+    config = replace(config, dtype="bf16" if bf16 else "fp32")
     ranks.barrier()  # every rank has found the folder in order before one writes to it
     if ranks.main:
         run.begin(config)
@@ -127,7 +141,6 @@ def train(config: PretrainConfig, ranks: distributed.Ranks) -> Path:
     )
     workers = _cores_per_rank() if config.num_workers is None else config.num_workers
     loader = iter(make_loader(dataset, batches, workers, pin_memory=device.type == "cuda"))
-    bf16 = choose_dtype(config.dtype, device) == torch.bfloat16
     trained: nn.Module = model
     if ranks.world > 1:
         trained = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
@@ -156,11 +169,14 @@ def train(config: PretrainConfig, ranks: distributed.Ranks) -> Path:
         losses, lrs, new_bad = [], [], []
         if len(bad) > config.max_bad_images * len(folder):
             raise UserError(
-                f"{len(bad)} of {len(folder)} images are unreadable, such as {next(iter(bad))}: remove those that "
-                f"{run.path / 'train.log'} names or raise --max-bad-images"
+                f"{len(bad)} of {len(folder)} images are unreadable, such as {next(iter(bad))}: raise --max-bad-images "
+                f"and --resume, or remove those that {run.path / 'train.log'} names and start anew"
             )
 
     def save(step: int) -> None:
+        if not all(p.isfinite().all() for p in model.parameters()):
+            raise UserError(f"the weights are not finite after step {step}: lower --lr or give --clip-grad 1")
+        log.sync()
         state = {"step": step, "optimizer": optimizer.state_dict(), "bad": bad, "images": folder.fingerprint}
         run.save(step, model.state_dict(), state, config.keep_checkpoints)
         if len(drawn):
@@ -204,7 +220,7 @@ def train(config: PretrainConfig, ranks: distributed.Ranks) -> Path:
                     raise Interrupted
         exported = run.path / "exported"
         if ranks.main:
-            export_encoder(model.encoder, exported)
+            export_encoder(model.encoder.cpu(), exported)
             draw_curve(run.path, log)
             log.say(f"pretrained encoder in {exported}; use it with\n\n{usage_example(model.encoder, exported)}")
         ranks.barrier()
@@ -224,17 +240,23 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 @contextmanager
-def stop_signals(world: int) -> Iterator:
-    """Yields a function telling whether Ctrl-C or SIGTERM came: of one process, as many could not agree on a step."""
+def stop_signals(world: int) -> Iterator[Callable[[], bool]]:
+    """Yields a function telling whether Ctrl-C or SIGTERM came: of one process, as many could not agree on a step.
+
+    A second one raises KeyboardInterrupt at once.
+    """
     received = []
-    if world > 1:
+
+    def stop(number: int, frame: Any) -> None:
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+        print("\nstopping after this step; once more to stop at once", file=sys.stderr)
+
+    if world > 1 or threading.current_thread() is not threading.main_thread():  # others can't have handlers
         yield lambda: False
         return
-    try:
-        old = {s: signal.signal(s, lambda number, _: received.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # signals belong to the main thread
-        yield lambda: False
-        return
+    old = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield lambda: bool(received)
     finally:
@@ -252,7 +274,7 @@ def draw_curve(run: Path, log: RunLog) -> None:
 
 def _generator(seed: int, step: int) -> torch.Generator:
     """Masks of a step depend on these two alone."""
-    state = np.random.SeedSequence((seed, step)).generate_state(1, np.uint64)
+    state = np.random.SeedSequence((seed, MASKS, step)).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(state[0]) >> 1)
 
 
