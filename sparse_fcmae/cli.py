@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import torch
 
 from sparse_fcmae.config import ConvertConfig, DemoConfig, PretrainConfig, ThroughputConfig, flag
-from sparse_fcmae.errors import UserError
+from sparse_fcmae.errors import Interrupted, UserError
 
 
 class Parser(argparse.ArgumentParser):
@@ -24,12 +24,9 @@ class Parser(argparse.ArgumentParser):
 
 
 def run_pretrain(options: dict[str, Any]) -> None:
-    from sparse_fcmae.training.pretrain import Interrupted, pretrain
+    from sparse_fcmae.training.pretrain import pretrain
 
-    try:
-        pretrain(**options)
-    except Interrupted:
-        sys.exit(130)
+    pretrain(**options)
 
 
 def run_convert(options: dict[str, Any]) -> None:
@@ -40,12 +37,8 @@ def run_convert(options: dict[str, Any]) -> None:
 
 def run_demo(options: dict[str, Any]) -> None:
     from sparse_fcmae.demo import demo
-    from sparse_fcmae.training.pretrain import Interrupted
 
-    try:
-        demo(**options)
-    except Interrupted:
-        sys.exit(130)
+    demo(**options)
 
 
 def run_throughput(options: dict[str, Any]) -> None:
@@ -138,5 +131,5 @@ def main(arguments: list[str] | None = None) -> None:
         stop(f"{error.filename}: {error.strerror}")
     except torch.OutOfMemoryError as error:
         stop(f"out of memory, lower --micro-batch-size or --batch-size: {str(error).splitlines()[0]}")
-    except KeyboardInterrupt:
+    except (Interrupted, KeyboardInterrupt):
         sys.exit(130)

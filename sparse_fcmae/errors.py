@@ -1,4 +1,4 @@
-"""The one exception type for what a user can put right."""
+"""Exceptions of this package's own."""
 
 
 class UserError(ValueError):
@@ -6,3 +6,7 @@ class UserError(ValueError):
 
     The command line prints it without a traceback and exits with code 2.
     """
+
+
+class Interrupted(Exception):
+    """Ctrl-C or SIGTERM stopped a run whose last finished step is on the disk."""

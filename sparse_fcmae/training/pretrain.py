@@ -21,7 +21,7 @@ from sparse_fcmae.backends import resolve_backend
 from sparse_fcmae.config import PretrainConfig, flag, image_size_of
 from sparse_fcmae.convert import export_encoder, usage_example
 from sparse_fcmae.data import AugmentedImages, BadImage, ImageFolder, make_loader, micro_batches, normalise
-from sparse_fcmae.errors import UserError
+from sparse_fcmae.errors import Interrupted, UserError
 from sparse_fcmae.fcmae import FCMAE
 from sparse_fcmae.training import distributed
 from sparse_fcmae.training.checkpoint import RunFolder, check_same, load_model, load_trainer
@@ -40,10 +40,6 @@ MODEL_OPTIONS = (
     *("in_chans", "mask_ratio", "backend", "stem_stride", "grn_scope", "mask_patch_size", "mask_grid"),
     *("norm_pix_loss", "decoder_dim", "decoder_depth"),
 )
-
-
-class Interrupted(Exception):
-    """Ctrl-C or SIGTERM; the run's last finished step is on the disk."""
 
 
 def pretrain(**options: Any) -> Path:
