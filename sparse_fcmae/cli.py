@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 import torch
 
+from sparse_fcmae import __version__
 from sparse_fcmae.config import ConvertConfig, DemoConfig, PretrainConfig, ThroughputConfig, flag
 from sparse_fcmae.errors import Interrupted, UserError
 
@@ -48,7 +49,7 @@ def run_throughput(options: dict[str, Any]) -> None:
 
 
 def run_info(options: dict[str, Any]) -> None:
-    from sparse_fcmae import __version__, available_backends
+    from sparse_fcmae import available_backends
     from sparse_fcmae.backends import default_device
     from sparse_fcmae.kernels import cpu
 
@@ -77,7 +78,7 @@ def add_options(parser: argparse.ArgumentParser, config: type) -> None:
         if isinstance(kind, types.UnionType):
             kind = next(k for k in typing.get_args(kind) if k is not type(None))
         help_text = f.metadata["help"]
-        if f.default not in (MISSING, None, False):
+        if not any(f.default is silent for silent in (MISSING, None, False)):
             help_text += f" [{'yes' if f.default is True else f.default}]"
         arguments: dict[str, Any] = {"help": help_text, "default": argparse.SUPPRESS}
         if kind is bool:
@@ -97,6 +98,7 @@ def add_options(parser: argparse.ArgumentParser, config: type) -> None:
 def make_parser() -> Parser:
     """The whole command line."""
     parser = Parser(prog="sparse-fcmae", description="Sparse FCMAE pretraining of ConvNeXt V2.")
+    parser.add_argument("--version", action="version", version=f"sparse-fcmae {__version__}")
     groups = {"": parser.add_subparsers(required=True, metavar="COMMAND")}
     for name, (what, config, run) in COMMANDS.items():
         *group, leaf = name.split()

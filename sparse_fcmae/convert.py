@@ -14,14 +14,14 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from sparse_fcmae.config import ConvertConfig, image_size_of
 from sparse_fcmae.data import channel_stats
 from sparse_fcmae.encoder import SIZES, SparseEncoder
 from sparse_fcmae.errors import UserError
-from sparse_fcmae.files import new_folder, one_line, read_json, write_json, writing
+from sparse_fcmae.files import new_folder, one_line, read_json, save_tensors, write_json, writing
 from sparse_fcmae.training.checkpoint import RunFolder
 
 WEIGHTS, CONFIG, PROCESSOR = "model.safetensors", "config.json", "preprocessor_config.json"
@@ -57,16 +57,16 @@ class Layout:
     """A library's names, shapes and configuration of the dense encoder.
 
     configs: file name -> content for an encoder. shape: of an official parameter in this layout. norm: whether the
-    library's encoder ends in a norm that pretraining does not train and that is written as the identity. module: of the
-    real library; load: from a folder in this layout to that library's function from images to features.
+    library's encoder ends in a norm that pretraining does not train and that is written as the identity. library: its
+    module, and the name in it that `load` takes, with a folder, to make the library's function from images to features.
     """
 
     names: list[tuple[str, str]]
     configs: Callable[[SparseEncoder], dict[str, Any]]
     shape: Callable[[str, str, Tensor], tuple[int, ...]]
     norm: bool
-    module: str | None = None
-    load: Callable[[Path], Callable[[Tensor], Tensor]] | None = None
+    library: tuple[str, str] | None = None
+    load: Callable[[Any, Path], Callable[[Tensor], Tensor]] | None = None
 
     def rename(self, key: str) -> str:
         """An official name in this layout."""
@@ -181,26 +181,22 @@ def _timm_shape(name: str, key: str, value: Tensor) -> tuple[int, ...]:
     return tuple(value.shape)
 
 
-def _load_timm(folder: Path) -> Callable[[Tensor], Tensor]:
-    import timm
-
-    return timm.create_model(f"local-dir:{folder}", pretrained=True).eval().forward_features
+def _load_timm(create_model: Any, folder: Path) -> Callable[[Tensor], Tensor]:
+    return create_model(f"local-dir:{folder}", pretrained=True).eval().forward_features
 
 
-def _load_huggingface(folder: Path) -> Callable[[Tensor], Tensor]:
-    from transformers import ConvNextV2Model
-
-    model = ConvNextV2Model.from_pretrained(folder).eval()
+def _load_huggingface(model_class: Any, folder: Path) -> Callable[[Tensor], Tensor]:
+    model = model_class.from_pretrained(folder).eval()
     return lambda images: model(images).last_hidden_state
 
 
 LAYOUTS = {
     "official": Layout([], _official_config, _same_shape, norm=False),
-    "timm": Layout(TIMM_NAMES, _timm_config, _timm_shape, norm=True, module="timm", load=_load_timm),
+    "timm": Layout(TIMM_NAMES, _timm_config, _timm_shape, norm=True, library=("timm", "create_model"), load=_load_timm),
     "huggingface": Layout(
         *(HUGGINGFACE_NAMES, _huggingface_config, _same_shape),
         norm=True,
-        module="transformers.models.convnextv2",
+        library=("transformers", "ConvNextV2Model"),
         load=_load_huggingface,
     ),
 }
@@ -231,7 +227,7 @@ def write_encoder(encoder: SparseEncoder, folder: Path, to: str) -> str:
     layout = LAYOUTS[to]
     with new_folder(folder) as temporary:
         with writing(folder):
-            save_file(layout.write(encoder), temporary / WEIGHTS, metadata={"format": "pt"})
+            save_tensors(layout.write(encoder), temporary / WEIGHTS)
             for name, content in layout.configs(encoder).items():
                 write_json(temporary / name, content)
         return verify(encoder, temporary, layout)
@@ -254,13 +250,14 @@ def verify(encoder: SparseEncoder, folder: Path, layout: Layout) -> str:
     with torch.autocast(weight.device.type, enabled=False):
         expected = encoder(images.to(weight.device)).cpu()
     reader, how = layout.read(load_file(folder / WEIGHTS), encoder), "read back by sparse-fcmae"
-    if layout.load and layout.module:
+    if layout.load and layout.library:
+        module, name = layout.library
         try:
-            importlib.import_module(layout.module)
+            entry = getattr(importlib.import_module(module), name)
         except Exception as error:  # not installed, or, like torchvision beside another torch, unusable
-            how += f", as {layout.module.split('.')[0]} can't be imported ({one_line(error)})"
+            how += f", as {module} can't be imported ({one_line(error)})"
         else:
-            reader, how = layout.load(folder), f"loaded by {layout.module.split('.')[0]}"
+            reader, how = layout.load(entry, folder), f"loaded by {module}"
     error = ((reader(images) - expected).norm() / expected.norm()).item()
     if not error < TOLERANCE:
         raise UserError(f"not written: the result's features differ from the source's by {error:.1e} ({how})")
@@ -307,15 +304,15 @@ def usage_example(encoder: SparseEncoder, folder: Path) -> str:
     """Code to paste that uses an exported encoder, and the commands that convert it."""
     height, width = encoder.image_size
     rows, cols = encoder.grid(height, width)
+    layouts = ["huggingface"] if encoder.stem_stride == 2 else ["timm", "huggingface"]
+    commands = [f"sparse-fcmae convert {quote(str(folder))} {quote(f'{folder}-{to}')} --to {to}" for to in layouts]
     return (
         "    import torch\n"
         "    from sparse_fcmae import load_encoder\n\n"
         f"    encoder = load_encoder({str(folder)!r})\n"
         f"    images = torch.randn(1, {encoder.in_chans}, {height}, {width})  # normalised as in config.json\n"
         f"    features = encoder(images)  # [1, {encoder.num_features}, {rows}, {cols}]\n\n"
-        f"or, for timm or Hugging Face,\n\n"
-        f"    sparse-fcmae convert {quote(str(folder))} {quote(f'{folder}-timm')} --to timm\n"
-        f"    sparse-fcmae convert {quote(str(folder))} {quote(f'{folder}-huggingface')} --to huggingface\n"
+        "or convert it\n\n" + "".join(f"    {command}\n" for command in commands)
     )
 
 

@@ -35,7 +35,8 @@ class ImageFolder:
     def __init__(self, root: str | os.PathLike, without: str | os.PathLike | None = None) -> None:
         self.root = Path(root)
         if not os.path.isdir(root):
-            raise UserError(f"--data {root}: no such folder")
+            what = "is a file, name the folder that holds the images" if os.path.isfile(root) else "no such folder"
+            raise UserError(f"--data {root}: {what}")
         Image.init()
         extensions = {e for e, name in Image.registered_extensions().items() if name in set(Image.OPEN) - NOT_IMAGES}
         self.files = sorted(

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
 
 from sparse_fcmae.errors import UserError
 
@@ -41,6 +43,13 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"{path} can't be read as JSON: {one_line(error)}") from None
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """Writes a safetensors file, readable by whom the umask allows (the library makes it the owner's alone)."""
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
+    os.umask(umask := os.umask(0))
+    path.chmod(0o666 & ~umask)
 
 
 @contextmanager

@@ -21,6 +21,8 @@ def kept_patches(grid: tuple[int, int], ratio: float) -> int:
 
     Raises UserError where no patch would be kept or none masked.
     """
+    if not 0 <= ratio <= 1:
+        raise UserError(f"mask ratio {ratio} is not a share: choose a --mask-ratio between 0 and 1")
     total = grid[0] * grid[1]
     kept = int(total * (1 - ratio))
     if not 0 < kept < total:

@@ -99,9 +99,10 @@ def test_a_wrong_mapping_is_caught_and_nothing_written(tmp_path, monkeypatch):
 
 def test_reads_back_itself_where_the_library_is_missing(tmp_path, monkeypatch):
     exported(tmp_path / "ours")
-    monkeypatch.setitem(sys.modules, "timm", None)
-    report = convert(tmp_path / "ours", tmp_path / "timm", to="timm")
-    assert "read back by sparse-fcmae, as timm can't be imported" in report
+    for library, to in (("timm", "timm"), ("transformers", "huggingface")):
+        monkeypatch.setitem(sys.modules, library, None)
+        report = convert(tmp_path / "ours", tmp_path / to, to=to)
+        assert f"read back by sparse-fcmae, as {library} can't be imported" in report
 
 
 def test_mistakes_leave_the_destination_untouched(tmp_path):

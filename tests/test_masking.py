@@ -25,7 +25,7 @@ def test_random_mask_is_uniform():
 
 
 @pytest.mark.parametrize(
-    ("ratio", "what"), [(1.0, "keeps no patch"), (0.99, "keeps no patch"), (0.0, "masks no patch")]
+    ("ratio", "what"), [(1.0, "keeps no patch"), (0.99, "keeps no patch"), (0.0, "masks no patch"), (60, "not a share")]
 )
 def test_ratio_that_leaves_nothing_to_do(ratio, what):
     with pytest.raises(UserError, match=what):

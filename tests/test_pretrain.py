@@ -55,6 +55,8 @@ def test_run_folder(whole):
     with Image.open(whole / "reconstructions" / "step-00000012.png") as picture:
         assert picture.size == (3 * 100 + 4, 8 * 100 + 18)
     assert not [p for p in whole.rglob("*") if p.name.endswith((".tmp", ".old"))]
+    os.umask(umask := os.umask(0))
+    assert {p.stat().st_mode & 0o777 for p in whole.rglob("*") if p.is_file()} == {0o666 & ~umask}
 
 
 def test_metrics_and_learning(whole):
@@ -322,7 +324,7 @@ def test_full_disk_is_one_line_and_keeps_what_was_there(whole, tmp_path, monkeyp
 
     run = checkpoint.RunFolder(tmp_path / "run")
     subprocess.run(["cp", "-r", whole, run.path], check=True)
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(checkpoint, "save_tensors", full)
     with pytest.raises(UserError, match=r"can't write .*step-00000016: No space left on device"):
         run.save(16, {}, {}, keep=3)
     assert run.latest().name == "step-00000012"

@@ -20,12 +20,12 @@ except ImportError:  # Windows
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from sparse_fcmae.config import PretrainConfig, differences, flag
 from sparse_fcmae.errors import UserError
-from sparse_fcmae.files import new_folder, read_json, write_atomic, write_json, writing
+from sparse_fcmae.files import new_folder, read_json, save_tensors, write_atomic, write_json, writing
 
 MODEL, TRAINER, META, LOCK = "model.safetensors", "trainer.pt", "meta.json", ".lock"
 FORMAT = "sparse-fcmae pretraining run"
@@ -102,7 +102,7 @@ class RunFolder:
         """Writes the checkpoint of a step, names it the latest, and deletes all but the last `keep` up to it."""
         folder = self.checkpoints / f"step-{step:08d}"
         with new_folder(folder) as temporary, writing(folder):
-            save_file({k: v.contiguous() for k, v in model.items()}, temporary / MODEL)
+            save_tensors(model, temporary / MODEL)
             buffer = io.BytesIO()
             torch.save(trainer, buffer)
             (temporary / TRAINER).write_bytes(buffer.getbuffer())

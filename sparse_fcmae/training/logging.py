@@ -33,7 +33,10 @@ class RunLog:
         """One line above the bar and into train.log."""
         if self.main:
             self.bar.write(message)
-            self.text.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {message}\n")
+            self._note(message)
+
+    def _note(self, message: str) -> None:
+        self.text.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {message}\n")
 
     def steps(self, last: int, epochs: float, losses: list[float], lrs: list[float], images: int) -> None:
         """Records the steps up to `last` (counted from 1), of which `epochs` make one step, after `images` images.
@@ -54,8 +57,11 @@ class RunLog:
                         self.tensorboard.add_scalar(name, row[name], step)
             if not torch.isfinite(torch.tensor(loss)):
                 raise UserError(f"the loss is {loss} at step {step}: lower --lr or --base-lr, or give --clip-grad 1")
-        self.bar.set_postfix_str(f"loss {losses[-1]:.4f}, {speed:.1f} images/s, lr {lrs[-1]:.2e}", refresh=False)
+        status = f"loss {losses[-1]:.4f}, {speed:.1f} images/s, lr {lrs[-1]:.2e}"
+        self.bar.set_postfix_str(status, refresh=False)
         self.bar.update(len(losses))
+        if self.main:
+            self._note(f"step {last}, {status}")
 
     def sync(self) -> None:
         """Has the metrics reach the disk."""

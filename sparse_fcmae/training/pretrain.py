@@ -64,6 +64,8 @@ def configure(options: dict[str, Any]) -> PretrainConfig:
     options = {k: os.fspath(v) if isinstance(v, os.PathLike) else v for k, v in options.items()}
     if "image_size" in options:
         options["image_size"] = "x".join(map(str, dict.fromkeys(image_size_of(options["image_size"]))))
+    if "data" in options:
+        options["data"] = os.path.abspath(options["data"])  # so that a run can be resumed from any folder
     resume = options.get("resume", False)
     run = RunFolder(options.get("out", PretrainConfig.out))
     run.check(resume, options.get("overwrite", False))
@@ -148,8 +150,8 @@ def train(config: PretrainConfig, ranks: distributed.Ranks) -> Path:
         f"{parameters / 1e6:.1f} M parameters with the decoder; {len(folder)} images, {per_epoch} steps of "
         f"{config.batch_size} an epoch, {steps} in all, {warmup} of warm-up, peak lr {peak_lr:.3g}"
     )
-    if checkpoint:
-        log.say(f"resumed from {checkpoint}")
+    if config.resume:
+        log.say(f"resumed from {checkpoint}" if checkpoint else "no checkpoint to resume from yet: starting at step 0")
     drawn = visualize.sample_images(folder, DRAWN if ranks.main else 0, size, config.in_chans).to(device)
     losses, lrs, new_bad = [], [], []
 
@@ -207,7 +209,7 @@ def train(config: PretrainConfig, ranks: distributed.Ranks) -> Path:
                 losses.append(loss_sum)
                 done, stopping = step + 1, stopped()
                 saving = done % save_every == 0 or done == steps or stopping
-                if saving or done % config.log_every == 0:
+                if saving or done % config.log_every == 0 or step == start:
                     flush(done)
                 if saving and ranks.main:
                     save(done)
@@ -265,7 +267,7 @@ def draw_curve(run: Path, log: RunLog) -> None:
     try:
         visualize.draw_loss(run / "metrics.jsonl", run / "loss.png")
     except ImportError:
-        log.say("loss.png is not drawn: pip install 'sparse-fcmae[plots]'")
+        log.say("loss.png is not drawn, as matplotlib is not installed (extra: plots)")
 
 
 def _generator(seed: int, step: int) -> torch.Generator:
