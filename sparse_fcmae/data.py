@@ -222,13 +222,12 @@ def make_loader(dataset: AugmentedImages, batches: Iterator[list], workers: int,
         num_workers=workers,
         collate_fn=_collate,
         pin_memory=pin_memory,
-        worker_init_fn=_leave_signals_to_the_trainer,
+        worker_init_fn=_leave_ctrl_c_to_the_trainer,
     )
 
 
-def _leave_signals_to_the_trainer(worker: int) -> None:
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+def _leave_ctrl_c_to_the_trainer(worker: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # SIGTERM must go on working: it ends workers that are left at exit
 
 
 def channel_stats(in_chans: int) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -316,6 +316,13 @@ def test_loss_that_is_not_finite_stops_the_run(pictures, tmp_path):
         pretrain(data=pictures, out=tmp_path / "run", **SMALL | {"lr": 1e12}, log_every=1)
 
 
+def test_mistake_in_the_middle_of_a_run_ends_the_process(pictures, tmp_path):
+    arguments = command(pictures, tmp_path / "run", lr=1e12, log_every=1)
+    process = subprocess.run(arguments, capture_output=True, text=True, timeout=120)
+    assert process.returncode == 2
+    assert "not finite" in process.stderr or "the loss is nan" in process.stderr
+
+
 def test_full_disk_is_one_line_and_keeps_what_was_there(whole, tmp_path, monkeypatch):
     from sparse_fcmae.training import checkpoint
 
