@@ -11,11 +11,14 @@ from setuptools import Extension, setup
 
 INSTRUCTION_SETS = {"baseline": []}
 if platform.machine().lower() in ("x86_64", "amd64"):
+    AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"]
     INSTRUCTION_SETS |= {
         "avx2": ["-mavx2", "-mfma"],
-        "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"],
+        "avx512": AVX512,
+        "avx512_bf16": [*AVX512, "-mavx512bf16"],
     }
 
+SOURCES = [f"kernels/cpu/{name}.cpp" for name in ("block_dwconv", "gelu_grn", "layer_norm", "supported")]
 OPENMP = [] if sys.platform == "darwin" else ["-fopenmp"]  # Apple's compiler has none: one thread there
 
 setup(
@@ -23,8 +26,8 @@ setup(
     ext_modules=[
         Extension(
             f"sparse_fcmae.kernels.cpu._{name}",
-            sources=["kernels/cpu/block_dwconv.cpp", "kernels/cpu/gelu_grn.cpp"],
-            depends=["kernels/cpu/vector.h"],
+            sources=SOURCES,
+            depends=["kernels/cpu/layer_norm.h", "kernels/cpu/vector.h"],
             extra_compile_args=["-O3", "-std=c++20", "-Wno-psabi", "-g0", *OPENMP, *flags],
             extra_link_args=OPENMP,
             py_limited_api=True,

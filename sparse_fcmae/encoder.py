@@ -6,10 +6,10 @@ Sizes and block: ConvNeXt V2 (Woo et al., 2023), sections 3.1 and 3.2 and append
 from itertools import pairwise
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparse_fcmae.backends import Layout, check_backend, compute_dtype, resolve_backend
+from sparse_fcmae.backends import check_backend, resolve_backend
+from sparse_fcmae.backends.layout import Layout, compute_dtype
 from sparse_fcmae.errors import UserError
 
 SIZES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {  # name: depths, widths
@@ -46,11 +46,7 @@ class Block(nn.Module):
         self.grn_scope = grn_scope
 
     def forward(self, x: Tensor, layout: Layout) -> Tensor:
-        y = self.norm(layout.dwconv(x, self.dwconv))
-        y = layout.gelu_grn(self.pwconv1(y), self.grn.gamma, self.grn_scope)
-        # pwconv2(y + beta): beta is folded into the bias, so that it never has to be added to 4 * dim channels
-        bias = self.pwconv2.bias + F.linear(self.grn.beta.flatten(), self.pwconv2.weight)
-        return x + F.linear(y, self.pwconv2.weight, bias)
+        return layout.block(x, self)
 
 
 class SparseEncoder(nn.Module):
@@ -126,15 +122,9 @@ class SparseEncoder(nn.Module):
             )
 
         layout = resolve_backend(self.backend, images.device.type, compute_dtype(self))(mask.to(images.device))
-        x = layout.enter(images)
-        for i, stage in enumerate(self.stages):
-            if i == 0:
-                conv, norm = self.downsample_layers[0]
-                x = norm(layout.tile_conv(x, conv))
-            else:
-                norm, conv = self.downsample_layers[i]
-                x = layout.tile_conv(norm(x), conv)
-            x = x.to(conv.weight.dtype)  # the residual stream keeps the parameters' precision under autocast
+        x = images
+        for i, (down, stage) in enumerate(zip(self.downsample_layers, self.stages, strict=True)):
+            x = layout.downsample(x, *down) if i else layout.stem(x, *down)
             for block in stage:
                 x = block(x, layout)
         return layout.leave(x)

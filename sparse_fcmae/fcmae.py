@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparse_fcmae.backends import compute_dtype, resolve_backend
+from sparse_fcmae.backends import resolve_backend
+from sparse_fcmae.backends.layout import compute_dtype
 from sparse_fcmae.encoder import Block, SparseEncoder, init_weights
 from sparse_fcmae.errors import UserError
 from sparse_fcmae.masking import kept_patches, random_mask

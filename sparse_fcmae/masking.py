@@ -79,6 +79,10 @@ class VisiblePatches:
         """int64 [B + 1]: image b owns the patches offsets[b] to offsets[b + 1]."""
         return F.pad((~self.mask).flatten(1).sum(1).cumsum(0), (1, 0))
 
+    def offsets_of(self, scope: str) -> Tensor:
+        """The offsets of what GRN pools over: each "image", or the whole "batch" as if it were one."""
+        return self.offsets if scope == "image" else self.offsets[[0, -1]]
+
     @cached_property
     def image(self) -> Tensor:
         """int64 [T]: the image that each visible patch belongs to."""

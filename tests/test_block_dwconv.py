@@ -9,26 +9,30 @@ SIDES = (8, 4, 2, 1)
 FORWARD, GRADIENT = {torch.float32: 1e-5, torch.bfloat16: 1e-2}, {torch.float32: 1e-4, torch.bfloat16: 1e-2}
 
 
-def make(side, channels, mask, dtype=torch.float32):
+def make(side, channels, mask, dtype=torch.float32, norm=False):
     visible = VisiblePatches.of(mask)
     x = torch.randn(len(visible.index), side, side, channels).to(dtype)
     weight, bias = torch.randn(channels, 1, 7, 7), torch.randn(channels)
-    return [t.requires_grad_() for t in (x, weight, bias)] + [visible.slot, visible.index]
+    norms = [torch.randn(channels, requires_grad=True) for _ in range(2 * norm)]
+    return [t.requires_grad_() for t in (x, weight, bias)] + [visible.slot, visible.index, *norms]
 
 
 def run(function, inputs, probe):
-    x, weight, bias, slot, index = inputs
-    out = function(x, weight, bias, slot, index)
-    return out, *torch.autograd.grad((out * probe.to(out.dtype)).sum(), (x, weight, bias))
+    out = function(*inputs)
+    return out, *torch.autograd.grad((out * probe.to(out.dtype)).sum(), inputs[:3] + inputs[5:])
+
+
+def run_exactly(inputs, probe):
+    return run(
+        reference.block_dwconv, [t.detach().double().requires_grad_() if t.requires_grad else t for t in inputs], probe
+    )
 
 
 def compare(inputs, dtype):
     probe = torch.randn(inputs[0].shape).to(dtype)
-    ours = run(block_dwconv, inputs, probe)
-    exact = run(reference.block_dwconv, [t.detach().double().requires_grad_() for t in inputs[:3]] + inputs[3:], probe)
-    assert ours[0].dtype == ours[1].dtype == dtype
-    assert ours[2].dtype == ours[3].dtype == torch.float32
-    for name, a, b in zip(("out", "x", "weight", "bias"), ours, exact, strict=True):
+    ours, exact = run(block_dwconv, inputs, probe), run_exactly(inputs, probe)
+    assert [t.dtype for t in ours] == [dtype, dtype] + [torch.float32] * (len(ours) - 2)
+    for name, a, b in zip(("out", "x", "weight", "bias", "norm_weight", "norm_bias"), ours, exact, strict=False):
         assert a.isfinite().all(), name
         assert relative_error(a, b) < (FORWARD if name == "out" else GRADIENT)[dtype], name
 
@@ -55,12 +59,13 @@ def test_reference_is_the_sum_over_visible_positions():
     torch.testing.assert_close(out.flatten(), torch.stack(expected), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("norm", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", list(masks(3, 5)))
 @pytest.mark.parametrize("side", SIDES)
 @pytest.mark.usefixtures("poisoned")
-def test_values_and_gradients(side, kind, dtype):
-    compare(make(side, 40, masks(3, 5)[kind], dtype), dtype)
+def test_values_and_gradients(side, kind, dtype, norm):
+    compare(make(side, 40, masks(3, 5)[kind], dtype, norm), dtype)
 
 
 @pytest.mark.parametrize("channels", [1, 3, 7, 13, 16, 31, 100, 129])
@@ -68,11 +73,12 @@ def test_values_and_gradients(side, kind, dtype):
 @pytest.mark.usefixtures("poisoned")
 def test_odd_widths(side, channels):
     for dtype in (torch.float32, torch.bfloat16):
-        compare(make(side, channels, masks(4, 4)["ragged"][1:2], dtype), dtype)
+        for norm in (False, channels > 2):  # of one channel, or two, the norm's gradient is zero
+            compare(make(side, channels, masks(4, 4)["ragged"][1:2], dtype, norm), dtype)
 
 
 def test_no_visible_patch_at_all():
-    inputs = make(4, 8, torch.ones(2, 3, 3, dtype=torch.bool))
+    inputs = make(4, 8, torch.ones(2, 3, 3, dtype=torch.bool), norm=True)
     out, *grads = run(block_dwconv, inputs, torch.zeros(0, 4, 4, 8))
     assert out.shape == (0, 4, 4, 8)
     assert all((g == 0).all() for g in grads)
@@ -87,12 +93,13 @@ def test_without_bias_and_non_contiguous():
 
 @pytest.mark.parametrize("side", SIDES)
 def test_opcheck(side):
-    for dtype in (torch.float32, torch.bfloat16):
-        torch.library.opcheck(torch.ops.sparse_fcmae.block_dwconv.default, make(side, 9, masks(2, 3)["ragged"], dtype))
+    for dtype, norm in ((torch.float32, True), (torch.bfloat16, False)):
+        inputs = make(side, 9, masks(2, 3)["ragged"], dtype, norm)
+        torch.library.opcheck(torch.ops.sparse_fcmae.block_dwconv.default, inputs)
 
 
 def test_threads_change_rounding_at_most():
-    inputs, probe = make(8, 40, masks(3, 5)["ragged"]), torch.randn(1)
+    inputs, probe = make(8, 40, masks(3, 5)["ragged"], norm=True), torch.randn(1)
     threads, results = torch.get_num_threads(), []
     for count in (1, 2, 3, 3):
         torch.set_num_threads(count)
@@ -106,11 +113,16 @@ def test_threads_change_rounding_at_most():
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_non_finite_values_go_where_the_reference_sends_them(value):
     for side in SIDES:
-        x, weight, bias, slot, index = (t.detach() for t in make(side, 20, masks(3, 5)["ragged"]))
-        x[len(x) // 2, 0, 0, 3] = value
-        ours, exact = (f(x, weight, bias, slot, index) for f in (block_dwconv, reference.block_dwconv))
-        assert torch.equal(ours.isfinite(), exact.isfinite())
-        assert not ours.isfinite().all()
+        for norm in (False, True):
+            inputs = make(side, 20, masks(3, 5)["ragged"], norm=norm)
+            with torch.no_grad():
+                inputs[0][len(inputs[0]) // 2, 0, 0, 3] = value
+            probe = torch.randn(inputs[0].shape)
+            ours, exact = run(block_dwconv, inputs, probe), run_exactly(inputs, probe)
+            assert not ours[0].isfinite().all()
+            for i, (a, b) in enumerate(zip(ours, exact, strict=True)):
+                # the dense reference multiplies masked positions' zeros by NaN in the weight's gradient
+                assert i == 2 or torch.equal(a.isfinite(), b.isfinite())
 
 
 def test_bfloat16_keeps_nan():
@@ -137,6 +149,8 @@ def test_wrong_arguments():
         "slot must be": (x, weight, bias, slot.long(), index),
         "index must be": (x, weight, bias, slot, index[:-1]),
         "not of one mask": (x, weight, bias, slot[:1], index),
+        "norm_weight must be": (x, weight, bias, slot, index, bias[:4], bias),
+        "go together": (x, weight, bias, slot, index, bias),
     }
     for message, arguments in wrong.items():
         with pytest.raises(ValueError, match=message):

@@ -1,61 +1,120 @@
-"""Loads the C++ kernels that suit this CPU, and calls them."""
+"""The C++ kernels as functions on contiguous CPU tensors; what is computed is said in the .cpp file of the same name.
 
-import ctypes
-from functools import cache
-from pathlib import Path
+`slot` and `index` are `masking.VisiblePatches`'. Features hold whole images, whose first patch is number `first` of the
+batch. Sums over all positions are added to a row for each thread ([threads, ...], see `thread_sums`).
+"""
 
-import torch  # first, so that the kernels share its OpenMP runtime and thus its thread pool
+import torch
+from sparse_fcmae.kernels.cpu.library import call, instruction_set, unusable
+from torch import Tensor
 
-_POINTER, _INT, _LONG = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
-_BLOCKS = [_POINTER, _POINTER, _LONG, _LONG, _LONG, _INT, _LONG, _INT]  # slot, index, blocks, rows, cols, side, C, bf16
-_IMAGES = [_LONG, _LONG, _INT]  # images, channels, bf16
-_SIGNATURES = {
-    "sparse_fcmae_block_dwconv": [_POINTER, _POINTER, _POINTER, *_BLOCKS, _POINTER, _INT],
-    "sparse_fcmae_block_dwconv_weight": [_POINTER, _POINTER, *_BLOCKS, _POINTER, _POINTER, _INT],
-    "sparse_fcmae_gelu_grn": [_POINTER, _POINTER, _POINTER, *_IMAGES, _POINTER, _POINTER, _INT],
-    "sparse_fcmae_gelu_grn_backward": [*[_POINTER] * 5, *_IMAGES, _POINTER, _POINTER, _INT],
-}
-
-
-@cache
-def _load() -> tuple[ctypes.CDLL | None, str]:
-    """The library and its instruction set, or None and the reason, in one line."""
-    sets = ["avx512", "avx2", "baseline"]
-    capability = torch.backends.cpu.get_cpu_capability().lower()
-    reason = "the C++ kernels were not built (no C++20 compiler when sparse-fcmae was installed)"
-    for name in sets[sets.index(capability) if capability in sets else -1 :]:
-        for file in sorted(Path(__file__).parent.glob(f"_{name}.*.so")):
-            try:
-                library = ctypes.CDLL(str(file))
-            except OSError as error:
-                reason = f"the C++ kernels can't be loaded: {error}"
-                continue
-            for function, arguments in _SIGNATURES.items():
-                getattr(library, function).argtypes = arguments
-                getattr(library, function).restype = None
-            return library, name
-    return None, reason
+__all__ = [
+    "block_dwconv",
+    "block_dwconv_weight",
+    "gelu_grn",
+    "gelu_grn_backward",
+    "instruction_set",
+    "layer_norm",
+    "layer_norm_backward",
+    "thread_sums",
+    "unusable",
+]
 
 
-def instruction_set() -> str | None:
-    """The instruction set of the loaded kernels, "avx512", "avx2" or "baseline"; None where there are none."""
-    library, name = _load()
-    return name if library else None
+def block_dwconv(
+    x: Tensor,
+    taps: Tensor,
+    bias: Tensor | None,
+    slot: Tensor,
+    index: Tensor,
+    out: Tensor,
+    *,
+    first: int = 0,
+    norm: tuple[Tensor | None, Tensor | None] = (None, None),
+    residual: Tensor | None = None,
+    convolved: Tensor | None = None,
+) -> Tensor:
+    """out = convolution + residual, or with norm = (weight, bias) its LayerNorm, and `convolved` what that is taken of.
 
-
-def unusable() -> str | None:
-    """Why the kernels can't be called, in one line; None where they can."""
-    library, reason = _load()
-    return None if library else reason
-
-
-def call(name: str, *arguments: torch.Tensor | int | None) -> None:
-    """Calls the kernel `sparse_fcmae_<name>`; tensors, which must be contiguous, are passed by address.
-
-    Its last argument, the number of threads, is torch's. Raises RuntimeError where the kernels are unusable.
+    x [T, S, S, C] and out are each float32 or bfloat16, residual is as out, all else float32: taps [49, C], bias [C].
     """
-    library, reason = _load()
-    if library is None:
-        raise RuntimeError(reason)
-    raw = (a.data_ptr() if isinstance(a, torch.Tensor) else a for a in arguments)
-    getattr(library, f"sparse_fcmae_{name}")(*raw, torch.get_num_threads())
+    blocks = _blocks(x, slot, index, first)
+    call("block_dwconv", x, _bf16(x), taps, bias, *norm, residual, *blocks, convolved, out, _bf16(out))
+    return out
+
+
+def block_dwconv_weight(x: Tensor, grad: Tensor, slot: Tensor, index: Tensor, sums: Tensor, *, first: int = 0) -> None:
+    """Adds the gradients of the taps, then of the bias, to sums [threads, 50, C], for grad float32, as x."""
+    call("block_dwconv_weight", x, _bf16(x), grad, *_blocks(x, slot, index, first), sums)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor, *, tile: int = 1) -> Tensor:
+    """out [T, S / tile, S / tile, tile * tile * C] of x [T, S, S, C], each float32 or bfloat16; all else float32."""
+    blocks, side, _, channels = x.shape
+    call("layer_norm", x, _bf16(x), weight, bias, blocks, side, channels, tile, out, _bf16(out))
+    return out
+
+
+def layer_norm_backward(
+    x: Tensor, grad: Tensor, weight: Tensor, grad_x: Tensor, sums: Tensor, *, tile: int = 1
+) -> Tensor:
+    """grad_x, which may be x; adds the gradients of weight and bias to sums [threads, 2, C]."""
+    blocks, side, _, channels = x.shape
+    size = (blocks, side, channels, tile)
+    call("layer_norm_backward", x, _bf16(x), grad, _bf16(grad), weight, *size, grad_x, sums)
+    return grad_x
+
+
+def gelu_grn(
+    x: Tensor,
+    gamma: Tensor,
+    offsets: Tensor,
+    out: Tensor,
+    norm: Tensor,
+    *,
+    bias: Tensor | None = None,
+    beta: Tensor | None = None,
+) -> Tensor:
+    """out, which may be x, and norm [B, H], for the backward pass; x [N, H] float32 or bfloat16.
+
+    bias, which is added to x, gamma and beta [H] are float32; offsets [B + 1] count positions.
+    """
+    call("gelu_grn", x, _bf16(x), bias, gamma, beta, offsets, len(offsets) - 1, x.shape[-1], out, norm)
+    return out
+
+
+def gelu_grn_backward(
+    grad: Tensor,
+    x: Tensor,
+    gamma: Tensor,
+    offsets: Tensor,
+    norm: Tensor,
+    grad_x: Tensor,
+    sums: tuple[Tensor, Tensor, Tensor],
+    *,
+    out: Tensor,
+    slope: Tensor,
+    bias: Tensor | None = None,
+    beta: Tensor | None = None,
+) -> Tensor:
+    """grad_x, which may be grad, and once more the forward pass's out; slope is scratch, and may be x.
+
+    Adds the gradients of bias (the sum of grad_x over all positions), gamma and beta to sums, each [H].
+    """
+    size = (len(offsets) - 1, x.shape[-1])
+    call("gelu_grn_backward", grad, x, _bf16(x), bias, gamma, beta, offsets, norm, *size, grad_x, out, slope, *sums)
+    return grad_x
+
+
+def thread_sums(*shape: int) -> Tensor:
+    """Zeros [threads, ...], float32."""
+    return torch.zeros(torch.get_num_threads(), *shape, dtype=torch.float32)
+
+
+def _bf16(x: Tensor) -> int:
+    return int(x.dtype == torch.bfloat16)
+
+
+def _blocks(x: Tensor, slot: Tensor, index: Tensor, first: int) -> tuple:
+    blocks, side, _, channels = x.shape
+    return slot.contiguous(), index.contiguous(), first, blocks, slot.shape[1] - 6, slot.shape[2] - 6, side, channels

@@ -1,14 +1,18 @@
-// 7x7 depthwise convolution over visible blocks, float32 or bfloat16 storage, float32 accumulation.
+// 7x7 depthwise convolution over visible blocks, with layer normalisation behind it if asked for; float32 or bfloat16
+// storage, float32 accumulation.
 //
 // Features are [T, S, S, C]: T visible patches, S x S positions each (S = 8, 4, 2 or 1), channels last. `slot` is
 // [B, rows + 6, cols + 6]: the row in T of every patch, -1 where it is masked or outside. `index[t]` is patch t's flat
-// position in [B, rows, cols]. Masked neighbours are skipped, so only taps between visible positions are computed.
+// position in [B, rows, cols]. Masked neighbours are skipped, so only taps between visible positions are computed. Whole
+// images can be computed apart: features then hold the `blocks` patches of the batch from `first` on.
 //
 // Built once per instruction set (see setup.py); no Python and no PyTorch header is needed.
 
 #include <algorithm>
 #include <utility>
+#include <vector>
 
+#include "layer_norm.h"
 #include "vector.h"
 
 namespace {
@@ -18,11 +22,11 @@ constexpr int K = 7, PAD = 3, TAPS = K * K;
 struct Geometry {
   const int32_t* slot;
   const int64_t* index;
-  int64_t blocks, rows, cols, channels;
+  int64_t first, blocks, rows, cols, channels;
 
-  // Address in the slot map of patch t itself; neighbours are at (dr * (cols + 6) + dc) from it.
+  // Address in the slot map of patch first + t; neighbours are at (dr * (cols + 6) + dc) from it.
   INLINE const int32_t* at(int64_t t) const {
-    const int64_t flat = index[t], image = flat / (rows * cols), r = flat / cols % rows, c = flat % cols;
+    const int64_t flat = index[first + t], image = flat / (rows * cols), r = flat / cols % rows, c = flat % cols;
     return slot + (image * (rows + 2 * PAD) + r + PAD) * (cols + 2 * PAD) + c + PAD;
   }
 };
@@ -52,10 +56,10 @@ constexpr bool reaches(int ix) {
   return DC * S + ix - (S - 1) + PAD < K && DC * S + ix + PAD >= 0;
 }
 
-// Outputs of block t in channels [c, c + V * U), a row of S positions at a time in registers.
+// tile [S * S, C]: outputs of block t in channels [c, c + V * U), a row of S positions at a time in registers.
 template <int S, int V, int U, class E>
-INLINE void forward_block(const Geometry& g, int64_t t, int64_t c, const E* x, const float* weight, const float* bias,
-                          E* out) {
+INLINE void forward_chunk(const Geometry& g, int64_t t, int64_t c, const E* x, const float* weight, const float* bias,
+                          float* tile) {
   const int64_t C = g.channels, stride = g.cols + 2 * PAD;
   const int32_t* here = g.at(t);
   for (int oy = 0; oy < S; ++oy) {
@@ -67,9 +71,9 @@ INLINE void forward_block(const Geometry& g, int64_t t, int64_t c, const E* x, c
       const float* w = weight + ky * K * C + c;
       each_column<S>([&](auto column) ALWAYS_INLINE {
         constexpr int dc = decltype(column)::value;
-        const int64_t n = here[dr * stride + dc];
-        if (n < 0) return;
-        const E* row = x + (n * S + iy - dr * S) * S * C + c;
+        const int32_t slot = here[dr * stride + dc];
+        if (slot < 0) return;
+        const E* row = x + ((slot - g.first) * S + iy - dr * S) * S * C + c;
         UNROLL for (int ix = 0; ix < S; ++ix) {
           if (!reaches<S, dc>(ix)) continue;
           UNROLL for (int u = 0; u < U; ++u) {
@@ -83,7 +87,7 @@ INLINE void forward_block(const Geometry& g, int64_t t, int64_t c, const E* x, c
       });
     }
     UNROLL for (int ox = 0; ox < S; ++ox)
-      UNROLL for (int u = 0; u < U; ++u) store<V>(out + ((t * S + oy) * S + ox) * C + c + u * V, acc[ox][u]);
+      UNROLL for (int u = 0; u < U; ++u) store<V>(tile + (oy * S + ox) * C + c + u * V, acc[ox][u]);
   }
 }
 
@@ -91,8 +95,8 @@ INLINE void forward_block(const Geometry& g, int64_t t, int64_t c, const E* x, c
 // row of 7 taps at a time in registers. What is added is summed by itself first: one running total over all positions
 // would lose digits.
 template <int S, int V, int U, class E>
-INLINE void weight_blocks(const Geometry& g, int64_t begin, int64_t end, int64_t c, const E* x, const E* grad,
-                          float* sum) {
+INLINE void weight_chunk(const Geometry& g, int64_t begin, int64_t end, int64_t c, const E* x, const float* grad,
+                         float* sum) {
   const int64_t C = g.channels, stride = g.cols + 2 * PAD;
   for (int ky = 0; ky < K; ++ky) {
     fvec<V> acc[K][U] = {};
@@ -106,9 +110,9 @@ INLINE void weight_blocks(const Geometry& g, int64_t begin, int64_t end, int64_t
           UNROLL for (int u = 0; u < U; ++u) go[ox][u] = load<V>(grad + ((t * S + oy) * S + ox) * C + c + u * V);
         each_column<S>([&](auto column) ALWAYS_INLINE {
           constexpr int dc = decltype(column)::value;
-          const int64_t n = here[dr * stride + dc];
-          if (n < 0) return;
-          const E* row = x + (n * S + iy - dr * S) * S * C + c;
+          const int32_t slot = here[dr * stride + dc];
+          if (slot < 0) return;
+          const E* row = x + ((slot - g.first) * S + iy - dr * S) * S * C + c;
           UNROLL for (int ix = 0; ix < S; ++ix) {
             if (!reaches<S, dc>(ix)) continue;
             UNROLL for (int u = 0; u < U; ++u) {
@@ -143,37 +147,65 @@ template <int S>
 constexpr int WEIGHT_CHUNK = S == 8 || WIDTH < 16 ? 1 : 2;
 
 template <int S, class E>
-void forward(const Geometry& g, const E* x, const float* weight, const float* bias, E* out, int threads) {
-#pragma omp parallel for schedule(static) num_threads(threads)
-  for (int64_t t = 0; t < g.blocks; ++t)
-    each_chunk<WIDTH, FORWARD_CHUNK<S>>(0, g.channels, [&]<int V, int U>(Chunk<V, U>, int64_t c) ALWAYS_INLINE {
-      forward_block<S, V, U>(g, t, c, x, weight, bias, out);
-    });
+void forward_block(const Geometry& g, int64_t t, const E* x, const float* weight, const float* bias, float* tile) {
+  each_chunk<WIDTH, FORWARD_CHUNK<S>>(0, g.channels, [&]<int V, int U>(Chunk<V, U>, int64_t c) ALWAYS_INLINE {
+    forward_chunk<S, V, U>(g, t, c, x, weight, bias, tile);
+  });
 }
 
-// Every thread sums its share of the blocks into partial[thread, 50, C]; the shares are added in a fixed order.
-template <int S, class E>
-void weight_gradient(const Geometry& g, const E* x, const E* grad, float* partial, float* sum, int threads) {
-  constexpr int64_t TILE = 64 / (S * S);  // blocks whose sums stay in registers together
-  const int64_t size = (TAPS + 1) * g.channels;
+// Blocks ahead of the one at work that are fetched: its neighbours in the next row of patches are a few further on.
+constexpr int64_t AHEAD = 8;
+
+template <class E>
+INLINE void prefetch(const E* p, int64_t size) {
+  for (int64_t i = 0; i < size; i += 64 / sizeof(E)) __builtin_prefetch(p + i);
+}
+
+struct Norm {
+  const float *weight, *bias;
+};
+
+template <class O>
+void finish(const float* tile, int64_t positions, int64_t C, const Norm& norm, const O* residual, O* out) {
+  if (norm.weight) {
+    for (int64_t i = 0; i < positions; ++i) normalise(tile + i * C, norm.weight, norm.bias, C, out + i * C);
+  } else {
+    each_chunk<WIDTH, 1>(0, positions * C, [&]<int V>(Chunk<V, 1>, int64_t i) ALWAYS_INLINE {
+      const fvec<V> a = load<V>(tile + i);
+      store<V>(out + i, residual ? load<V>(residual + i) + a : a);
+    });
+  }
+}
+
+template <int S, class E, class O>
+void forward(const Geometry& g, const E* x, const float* weight, const float* bias, const Norm& norm, const O* residual,
+             float* convolved, O* out, int threads) {
+  const int64_t size = S * S * g.channels;
 #pragma omp parallel num_threads(threads)
   {
+    std::vector<float> scratch(convolved ? 0 : size);
 #pragma omp for schedule(static)
-    for (int part = 0; part < threads; ++part) {
-      float* const mine = partial + part * size;
-      std::fill(mine, mine + size, 0.0f);
-      const int64_t last = g.blocks * (part + 1) / threads;
-      for (int64_t begin = g.blocks * part / threads; begin < last; begin += TILE)
-        each_chunk<WIDTH, WEIGHT_CHUNK<S>>(0, g.channels, [&]<int V, int U>(Chunk<V, U>, int64_t c) ALWAYS_INLINE {
-          weight_blocks<S, V, U>(g, begin, std::min(begin + TILE, last), c, x, grad, mine);
-        });
+    for (int64_t t = 0; t < g.blocks; ++t) {
+      prefetch(x + std::min(t + AHEAD, g.blocks - 1) * size, size);
+      float* const tile = convolved ? convolved + t * size : scratch.data();
+      forward_block<S>(g, t, x, weight, bias, tile);
+      finish(tile, S * S, g.channels, norm, residual ? residual + t * size : nullptr, out + t * size);
     }
-#pragma omp for schedule(static)
-    for (int64_t i = 0; i < size; ++i) {
-      float total = 0.0f;
-      for (int part = 0; part < threads; ++part) total += partial[part * size + i];
-      sum[i] = total;
-    }
+  }
+}
+
+// Every thread adds its share of the blocks to its own sums[50, C].
+template <int S, class E>
+void weight_gradient(const Geometry& g, const E* x, const float* grad, float* sums, int threads) {
+  constexpr int64_t TILE = 64 / (S * S);  // blocks whose sums stay in registers together
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int part = 0; part < threads; ++part) {
+    float* const mine = sums + part * (TAPS + 1) * g.channels;
+    const int64_t last = g.blocks * (part + 1) / threads;
+    for (int64_t begin = g.blocks * part / threads; begin < last; begin += TILE)
+      each_chunk<WIDTH, WEIGHT_CHUNK<S>>(0, g.channels, [&]<int V, int U>(Chunk<V, U>, int64_t c) ALWAYS_INLINE {
+        weight_chunk<S, V, U>(g, begin, std::min(begin + TILE, last), c, x, grad, mine);
+      });
   }
 }
 
@@ -190,30 +222,32 @@ void with_side(int side, F f) {
 
 }  // namespace
 
-// weight [49, C] and bias [C] (may be null) are float32; x and out [blocks, side, side, C] are bfloat16 where
-// is_bf16, else float32. The input's gradient is the same convolution with the taps reversed and no bias.
-extern "C" void sparse_fcmae_block_dwconv(const void* x, const float* weight, const float* bias, const int32_t* slot,
-                                         const int64_t* index, int64_t blocks, int64_t rows, int64_t cols, int side,
-                                         int64_t channels, int is_bf16, void* out, int threads) {
-  const Geometry g{slot, index, blocks, rows, cols, channels};
+// x is bfloat16 where x_is_bf16, else float32; out and residual (may be null) where out_is_bf16; all else is float32:
+// weight [49, C], bias [C] (may be null). Without norm_weight, out = convolution + residual; with it, out is the
+// normalised convolution, and the convolution itself is left in `convolved`, unless that is null. The gradient of the
+// input is the same convolution with the taps reversed and no bias.
+extern "C" void sparse_fcmae_block_dwconv(const void* x, int x_is_bf16, const float* weight, const float* bias,
+                                         const float* norm_weight, const float* norm_bias, const void* residual,
+                                         const int32_t* slot, const int64_t* index, int64_t first, int64_t blocks,
+                                         int64_t rows, int64_t cols, int side, int64_t channels, float* convolved,
+                                         void* out, int out_is_bf16, int threads) {
+  const Geometry g{slot, index, first, blocks, rows, cols, channels};
+  const Norm norm{norm_weight, norm_bias};
   with_side(side, [&](auto S) {
-    if (is_bf16)
-      forward<S>(g, static_cast<const bf16*>(x), weight, bias, static_cast<bf16*>(out), threads);
-    else
-      forward<S>(g, static_cast<const float*>(x), weight, bias, static_cast<float*>(out), threads);
+    with_type(x, x_is_bf16, [&](auto* x) {
+      with_type(out, out_is_bf16, [&]<class O>(O* out) {
+        forward<S>(g, x, weight, bias, norm, static_cast<const O*>(residual), convolved, out, threads);
+      });
+    });
   });
 }
 
-// sum [50, C]: the gradients of the 49 taps, then of the bias. partial [threads, 50, C] is scratch. Both float32.
-extern "C" void sparse_fcmae_block_dwconv_weight(const void* x, const void* grad, const int32_t* slot,
-                                                const int64_t* index, int64_t blocks, int64_t rows, int64_t cols,
-                                                int side, int64_t channels, int is_bf16, float* partial, float* sum,
-                                                int threads) {
-  const Geometry g{slot, index, blocks, rows, cols, channels};
+// Adds to sums [threads, 50, C]: over the threads, the gradients of the 49 taps, then of the bias. grad is float32.
+extern "C" void sparse_fcmae_block_dwconv_weight(const void* x, int x_is_bf16, const float* grad, const int32_t* slot,
+                                                const int64_t* index, int64_t first, int64_t blocks, int64_t rows,
+                                                int64_t cols, int side, int64_t channels, float* sums, int threads) {
+  const Geometry g{slot, index, first, blocks, rows, cols, channels};
   with_side(side, [&](auto S) {
-    if (is_bf16)
-      weight_gradient<S>(g, static_cast<const bf16*>(x), static_cast<const bf16*>(grad), partial, sum, threads);
-    else
-      weight_gradient<S>(g, static_cast<const float*>(x), static_cast<const float*>(grad), partial, sum, threads);
+    with_type(x, x_is_bf16, [&](auto* x) { weight_gradient<S>(g, x, grad, sums, threads); });
   });
 }

@@ -1,13 +1,14 @@
 // GELU, global response normalisation and its scale in one op; float32 or bfloat16 storage, float32 accumulation.
 //
-// x is [N, H]: the positions of all images, image b's from offsets[b] to offsets[b + 1], H channels. With h = gelu(x),
-// G[b, c] = sqrt(sum of h^2 over the image's positions) and M[b] = mean of G[b, :] + eps (ConvNeXt V2, section 3.2):
+// x is [N, H]: the positions of all images, image b's from offsets[b] to offsets[b + 1] (less offsets[0]), H channels.
+// With h = gelu(x + bias), G[b, c] = sqrt(sum of h^2 over the image's positions) and M[b] = mean of G[b, :] + eps (ConvNeXt V2,
+// section 3.2):
 //
-//   out = h * s,   s[b, c] = 1 + gamma[c] * G[b, c] / M[b]
+//   out = h * s + beta,   s[b, c] = 1 + gamma[c] * G[b, c] / M[b]
 //
 // and, with g the gradient of out and A[b, c] = sum of g * h over the image's positions:
 //
-//   grad gamma[c] = sum over b of A * G / M
+//   grad gamma[c] = sum over b of A * G / M,   grad beta[c] = sum of g over all positions
 //   grad G[b, c]  = gamma[c] * A[b, c] / M[b] - mean over channels of (gamma * A * G) / M[b]^2
 //   grad x        = (g * s + h * grad G / G) * gelu'(x)
 //
@@ -25,42 +26,42 @@ namespace {
 constexpr float EPS = 1e-6f;
 constexpr int64_t TILE = 256;  // positions a tile
 
-template <int V>
-INLINE fvec<V> splat(float a) {
-  return fvec<V>{} + a;
-}
-
-// exp(-a) for a >= 0, relative error below 2e-7; a from 87 on counts as 87, so that the result stays a normal number.
+// exp(-a) * sqrt(1 / (2 pi)) for a in [0, 87], relative error below 2e-7.
 template <int V>
 INLINE fvec<V> exp_minus(fvec<V> a) {
   constexpr float MAGIC = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-  const fvec<V> y = (a < 87.0f ? a : splat<V>(87.0f)) * -1.44269504f;
+  const fvec<V> y = a * -1.44269504f;
   const fvec<V> shifted = y + MAGIC;
   const fvec<V> f = y - (shifted - MAGIC);
-  // 2^f on [-1/2, 1/2], least maximum relative error
-  fvec<V> p = f * 0.00132764651f + 0.00967554222f;
-  p = p * f + 0.0555071330f;
-  p = p * f + 0.240221197f;
-  p = p * f + 0.693146967f;
-  p = p * f + 1.00000007f;
+  // 2^f / sqrt(2 pi) on [-1/2, 1/2], least maximum relative error of 2^f
+  fvec<V> p = f * 0.000529654324f + 0.00385998283f;
+  p = p * f + 0.0221441425f;
+  p = p * f + 0.0958343893f;
+  p = p * f + 0.276525646f;
+  p = p * f + 0.398942322f;
   return bit_cast<fvec<V>>(bit_cast<uvec<V>>(p) + (bit_cast<uvec<V>>(shifted) << 23));
 }
 
-// Standard normal distribution function and density, absolute error below 1e-7. The lower tail is exp(-x^2 / 2) times a
-// polynomial in t = 1 / (1 + 0.28 |x|), fitted to it, and thus free of cancellation.
+// Standard normal distribution function and density, absolute error below 2e-7. The lower tail is the density times a
+// polynomial, fitted to Mills' ratio with the density as weight, and thus free of cancellation.
 template <int V>
 INLINE void normal(fvec<V> x, fvec<V>& cdf, fvec<V>& pdf) {
-  const fvec<V> magnitude = x < 0.0f ? -x : x;
-  const fvec<V> e = exp_minus<V>(x * x * 0.5f);
-  const fvec<V> t = 1.0f / (magnitude * 0.28f + 1.0f);
-  fvec<V> p = t * -0.105816306f + 0.389907406f;
-  p = p * t - 0.237048404f;
-  p = p * t + 0.268955011f;
-  p = p * t + 0.0674785840f;
-  p = p * t + 0.116523700f;
-  const fvec<V> tail = p * t * e;
+  constexpr float FAR = 13.0f;  // both are 0 beyond, where exponent and polynomial would overflow; NaN is not beyond
+  const fvec<V> size = x < 0.0f ? -x : x;
+  const fvec<V> a = size > FAR ? fvec<V>{} + FAR : size;
+  pdf = size > FAR ? fvec<V>{} : exp_minus<V>(a * a * 0.5f);
+  fvec<V> p = a * 4.09004315e-06f - 8.82528766e-05f;
+  p = p * a + 0.00085159833f;
+  p = p * a - 0.00494965818f;
+  p = p * a + 0.0199011043f;
+  p = p * a - 0.0609459877f;
+  p = p * a + 0.153292567f;
+  p = p * a - 0.332162827f;
+  p = p * a + 0.626448512f;
+  p = p * a - 0.999985576f;
+  p = p * a + 1.25331402f;
+  const fvec<V> tail = p * pdf;
   cdf = x < 0.0f ? tail : 1.0f - tail;
-  pdf = e * 0.398942280f;
 }
 
 struct Tile {
@@ -70,8 +71,25 @@ struct Tile {
 std::vector<Tile> tiles_of(const int64_t* offsets, int64_t images) {
   std::vector<Tile> tiles;
   for (int64_t b = 0; b < images; ++b)
-    for (int64_t i = offsets[b]; i < offsets[b + 1]; i += TILE) tiles.push_back({b, i, std::min(i + TILE, offsets[b + 1])});
+    for (int64_t i = offsets[b]; i < offsets[b + 1]; i += TILE)
+      tiles.push_back({b, i - offsets[0], std::min(i + TILE, offsets[b + 1]) - offsets[0]});
   return tiles;
+}
+
+// Calls f(Chunk<V, 1>, std::integral_constant<int, R>, c, n) for R positions from n on at a time, so that what belongs to
+// the channels alone is loaded and stored once for R.
+template <class F>
+INLINE void each_position(const Tile& tile, int64_t H, F f) {
+  constexpr int R = 4;
+  int64_t n = tile.begin;
+  for (; n + R <= tile.end; n += R)
+    each_chunk<WIDTH, 1>(0, H, [&]<int V, int U>(Chunk<V, U> chunk, int64_t c) ALWAYS_INLINE {
+      f(chunk, std::integral_constant<int, R>{}, c, n);
+    });
+  for (; n < tile.end; ++n)
+    each_chunk<WIDTH, 1>(0, H, [&]<int V, int U>(Chunk<V, U> chunk, int64_t c) ALWAYS_INLINE {
+      f(chunk, std::integral_constant<int, 1>{}, c, n);
+    });
 }
 
 // total[images, H] = the sum of an image's rows of partial[tiles, H], in order.
@@ -88,23 +106,28 @@ float inverse_mean(const float* norm, int64_t H) {
 }
 
 template <class E>
-void forward(const E* x, const float* gamma, const int64_t* offsets, int64_t images, int64_t H, E* out, float* norm,
-             int threads) {
+void forward(const E* x, const float* bias, const float* gamma, const float* beta, const int64_t* offsets,
+             int64_t images, int64_t H, E* out, float* norm, int threads) {
   const std::vector<Tile> tiles = tiles_of(offsets, images);
   const int64_t count = tiles.size();
   std::vector<float> partial(count * H), scale(images * H);
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (int64_t i = 0; i < count; ++i) {
     float* const squares = partial.data() + i * H;
-    for (int64_t n = tiles[i].begin; n < tiles[i].end; ++n)
-      each_chunk<WIDTH, 1>(0, H, [&]<int V, int U>(Chunk<V, U>, int64_t c) ALWAYS_INLINE {
-        const fvec<V> a = load<V>(x + n * H + c);
+    each_position(tiles[i], H, [&]<int V, int R>(Chunk<V, 1>, std::integral_constant<int, R>, int64_t c, int64_t n)
+                                   ALWAYS_INLINE {
+      const fvec<V> shift = load_or_zero<V>(bias, c);
+      fvec<V> sum = load<V>(squares + c);
+      UNROLL for (int r = 0; r < R; ++r) {
+        const fvec<V> a = load<V>(x + (n + r) * H + c) + shift;
         fvec<V> cdf, pdf;
         normal<V>(a, cdf, pdf);
-        store<V>(out + n * H + c, a * cdf);
-        const fvec<V> h = load<V>(out + n * H + c);
-        store<V>(squares + c, load<V>(squares + c) + h * h);
-      });
+        const fvec<V> h = a * cdf;
+        store<V>(out + (n + r) * H + c, h);
+        sum += h * h;
+      }
+      store<V>(squares + c, sum);
+    });
   }
   add_tiles(tiles, partial.data(), H, images, norm);
   for (int64_t b = 0; b < images; ++b) {
@@ -116,32 +139,50 @@ void forward(const E* x, const float* gamma, const int64_t* offsets, int64_t ima
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (int64_t i = 0; i < count; ++i) {
     const float* const s = scale.data() + tiles[i].image * H;
-    for (int64_t n = tiles[i].begin; n < tiles[i].end; ++n)
-      each_chunk<WIDTH, 1>(0, H, [&]<int V, int U>(Chunk<V, U>, int64_t c) ALWAYS_INLINE {
-        store<V>(out + n * H + c, load<V>(out + n * H + c) * load<V>(s + c));
-      });
+    each_position(tiles[i], H, [&]<int V, int R>(Chunk<V, 1>, std::integral_constant<int, R>, int64_t c, int64_t n)
+                                   ALWAYS_INLINE {
+      const fvec<V> factor = load<V>(s + c), shift = load_or_zero<V>(beta, c);
+      UNROLL for (int r = 0; r < R; ++r) {
+        E* const h = out + (n + r) * H + c;
+        store<V>(h, load<V>(h) * factor + shift);
+      }
+    });
   }
 }
 
+// The first pass leaves h in `out` and gelu' in `slope`, so that the second computes neither again.
 template <class E>
-void backward(const E* grad, const E* x, const float* gamma, const int64_t* offsets, const float* norm, int64_t images,
-              int64_t H, E* grad_x, float* grad_gamma, int threads) {
+void backward(const E* grad, const E* x, const float* bias, const float* gamma, const float* beta,
+              const int64_t* offsets, const float* norm, int64_t images, int64_t H, E* grad_x, E* out, E* slope,
+              float* grad_bias, float* grad_gamma, float* grad_beta, int threads) {
   const std::vector<Tile> tiles = tiles_of(offsets, images);
   const int64_t count = tiles.size();
-  std::vector<float> partial(count * H), sums(images * H), scale(images * H), pull(images * H);
+  std::vector<float> of_products(count * H), of_grad(count * H), of_grad_x(count * H);
+  std::vector<float> sums(images * H), scale(images * H), pull(images * H);
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (int64_t i = 0; i < count; ++i) {
-    float* const products = partial.data() + i * H;
-    for (int64_t n = tiles[i].begin; n < tiles[i].end; ++n)
-      each_chunk<WIDTH, 1>(0, H, [&]<int V, int U>(Chunk<V, U>, int64_t c) ALWAYS_INLINE {
-        const fvec<V> a = load<V>(x + n * H + c);
+    float* const products = of_products.data() + i * H;
+    float* const grads = of_grad.data() + i * H;
+    each_position(tiles[i], H, [&]<int V, int R>(Chunk<V, 1>, std::integral_constant<int, R>, int64_t c, int64_t n)
+                                   ALWAYS_INLINE {
+      const fvec<V> shift = load_or_zero<V>(bias, c);
+      fvec<V> product = load<V>(products + c), sum = load<V>(grads + c);
+      UNROLL for (int r = 0; r < R; ++r) {
+        const int64_t at = (n + r) * H + c;
+        const fvec<V> a = load<V>(x + at) + shift, g = load<V>(grad + at);
         fvec<V> cdf, pdf;
         normal<V>(a, cdf, pdf);
-        store<V>(products + c, load<V>(products + c) + load<V>(grad + n * H + c) * (a * cdf));
-      });
+        const fvec<V> h = a * cdf;
+        store<V>(slope + at, cdf + a * pdf);
+        store<V>(out + at, h);
+        product += g * h;
+        sum += g;
+      }
+      store<V>(products + c, product);
+      store<V>(grads + c, sum);
+    });
   }
-  add_tiles(tiles, partial.data(), H, images, sums.data());
-  std::fill(grad_gamma, grad_gamma + H, 0.0f);
+  add_tiles(tiles, of_products.data(), H, images, sums.data());
   for (int64_t b = 0; b < images; ++b) {
     const float* const G = norm + b * H;
     const float* const A = sums.data() + b * H;
@@ -161,39 +202,52 @@ void backward(const E* grad, const E* x, const float* gamma, const int64_t* offs
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (int64_t i = 0; i < count; ++i) {
     const float* const s = scale.data() + tiles[i].image * H;
-    const float* const r = pull.data() + tiles[i].image * H;
-    for (int64_t n = tiles[i].begin; n < tiles[i].end; ++n)
-      each_chunk<WIDTH, 1>(0, H, [&]<int V, int U>(Chunk<V, U>, int64_t c) ALWAYS_INLINE {
-        const fvec<V> a = load<V>(x + n * H + c);
-        fvec<V> cdf, pdf;
-        normal<V>(a, cdf, pdf);
-        const fvec<V> grad_h = load<V>(grad + n * H + c) * load<V>(s + c) + a * cdf * load<V>(r + c);
-        store<V>(grad_x + n * H + c, grad_h * (cdf + a * pdf));
-      });
+    const float* const p = pull.data() + tiles[i].image * H;
+    float* const grads = of_grad_x.data() + i * H;
+    each_position(tiles[i], H, [&]<int V, int R>(Chunk<V, 1>, std::integral_constant<int, R>, int64_t c, int64_t n)
+                                   ALWAYS_INLINE {
+      const fvec<V> factor = load<V>(s + c), pulled = load<V>(p + c), shift = load_or_zero<V>(beta, c);
+      fvec<V> sum = load<V>(grads + c);
+      UNROLL for (int r = 0; r < R; ++r) {
+        const int64_t at = (n + r) * H + c;
+        const fvec<V> h = load<V>(out + at);
+        const fvec<V> g = (load<V>(grad + at) * factor + h * pulled) * load<V>(slope + at);
+        store<V>(out + at, h * factor + shift);
+        store<V>(grad_x + at, g);
+        sum += g;
+      }
+      store<V>(grads + c, sum);
+    });
   }
+  for (int64_t i = 0; i < count; ++i)
+    for (int64_t c = 0; c < H; ++c) {
+      grad_beta[c] += of_grad[i * H + c];
+      grad_bias[c] += of_grad_x[i * H + c];
+    }
 }
 
 }  // namespace
 
-// x and out [N, H] are bfloat16 where is_bf16, else float32; gamma [H] and norm [images, H] (the G above, kept for the
-// backward pass) are float32.
-extern "C" void sparse_fcmae_gelu_grn(const void* x, const float* gamma, const int64_t* offsets, int64_t images,
-                                      int64_t channels, int is_bf16, void* out, float* norm, int threads) {
-  if (is_bf16)
-    forward(static_cast<const bf16*>(x), gamma, offsets, images, channels, static_cast<bf16*>(out), norm, threads);
-  else
-    forward(static_cast<const float*>(x), gamma, offsets, images, channels, static_cast<float*>(out), norm, threads);
+// x and out [N, H] are bfloat16 where is_bf16, else float32, and may be the same; bias and beta (may be null), gamma [H] and
+// norm [images, H] (the G above, kept for the backward pass) are float32.
+extern "C" void sparse_fcmae_gelu_grn(const void* x, int is_bf16, const float* bias, const float* gamma,
+                                      const float* beta, const int64_t* offsets, int64_t images, int64_t channels,
+                                      void* out, float* norm, int threads) {
+  with_type(x, is_bf16, [&]<class E>(const E* x) {
+    forward(x, bias, gamma, beta, offsets, images, channels, static_cast<E*>(out), norm, threads);
+  });
 }
 
-// grad and grad_x as x; grad_gamma [H] float32.
-extern "C" void sparse_fcmae_gelu_grn_backward(const void* grad, const void* x, const float* gamma,
-                                               const int64_t* offsets, const float* norm, int64_t images,
-                                               int64_t channels, int is_bf16, void* grad_x, float* grad_gamma,
-                                               int threads) {
-  if (is_bf16)
-    backward(static_cast<const bf16*>(grad), static_cast<const bf16*>(x), gamma, offsets, norm, images, channels,
-             static_cast<bf16*>(grad_x), grad_gamma, threads);
-  else
-    backward(static_cast<const float*>(grad), static_cast<const float*>(x), gamma, offsets, norm, images, channels,
-             static_cast<float*>(grad_x), grad_gamma, threads);
+// grad, grad_x, out and slope are as x. grad_x may be grad; slope is scratch and may be x; out is computed again. Added to:
+// grad_bias, grad_gamma, grad_beta [H].
+extern "C" void sparse_fcmae_gelu_grn_backward(const void* grad, const void* x, int is_bf16, const float* bias,
+                                               const float* gamma, const float* beta, const int64_t* offsets,
+                                               const float* norm, int64_t images, int64_t channels, void* grad_x,
+                                               void* out, void* slope, float* grad_bias, float* grad_gamma,
+                                               float* grad_beta, int threads) {
+  with_type(x, is_bf16, [&]<class E>(const E* x) {
+    backward(static_cast<const E*>(grad), x, bias, gamma, beta, offsets, norm, images, channels,
+             static_cast<E*>(grad_x), static_cast<E*>(out), static_cast<E*>(slope), grad_bias, grad_gamma, grad_beta,
+             threads);
+  });
 }

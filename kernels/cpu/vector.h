@@ -4,6 +4,10 @@
 #include <cstdint>
 #include <cstring>
 
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
+
 namespace {
 
 #if defined(__AVX512F__)
@@ -21,6 +25,16 @@ constexpr int WIDTH = 4;
 struct bf16 {
   uint16_t bits;
 };
+
+// Calls f with p as a pointer to bf16 or float.
+template <class F>
+INLINE void with_type(void* p, int is_bf16, F f) {
+  is_bf16 ? f(static_cast<bf16*>(p)) : f(static_cast<float*>(p));
+}
+template <class F>
+INLINE void with_type(const void* p, int is_bf16, F f) {
+  is_bf16 ? f(static_cast<const bf16*>(p)) : f(static_cast<const float*>(p));
+}
 
 template <class E, int V>
 struct vec {
@@ -68,18 +82,43 @@ INLINE fvec<V> load(const bf16* p) {
 }
 
 template <int V>
+INLINE fvec<V> load_or_zero(const float* p, int64_t c) {
+  return p ? load<V>(p + c) : fvec<V>{};
+}
+
+template <int V>
 INLINE void store(float* p, fvec<V> v) {
   std::memcpy(p, &v, sizeof v);
 }
 
 template <int V>
 INLINE void store(bf16* p, fvec<V> v) {
+#ifdef __AVX512BF16__
+  if constexpr (V == 16) {
+    const __m256bh h = _mm512_cvtneps_pbh(v);
+    std::memcpy(p, &h, sizeof h);
+    return;
+  }
+#endif
   const uvec<V> u = bit_cast<uvec<V>>(v);
   const uvec<V> even = u + 0x7fffu + ((u >> 16) & 1u);
   // Rounding could carry a NaN's mantissa into infinity: keep its high half and set the quiet bit instead.
   const uvec<V> rounded = (v == v) ? even : (u | 0x400000u);
   const hvec<V> h = convert<hvec<V>, V>(rounded >> 16);
   std::memcpy(p, &h, sizeof h);
+}
+
+template <int V>
+INLINE float sum_lanes(fvec<V> v) {
+  if constexpr (V == 1) {
+    return v;
+  } else {
+    struct Halves {
+      fvec<V / 2> low, high;
+    };
+    const Halves halves = bit_cast<Halves>(v);
+    return sum_lanes<V / 2>(halves.low + halves.high);
+  }
 }
 
 template <int V, int U>
@@ -96,6 +135,20 @@ INLINE void each_chunk(int64_t c, int64_t C, F f) {
     each_chunk<V / 2, 1>(c, C, f);
   else if constexpr (V > 1)
     each_chunk<1, 1>(c, C, f);
+}
+
+// The sum of f(Chunk<V, 1>, first channel), a vector, over all channels.
+template <class F>
+INLINE float sum_channels(int64_t C, F f) {
+  fvec<WIDTH> wide = {};
+  float rest = 0.0f;
+  each_chunk<WIDTH, 1>(0, C, [&]<int V, int U>(Chunk<V, U> chunk, int64_t c) ALWAYS_INLINE {
+    if constexpr (V == WIDTH)
+      wide += f(chunk, c);
+    else
+      rest += sum_lanes<V>(f(chunk, c));
+  });
+  return rest + sum_lanes<WIDTH>(wide);
 }
 
 }  // namespace

@@ -1,48 +1,17 @@
 """Backends: how the features of one batch are laid out, and the operations that depend on it.
 
-A backend is a class, constructed with the mask of a batch, with the five methods of `Layout`. Everything else in the
-encoder works on the last dimension alone and is the same for all of them.
+A backend is a `Layout`, constructed with the mask of a batch. All else in the encoder is the same for all of them.
 """
 
 import logging
 from functools import cache
-from typing import Protocol
 
 import torch
-from torch import Tensor, nn
 
 from sparse_fcmae.backends.blocks import NativeLayout, TorchLayout
+from sparse_fcmae.backends.layout import Layout
 from sparse_fcmae.backends.masked import MaskedLayout
 from sparse_fcmae.errors import UserError
-
-
-class Layout(Protocol):
-    """Features of B images over a grid of rows x cols patches, P x P positions a patch; `...` is the backend's own."""
-
-    name: str
-
-    def __init__(self, mask: Tensor) -> None:
-        """mask: bool [B, rows, cols], True = masked."""
-
-    @staticmethod
-    def unusable(device: torch.device) -> str | None:
-        """Why this backend can't run on `device`, in one line; None where it can."""
-
-    def enter(self, x: Tensor) -> Tensor:
-        """[B, C, rows * P, cols * P] -> features [..., C] at the visible positions."""
-
-    def tile_conv(self, x: Tensor, conv: nn.Conv2d) -> Tensor:
-        """A convolution whose stride is its kernel size, so that its windows tile the patches."""
-
-    def dwconv(self, x: Tensor, conv: nn.Conv2d) -> Tensor:
-        """Submanifold 7x7 depthwise convolution."""
-
-    def gelu_grn(self, x: Tensor, gamma: Tensor, scope: str) -> Tensor:
-        """GELU(x) * (1 + gamma * N), N pooled over the visible positions of each "image" or of the "batch"."""
-
-    def leave(self, x: Tensor) -> Tensor:
-        """Features of one position a patch -> [B, C, rows, cols], zeros where masked."""
-
 
 BACKENDS: dict[str, type[Layout]] = {layout.name: layout for layout in (NativeLayout, TorchLayout, MaskedLayout)}
 
@@ -81,11 +50,3 @@ def resolve_backend(name: str, device_type: str, dtype: torch.dtype = torch.floa
         logging.getLogger("sparse_fcmae").warning("sparse-fcmae: using the slower torch backend: %s", reason)
         return TorchLayout
     return layout
-
-
-def compute_dtype(module: nn.Module) -> torch.dtype:
-    """The dtype of a module's matrix products: autocast's where that is on, else its parameters'."""
-    weight = next(module.parameters())
-    if torch.is_autocast_enabled(weight.device.type):
-        return torch.get_autocast_dtype(weight.device.type)
-    return weight.dtype

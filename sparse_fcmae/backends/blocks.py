@@ -1,75 +1,83 @@
-"""`native` and `torch`: features as the list of visible blocks [T, S, S, C]."""
-
-from collections.abc import Callable
-from typing import ClassVar
+"""`torch` and `native`: features as the list of visible blocks [T, S, S, C]."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparse_fcmae import ops
+from sparse_fcmae.backends.layout import Layout, compute_dtype
 from sparse_fcmae.kernels import cpu
 from sparse_fcmae.masking import VisiblePatches
 from sparse_fcmae.ops import reference
 
 
-class BlockLayout:
-    """Visible patches of the whole batch sorted by image; patch borders matter to the depthwise convolution alone."""
+class TorchLayout(Layout):
+    """Visible patches of the whole batch sorted by image; patch borders matter to the depthwise convolution alone.
 
-    convolve: ClassVar[Callable[..., Tensor]]  # ops.block_dwconv or its reference
-    respond: ClassVar[Callable[..., Tensor]]  # ops.gelu_grn or its reference
+    Plain PyTorch on any device: that convolution runs on a dense canvas, the rest on visible positions.
+    """
+
+    name = "torch"
 
     def __init__(self, mask: Tensor) -> None:
         self.visible = VisiblePatches.of(mask)
 
     def enter(self, x: Tensor) -> Tensor:
-        batch, rows, cols = self.visible.mask.shape
-        side = x.shape[2] // rows
-        patches = x.reshape(batch, x.shape[1], rows, side, cols, side).permute(0, 2, 4, 3, 5, 1)
-        row, col = self.visible.index // cols % rows, self.visible.index % cols
-        return patches[self.visible.image, row, col]
-
-    def tile_conv(self, x: Tensor, conv: nn.Conv2d) -> Tensor:
-        blocks, side, _, channels = x.shape
-        k = conv.kernel_size[0]
-        tiles = x.view(blocks, side // k, k, side // k, k, channels).transpose(2, 3)
-        weight = conv.weight.permute(0, 2, 3, 1).flatten(1)
-        return F.linear(tiles.reshape(blocks, side // k, side // k, k * k * channels), weight, conv.bias)
-
-    def dwconv(self, x: Tensor, conv: nn.Conv2d) -> Tensor:
-        return self.convolve(x, conv.weight, conv.bias, self.visible.slot, self.visible.index)
-
-    def gelu_grn(self, x: Tensor, gamma: Tensor, scope: str) -> Tensor:
-        offsets = self.visible.offsets if scope == "image" else self.visible.offsets[[0, -1]]
-        return self.respond(x, gamma.flatten(), offsets)
+        return self._patches(x, 1).flatten(3)
 
     def leave(self, x: Tensor) -> Tensor:
         batch, rows, cols = self.visible.mask.shape
         canvas = x.new_zeros(batch * rows * cols, x.shape[-1]).index_copy(0, self.visible.index, x.flatten(0, 2))
         return canvas.view(batch, rows, cols, x.shape[-1]).permute(0, 3, 1, 2)
 
+    def stem(self, images: Tensor, conv: nn.Conv2d, norm: nn.LayerNorm) -> Tensor:
+        return norm(self._embed(images, conv)).to(norm.weight.dtype)
 
-class NativeLayout(BlockLayout):
+    def tile_conv(self, x: Tensor, conv: nn.Conv2d) -> Tensor:
+        blocks, side, _, channels = x.shape
+        k = conv.kernel_size[0]
+        tiles = x.view(blocks, side // k, k, side // k, k, channels).transpose(2, 3)
+        return self._windows(tiles.reshape(blocks, side // k, side // k, k * k * channels), conv)
+
+    def dwconv(self, x: Tensor, conv: nn.Conv2d) -> Tensor:
+        return reference.block_dwconv(x, conv.weight, conv.bias, self.visible.slot, self.visible.index)
+
+    def gelu_grn(self, x: Tensor, gamma: Tensor, scope: str) -> Tensor:
+        return reference.gelu_grn(x, gamma.flatten(), self.visible.offsets_of(scope))
+
+    def _embed(self, images: Tensor, conv: nn.Conv2d) -> Tensor:
+        """The stem's convolution, of the visible patches' windows as they lie in the images."""
+        return F.linear(self._patches(images, conv.kernel_size[0]).flatten(3), conv.weight.flatten(1), conv.bias)
+
+    def _patches(self, x: Tensor, k: int) -> Tensor:
+        """[B, C, H, W] -> the visible patches' k x k windows [T, S, S, C, k, k]."""
+        batch, rows, cols = self.visible.mask.shape
+        side = x.shape[2] // rows // k
+        windows = x.reshape(batch, x.shape[1], rows, side, k, cols, side, k).permute(0, 2, 5, 3, 6, 1, 4, 7)
+        return windows[self.visible.image, self.visible.index // cols % rows, self.visible.index % cols]
+
+    @staticmethod
+    def _windows(tiles: Tensor, conv: nn.Conv2d) -> Tensor:
+        """The convolution, given its windows' inputs in the last dimension: row, column, channel."""
+        return F.linear(tiles, conv.weight.permute(0, 2, 3, 1).flatten(1), conv.bias)
+
+
+class NativeLayout(TorchLayout):
     """This package's own kernels: C++ on the CPU."""
 
     name = "native"
-
-    convolve = staticmethod(ops.block_dwconv)
-    respond = staticmethod(ops.gelu_grn)
 
     @staticmethod
     def unusable(device: torch.device) -> str | None:
         return cpu.unusable() if device.type == "cpu" else f"there are no native kernels for {device.type}"
 
+    def stem(self, images: Tensor, conv: nn.Conv2d, norm: nn.LayerNorm) -> Tensor:
+        return ops.layer_norm(self._embed(images, conv), norm.weight, norm.bias, dtype=norm.weight.dtype)
 
-class TorchLayout(BlockLayout):
-    """Plain PyTorch on any device: the depthwise convolution runs on a dense canvas, the rest on visible positions."""
+    def downsample(self, x: Tensor, norm: nn.LayerNorm, conv: nn.Conv2d) -> Tensor:
+        tiles = ops.layer_norm(x, norm.weight, norm.bias, tile=conv.kernel_size[0], dtype=compute_dtype(conv))
+        return self._windows(tiles, conv).to(conv.weight.dtype)
 
-    name = "torch"
-
-    convolve = staticmethod(reference.block_dwconv)
-    respond = staticmethod(reference.gelu_grn)
-
-    @staticmethod
-    def unusable(device: torch.device) -> str | None:
-        return None
+    def block(self, x: Tensor, block: nn.Module) -> Tensor:
+        offsets = self.visible.offsets_of(block.grn_scope)
+        return ops.convnext_block(x, list(block.parameters()), self.visible.slot, self.visible.index, offsets)

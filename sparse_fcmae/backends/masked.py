@@ -1,23 +1,19 @@
 """`masked`: dense convolution with the mask multiplied in, every position computed: the reference and the baseline."""
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sparse_fcmae.backends.layout import Layout
 from sparse_fcmae.ops import reference
 
 
-class MaskedLayout:
+class MaskedLayout(Layout):
     """Features are dense, [B, H, W, C]; what stands at masked positions is never read."""
 
     name = "masked"
 
     def __init__(self, mask: Tensor) -> None:
         self.mask = mask
-
-    @staticmethod
-    def unusable(device: torch.device) -> str | None:
-        return None
 
     def enter(self, x: Tensor) -> Tensor:
         return self._hide(x.permute(0, 2, 3, 1).contiguous())

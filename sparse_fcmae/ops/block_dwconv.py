@@ -1,4 +1,4 @@
-"""Depthwise 7x7 convolution over visible blocks: the C++ kernel as a `torch.library` op with autograd."""
+"""Depthwise 7x7 convolution over visible blocks, with LayerNorm behind it: the C++ kernels as a `torch.library` op."""
 
 import torch
 from torch import Tensor
@@ -8,89 +8,119 @@ from sparse_fcmae.kernels import cpu
 TAPS = 49
 
 
-def block_dwconv(x: Tensor, weight: Tensor, bias: Tensor | None, slot: Tensor, index: Tensor) -> Tensor:
+def block_dwconv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    slot: Tensor,
+    index: Tensor,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+) -> Tensor:
     """Submanifold 7x7 depthwise convolution over the visible patches of a batch (ConvNeXt V2, section 3.1).
 
     Each output is the sum over the window's visible positions alone: equal to a dense convolution, padding 3, of the
-    features with zeros where masked, taken at the visible positions.
+    features with zeros where masked, taken at the visible positions. With norm_weight and norm_bias [C] (both or
+    neither) LayerNorm over the channels follows (eps 1e-6), and its input is computed again in the backward pass.
 
     x: [T, S, S, C] float32 or bfloat16 on the CPU, S one of 8, 4, 2, 1. weight: [C, 1, 7, 7]. bias: [C] or None.
     slot: int32 [B, rows + 6, cols + 6], index: int64 [T], as in `masking.VisiblePatches`.
     Returns [T, S, S, C] of x's dtype; sums are float32. Under autocast x is cast to the autocast dtype.
-    Differentiable once in x, weight and bias. Raises ValueError for other shapes, dtypes or devices.
+    Differentiable once in x and all parameters. Raises ValueError for other shapes, dtypes or devices.
     """
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
-    return _block_dwconv(x, weight, bias, slot, index)
+    return _block_dwconv(x, weight, bias, slot, index, norm_weight, norm_bias)
 
 
 @torch.library.custom_op("sparse_fcmae::block_dwconv", mutates_args=())
-def _block_dwconv(x: Tensor, weight: Tensor, bias: Tensor | None, slot: Tensor, index: Tensor) -> Tensor:
-    _check(x, weight, bias, slot, index)
-    return _convolve(x, _taps(weight), None if bias is None else bias.float().contiguous(), slot, index)
+def _block_dwconv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    slot: Tensor,
+    index: Tensor,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+) -> Tensor:
+    check_dwconv(x, weight, bias, slot, index, norm_weight, norm_bias)
+    x, norm = x.contiguous(), (row_of(norm_weight), row_of(norm_bias))
+    return cpu.block_dwconv(x, taps_of(weight), row_of(bias), slot, index, torch.empty_like(x), norm=norm)
 
 
 @_block_dwconv.register_fake
-def _(x, weight, bias, slot, index):
+def _(x, weight, bias, slot, index, norm_weight=None, norm_bias=None):
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-@torch.library.custom_op("sparse_fcmae::block_dwconv_input_grad", mutates_args=())
-def _input_grad(grad: Tensor, weight: Tensor, slot: Tensor, index: Tensor) -> Tensor:
-    return _convolve(grad, _taps(weight).flip(0), None, slot, index)
+@torch.library.custom_op("sparse_fcmae::block_dwconv_backward", mutates_args=())
+def _block_dwconv_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    slot: Tensor,
+    index: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x; of the 49 taps, then of the bias, float32 [50, C]; of the norm's weight and bias, [2, C]."""
+    x, taps, channels = x.contiguous(), taps_of(weight), x.shape[-1]
+    sums, norm_sums = cpu.thread_sums(TAPS + 1, channels), cpu.thread_sums(2, channels)
+    if norm_weight is None:
+        grad = grad.float().contiguous()
+    else:
+        norm, convolved = (row_of(norm_weight), row_of(norm_bias)), torch.empty_like(x, dtype=torch.float32)
+        cpu.block_dwconv(x, taps, row_of(bias), slot, index, torch.empty_like(x), norm=norm, convolved=convolved)
+        grad = cpu.layer_norm_backward(convolved, grad.contiguous(), norm[0], convolved, norm_sums)
+    cpu.block_dwconv_weight(x, grad, slot, index, sums)
+    grad_x = cpu.block_dwconv(grad, taps.flip(0), None, slot, index, torch.empty_like(x))
+    return grad_x, sums.sum(0), norm_sums.sum(0)
 
 
-@_input_grad.register_fake
-def _(grad, weight, slot, index):
-    return torch.empty_like(grad, memory_format=torch.contiguous_format)
-
-
-@torch.library.custom_op("sparse_fcmae::block_dwconv_weight_grad", mutates_args=())
-def _weight_grad(grad: Tensor, x: Tensor, slot: Tensor, index: Tensor) -> Tensor:
-    """float32 [50, C]: the gradients of the 49 taps, then of the bias."""
-    x, grad = x.contiguous(), grad.contiguous()
-    shape = (TAPS + 1, x.shape[-1])
-    partial = torch.empty(torch.get_num_threads(), *shape, dtype=torch.float32)
-    out = torch.empty(shape, dtype=torch.float32)
-    cpu.call("block_dwconv_weight", x, grad, *_geometry(x, slot, index), partial, out)
-    return out
-
-
-@_weight_grad.register_fake
-def _(grad, x, slot, index):
-    return grad.new_empty(TAPS + 1, x.shape[-1], dtype=torch.float32)
+@_block_dwconv_backward.register_fake
+def _(grad, x, weight, bias, slot, index, norm_weight, norm_bias):
+    grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
+    return grad_x, *(x.new_empty(n, x.shape[-1], dtype=torch.float32) for n in (TAPS + 1, 2))
 
 
 def _setup_context(ctx, inputs, output):
-    x, weight, bias, slot, index = inputs
-    ctx.save_for_backward(x, weight, slot, index)
-    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.save_for_backward(*inputs)
 
 
 def _backward(ctx, grad):
-    x, weight, slot, index = ctx.saved_tensors
-    grad_x = grad_weight = grad_bias = None
-    if ctx.needs_input_grad[0]:
-        grad_x = _input_grad(grad, weight, slot, index)
-    if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-        sums = _weight_grad(grad, x, slot, index)
-        grad_weight = sums[:TAPS].t().reshape(weight.shape).to(weight.dtype)
-        grad_bias = None if ctx.bias_dtype is None else sums[TAPS].to(ctx.bias_dtype)
-    return grad_x, grad_weight, grad_bias, None, None
+    _, weight, bias, _, _, norm_weight, norm_bias = ctx.saved_tensors
+    grad_x, sums, norm_sums = _block_dwconv_backward(grad, *ctx.saved_tensors)
+    grad_weight = weight_gradient_of(sums, weight)
+    rows = zip((sums[TAPS], *norm_sums), (bias, norm_weight, norm_bias), strict=True)
+    grad_bias, *grad_norm = (None if like is None else row.to(like.dtype, copy=True) for row, like in rows)
+    return grad_x, grad_weight, grad_bias, None, None, *grad_norm
 
 
 _block_dwconv.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _check(x: Tensor, weight: Tensor, bias: Tensor | None, slot: Tensor, index: Tensor) -> None:
+def check_dwconv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    slot: Tensor,
+    index: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+) -> None:
+    """Raises ValueError where these are not `block_dwconv`'s arguments."""
     if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"block_dwconv takes float32 or bfloat16 on the CPU, not {x.dtype} on {x.device}")
     if x.dim() != 4 or x.shape[1] != x.shape[2] or x.shape[1] not in (8, 4, 2, 1):
         raise ValueError(f"x must be [T, S, S, C] with S one of 8, 4, 2, 1, not {tuple(x.shape)}")
     if weight.shape != (x.shape[3], 1, 7, 7):
         raise ValueError(f"weight must be [{x.shape[3]}, 1, 7, 7], not {tuple(weight.shape)}")
-    if bias is not None and bias.shape != x.shape[3:]:
-        raise ValueError(f"bias must be [{x.shape[3]}], not {tuple(bias.shape)}")
+    if (norm_weight is None) != (norm_bias is None):
+        raise ValueError("norm_weight and norm_bias go together")
+    for name, row in {"bias": bias, "norm_weight": norm_weight, "norm_bias": norm_bias}.items():
+        if row is not None and row.shape != x.shape[3:]:
+            raise ValueError(f"{name} must be [{x.shape[3]}], not {tuple(row.shape)}")
     if slot.dtype != torch.int32 or slot.dim() != 3 or slot.device != x.device:
         raise ValueError(f"slot must be int32 [B, rows + 6, cols + 6] on {x.device}")
     if index.dtype != torch.int64 or index.shape != x.shape[:1] or index.device != x.device:
@@ -100,19 +130,16 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, slot: Tensor, index: 
         raise ValueError("slot and index are not of one mask")
 
 
-def _taps(weight: Tensor) -> Tensor:
-    """[C, 1, 7, 7] as the kernels read it: float32 [49, C]."""
-    return weight.flatten(1).t().float()
+def taps_of(weight: Tensor) -> Tensor:
+    """[C, 1, 7, 7] as the kernels read it: float32 [49, C], contiguous."""
+    return weight.flatten(1).t().float().contiguous()
 
 
-def _convolve(x: Tensor, taps: Tensor, bias: Tensor | None, slot: Tensor, index: Tensor) -> Tensor:
-    x, taps = x.contiguous(), taps.contiguous()
-    out = torch.empty_like(x)
-    cpu.call("block_dwconv", x, taps, bias, *_geometry(x, slot, index), out)
-    return out
+def weight_gradient_of(sums: Tensor, weight: Tensor) -> Tensor:
+    """The gradient of `weight` [C, 1, 7, 7] from the kernels' [50, C]."""
+    return sums[:TAPS].t().reshape(weight.shape).to(weight.dtype)
 
 
-def _geometry(x: Tensor, slot: Tensor, index: Tensor) -> tuple:
-    blocks, side, _, channels = x.shape
-    grid = (slot.shape[1] - 6, slot.shape[2] - 6)
-    return slot.contiguous(), index.contiguous(), blocks, *grid, side, channels, int(x.dtype == torch.bfloat16)
+def row_of(parameter: Tensor | None) -> Tensor | None:
+    """A parameter [C] as the kernels read it: float32, contiguous."""
+    return None if parameter is None else parameter.float().contiguous()

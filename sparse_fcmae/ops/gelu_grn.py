@@ -21,12 +21,10 @@ def gelu_grn(x: Tensor, gamma: Tensor, offsets: Tensor) -> Tensor:
 
 @torch.library.custom_op("sparse_fcmae::gelu_grn", mutates_args=())
 def _gelu_grn(x: Tensor, gamma: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
-    _check(x, gamma, offsets)
+    check(x, gamma, offsets)
     x = x.contiguous()
-    out = torch.empty_like(x)
     norm = torch.empty(len(offsets) - 1, x.shape[-1], dtype=torch.float32)
-    cpu.call("gelu_grn", x, gamma.contiguous(), *_images(x, offsets), out, norm)
-    return out, norm
+    return cpu.gelu_grn(x, gamma.contiguous(), positions_of(x, offsets), torch.empty_like(x), norm), norm
 
 
 @_gelu_grn.register_fake
@@ -38,10 +36,11 @@ def _(x, gamma, offsets):
 @torch.library.custom_op("sparse_fcmae::gelu_grn_backward", mutates_args=())
 def _gelu_grn_backward(grad: Tensor, x: Tensor, gamma: Tensor, offsets: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
     grad, x = grad.contiguous(), x.contiguous()
-    grad_x, grad_gamma = torch.empty_like(x), torch.empty_like(gamma)
-    offsets, *rest = _images(x, offsets)
-    cpu.call("gelu_grn_backward", grad, x, gamma.contiguous(), offsets, norm, *rest, grad_x, grad_gamma)
-    return grad_x, grad_gamma
+    grad_x, out, slope = (torch.empty_like(x) for _ in range(3))
+    sums = tuple(torch.zeros_like(gamma) for _ in range(3))
+    offsets = positions_of(x, offsets)
+    cpu.gelu_grn_backward(grad, x, gamma.contiguous(), offsets, norm, grad_x, sums, out=out, slope=slope)
+    return grad_x, sums[1]
 
 
 @_gelu_grn_backward.register_fake
@@ -61,17 +60,23 @@ def _backward(ctx, grad, _):
 _gelu_grn.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _check(x: Tensor, gamma: Tensor, offsets: Tensor) -> None:
+def check(x: Tensor, gamma: Tensor, offsets: Tensor) -> None:
+    """Raises ValueError where these are not `gelu_grn`'s arguments."""
     if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"gelu_grn takes float32 or bfloat16 on the CPU, not {x.dtype} on {x.device}")
     if x.dim() != 4 or gamma.shape != x.shape[3:] or gamma.device != x.device:
         raise ValueError(f"x must be [T, S, S, H] and gamma [H], not {tuple(x.shape)} and {tuple(gamma.shape)}")
+    check_offsets(x, offsets)
+
+
+def check_offsets(x: Tensor, offsets: Tensor) -> None:
+    """Raises ValueError where offsets do not divide the patches x."""
     if offsets.dtype != torch.int64 or offsets.dim() != 1 or not len(offsets) or offsets.device != x.device:
         raise ValueError(f"offsets must be int64 [B + 1] on {x.device}")
     if offsets[0] != 0 or offsets[-1] != len(x) or (offsets.diff() < 0).any():
         raise ValueError(f"offsets must ascend from 0 to {len(x)}")
 
 
-def _images(x: Tensor, offsets: Tensor) -> tuple:
-    positions = offsets * (x.shape[1] * x.shape[2])
-    return positions, len(offsets) - 1, x.shape[3], int(x.dtype == torch.bfloat16)
+def positions_of(x: Tensor, offsets: Tensor) -> Tensor:
+    """offsets, counted in positions instead of patches."""
+    return offsets * (x.shape[1] * x.shape[2])

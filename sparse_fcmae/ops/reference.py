@@ -7,10 +7,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-GRN_EPS = 1e-6
+GRN_EPS = NORM_EPS = 1e-6
 
 
-def block_dwconv(x: Tensor, weight: Tensor, bias: Tensor | None, slot: Tensor, index: Tensor) -> Tensor:
+def block_dwconv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    slot: Tensor,
+    index: Tensor,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+) -> Tensor:
     """Submanifold 7x7 depthwise convolution: `ops.block_dwconv`, by way of a dense canvas that is zero where masked."""
     _, side, _, channels = x.shape
     batch, rows, cols = slot.shape[0], slot.shape[1] - 6, slot.shape[2] - 6
@@ -19,7 +27,16 @@ def block_dwconv(x: Tensor, weight: Tensor, bias: Tensor | None, slot: Tensor, i
     canvas = canvas.reshape(batch, rows * side, cols * side, channels).permute(0, 3, 1, 2)
     out = F.conv2d(canvas, weight, bias, padding=3, groups=channels).permute(0, 2, 3, 1)
     out = out.reshape(batch, rows, side, cols, side, channels).transpose(2, 3)
-    return out.reshape(batch * rows * cols, side, side, channels)[index]
+    out = out.reshape(batch * rows * cols, side, side, channels)[index]
+    return out if norm_weight is None else layer_norm(out, norm_weight, norm_bias)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, *, tile: int = 1, dtype: torch.dtype | None = None) -> Tensor:
+    """LayerNorm over the channels, then windows of tile x tile positions side by side: `ops.layer_norm`."""
+    blocks, side, _, channels = x.shape
+    out = F.layer_norm(x, (channels,), weight, bias, NORM_EPS).to(dtype or x.dtype)
+    windows = out.view(blocks, side // tile, tile, side // tile, tile, channels).transpose(2, 3)
+    return windows.reshape(blocks, side // tile, side // tile, tile * tile * channels)
 
 
 def gelu_grn(x: Tensor, gamma: Tensor, offsets: Tensor) -> Tensor:

@@ -1,0 +1,68 @@
+"""LayerNorm over the channels of visible blocks, cast and cut into tiles: the C++ kernels as a `torch.library` op."""
+
+import torch
+from torch import Tensor
+
+from sparse_fcmae.kernels import cpu
+from sparse_fcmae.ops.block_dwconv import row_of
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, *, tile: int = 1, dtype: torch.dtype | None = None) -> Tensor:
+    """LayerNorm over the channels, eps 1e-6, laid out for a convolution of size and stride `tile`.
+
+    x: [T, S, S, C] float32 or bfloat16 on the CPU, S a multiple of tile. weight and bias: [C]. Returns
+    [T, S / tile, S / tile, tile * tile * C], each row a window's positions in order, of `dtype` (x's if None). Sums are
+    float32; x is kept for the backward pass. Differentiable once in x, weight and bias. Raises ValueError for other
+    shapes, dtypes or devices.
+    """
+    return _layer_norm(x, weight, bias, tile, dtype or x.dtype)
+
+
+@torch.library.custom_op("sparse_fcmae::layer_norm", mutates_args=())
+def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor, tile: int, dtype: torch.dtype) -> Tensor:
+    types = (torch.float32, torch.bfloat16)
+    if x.device.type != "cpu" or x.dtype not in types or dtype not in types:
+        raise ValueError(f"layer_norm takes float32 or bfloat16 on the CPU, not {x.dtype} to {dtype} on {x.device}")
+    if x.dim() != 4 or x.shape[1] != x.shape[2] or tile < 1 or x.shape[1] % tile:
+        raise ValueError(f"x must be [T, S, S, C], S a multiple of the tile, not {list(x.shape)} with tile {tile}")
+    if weight.shape != x.shape[3:] or bias.shape != x.shape[3:]:
+        raise ValueError(f"weight and bias must be [{x.shape[3]}], not {list(weight.shape)} and {list(bias.shape)}")
+    return cpu.layer_norm(x.contiguous(), row_of(weight), row_of(bias), _tiles(x, tile, dtype), tile=tile)
+
+
+@_layer_norm.register_fake
+def _(x, weight, bias, tile, dtype):
+    return _tiles(x, tile, dtype)
+
+
+@torch.library.custom_op("sparse_fcmae::layer_norm_backward", mutates_args=())
+def _layer_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, tile: int) -> tuple[Tensor, Tensor]:
+    """Gradients of x, and of weight and bias, float32 [2, C]."""
+    x, sums = x.contiguous(), cpu.thread_sums(2, x.shape[-1])
+    grad_x = cpu.layer_norm_backward(x, grad.contiguous(), row_of(weight), torch.empty_like(x), sums, tile=tile)
+    return grad_x, sums.sum(0)
+
+
+@_layer_norm_backward.register_fake
+def _(grad, x, weight, tile):
+    contiguous = torch.empty_like(x, memory_format=torch.contiguous_format)
+    return contiguous, x.new_empty(2, x.shape[-1], dtype=torch.float32)
+
+
+def _setup_context(ctx, inputs, output):
+    x, weight, bias, ctx.tile, _ = inputs
+    ctx.save_for_backward(x, weight, bias)
+
+
+def _backward(ctx, grad):
+    x, weight, bias = ctx.saved_tensors
+    grad_x, sums = _layer_norm_backward(grad, x, weight, ctx.tile)
+    return grad_x, sums[0].to(weight.dtype), sums[1].to(bias.dtype), None, None
+
+
+_layer_norm.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _tiles(x: Tensor, tile: int, dtype: torch.dtype) -> Tensor:
+    blocks, side, _, channels = x.shape
+    return x.new_empty(blocks, side // tile, side // tile, tile * tile * channels, dtype=dtype)
