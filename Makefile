@@ -6,13 +6,25 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 SOURCES := pyproject.toml setup.py $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h)
 
-.PHONY: demo test lint wheel clean
+SANITIZED := baseline native $(if $(filter x86_64,$(shell uname -m)),avx2)
+
+.PHONY: demo test test-sanitize lint wheel clean
 
 demo: .venv/installed  ## draw images, pretrain on them, show what was learnt
 	$(BIN)/sparse-fcmae demo --out runs/demo --overwrite
 
 test: lint  ## all tests
 	$(BIN)/python -m pytest
+
+test-sanitize: $(SANITIZED:%=build/sanitize-%)  ## the C++ kernels under address and undefined-behaviour sanitizers
+	set -e; for program in $^; do $$program; done
+
+build/sanitize-native: FLAGS := -march=native
+build/sanitize-avx2: FLAGS := -mavx2 -mfma
+build/sanitize-%: tests/sanitize.cpp $(SOURCES)
+	mkdir -p build
+	$(CXX) -std=c++20 -O1 -g -Wall -Wextra -Wno-psabi -fopenmp -fsanitize=address,undefined \
+		-fno-sanitize-recover=all $(FLAGS) kernels/cpu/*.cpp $< -o $@
 
 lint: .venv/installed-for-tests
 	$(BIN)/ruff check .

@@ -23,7 +23,10 @@ class TorchLayout(Layout):
         self.visible = VisiblePatches.of(mask)
 
     def enter(self, x: Tensor) -> Tensor:
-        return self._patches(x, 1).flatten(3)
+        batch, rows, cols = self.visible.mask.shape
+        side = x.shape[2] // rows
+        patches = x.reshape(batch, x.shape[1], rows, side, cols, side).permute(0, 2, 4, 3, 5, 1)
+        return patches[self.visible.image, self.visible.index // cols % rows, self.visible.index % cols]
 
     def leave(self, x: Tensor) -> Tensor:
         batch, rows, cols = self.visible.mask.shape
@@ -46,15 +49,17 @@ class TorchLayout(Layout):
         return reference.gelu_grn(x, gamma.flatten(), self.visible.offsets_of(scope))
 
     def _embed(self, images: Tensor, conv: nn.Conv2d) -> Tensor:
-        """The stem's convolution, of the visible patches' windows as they lie in the images."""
-        return F.linear(self._patches(images, conv.kernel_size[0]).flatten(3), conv.weight.flatten(1), conv.bias)
-
-    def _patches(self, x: Tensor, k: int) -> Tensor:
-        """[B, C, H, W] -> the visible patches' k x k windows [T, S, S, C, k, k]."""
-        batch, rows, cols = self.visible.mask.shape
-        side = x.shape[2] // rows // k
-        windows = x.reshape(batch, x.shape[1], rows, side, k, cols, side, k).permute(0, 2, 5, 3, 6, 1, 4, 7)
-        return windows[self.visible.image, self.visible.index // cols % rows, self.visible.index % cols]
+        """The stem's convolution, of the visible patches as they are gathered from the images, line by line."""
+        _, rows, cols = self.visible.mask.shape
+        channels, height = images.shape[1:3]
+        side, k, device = height // rows, conv.kernel_size[0], images.device
+        row, col = self.visible.index // cols % rows, self.visible.index % cols
+        first = (self.visible.image * channels * height + row * side) * cols + col
+        below = (torch.arange(channels, device=device)[:, None] * height + torch.arange(side, device=device)) * cols
+        lines = images.reshape(-1, side).index_select(0, (first[:, None] + below.flatten()).flatten())
+        windows = lines.view(-1, channels, side // k, k, side // k, k).permute(0, 2, 4, 1, 3, 5)
+        windows = windows.to(compute_dtype(conv), memory_format=torch.contiguous_format).flatten(3)
+        return F.linear(windows, conv.weight.flatten(1), conv.bias)
 
     @staticmethod
     def _windows(tiles: Tensor, conv: nn.Conv2d) -> Tensor:

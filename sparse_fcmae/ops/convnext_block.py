@@ -16,7 +16,7 @@ from sparse_fcmae.kernels import cpu
 from sparse_fcmae.ops.block_dwconv import TAPS, check_dwconv, row_of, taps_of, weight_gradient_of
 from sparse_fcmae.ops.gelu_grn import check_offsets
 
-CHUNK_BYTES = 3 << 20  # of wide features; with fewer the matrix products get too small to be efficient
+CHUNK_BYTES = 4 << 20  # of wide features; with fewer the matrix products get too small to be efficient
 KEEP_CHANNELS = 96  # from this width on reading pwconv1's output again is faster than computing it again
 
 
