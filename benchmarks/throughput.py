@@ -6,12 +6,11 @@ float32 they must be equal, in bfloat16 as near to `masked` in float32 as `maske
 """
 
 import statistics
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from sparse_fcmae.benchmarks.timing import relative, take_turns
 from torch import Tensor
 
 from sparse_fcmae.backends import BACKENDS
@@ -103,9 +102,6 @@ def gate(
         (features.float() * probe).sum().backward()
         return features.detach(), [p.grad.clone() for p in encoder.parameters()]
 
-    def relative(a: Tensor, b: Tensor) -> float:
-        return ((a - b).norm() / b.norm().clamp_min(1e-12)).item()
-
     features, gradients = values(BASELINE, half=False)
 
     def error(backend: str, half: bool) -> tuple[float, float]:
@@ -124,22 +120,3 @@ def gate(
         rounded = {name: error(name, half=True) for name in passing}
     limit = [ROUNDING_FACTOR * e for e in rounded[BASELINE]]
     return exact | rounded, [n for n, (f, g) in rounded.items() if f <= limit[0] and g <= limit[1]]
-
-
-def take_turns(candidates: dict[str, Callable[[], Any]], rounds: int, device: torch.device) -> dict[str, list[float]]:
-    """Seconds of every candidate in each of `rounds`, after one round that is not counted."""
-    times: dict[str, list[float]] = {name: [] for name in candidates}
-    for turn in range(rounds + 1):
-        for name, run in candidates.items():
-            _synchronise(device)
-            start = time.perf_counter()
-            run()
-            _synchronise(device)
-            if turn:
-                times[name].append(time.perf_counter() - start)
-    return times
-
-
-def _synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

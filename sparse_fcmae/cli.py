@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import torch
 
 from sparse_fcmae import __version__
-from sparse_fcmae.config import ConvertConfig, DemoConfig, PretrainConfig, ThroughputConfig, flag
+from sparse_fcmae.config import ConvertConfig, DemoConfig, KernelsConfig, PretrainConfig, ThroughputConfig, flag
 from sparse_fcmae.errors import Interrupted, UserError
 
 
@@ -42,6 +42,12 @@ def run_demo(options: dict[str, Any]) -> None:
     demo(**options)
 
 
+def run_kernels(options: dict[str, Any]) -> None:
+    from sparse_fcmae.benchmarks.kernels import kernels
+
+    kernels(**options)
+
+
 def run_throughput(options: dict[str, Any]) -> None:
     from sparse_fcmae.benchmarks.throughput import throughput
 
@@ -65,6 +71,11 @@ COMMANDS: dict[str, tuple[str, type | None, Callable[[dict[str, Any]], None]]] =
     "pretrain": ("pretrain on a folder of images", PretrainConfig, run_pretrain),
     "convert": ("write a checkpoint's encoder for the official code, timm or Hugging Face", ConvertConfig, run_convert),
     "demo": ("draw images and pretrain on them, in about two minutes on a CPU", DemoConfig, run_demo),
+    "bench kernels": (
+        "each CPU kernel against its reference and against this CPU's bounds",
+        KernelsConfig,
+        run_kernels,
+    ),
     "bench throughput": ("training step of the encoder, backend against backend", ThroughputConfig, run_throughput),
     "info": ("versions, device and usable backends", None, run_info),
 }

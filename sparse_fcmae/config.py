@@ -86,17 +86,23 @@ class DemoConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ThroughputConfig:
-    """Options of `sparse-fcmae bench throughput`."""
+class KernelsConfig:
+    """Options of `sparse-fcmae bench kernels`."""
 
     model: str = option("atto", help="atto, femto, pico, nano, tiny, base, large or huge")
     batch_size: int = option(32, help="images a step")
     image_size: str = option("224", help="pixels, as 224 or, height first, 224x320")
     mask_ratio: float = option(0.6, help="share of the patches that is masked")
     dtype: str = option("fp32", help="storage of features", choices=("fp32", "bf16"))
-    device: str = option("auto", help="auto, cpu, cuda, cuda:1, ...")
-    rounds: int = option(5, help="timed steps of each backend, taken in turn")
+    rounds: int = option(5, help="timed rounds, all candidates taking turns")
     json: str | None = option(None, help="also write the rows to this file")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ThroughputConfig(KernelsConfig):
+    """Options of `sparse-fcmae bench throughput`."""
+
+    device: str = option("auto", help="auto, cpu, cuda, cuda:1, ...")
 
 
 def differences(a: Any, b: Any) -> list[str]:

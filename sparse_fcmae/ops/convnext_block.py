@@ -53,8 +53,8 @@ def _convnext_block(
         kept = inner[chunk.rows] if keep else hidden
         cpu.block_dwconv(features, w.taps, w.dwconv_bias, slot, index, y, first=first, norm=w.norm)
         torch.mm(y, w.weight1.t(), out=kept)
-        norm = response[chunk.images]
-        cpu.gelu_grn(kept, w.gamma, chunk.offsets, hidden, norm, bias=w.bias1, beta=w.beta)
+        response_norm = response[chunk.images]
+        cpu.gelu_grn(kept, w.gamma, chunk.offsets, hidden, response_norm, bias=w.bias1, beta=w.beta)
         torch.addmm(w.bias2, hidden, w.weight2.t(), out=y)
         torch.add(features, y.view(features.shape), out=out[chunk.patches])
     return out, response, inner
@@ -93,28 +93,17 @@ def _convnext_block_backward(
     grad_weight1 = grad_weight2 = None
     for chunk in chunks:
         n, features, first = chunk.size, x[chunk.patches], chunk.patches.start
-        y, g = (_scratch(name, n, w.channels, dtype) for name in ("y", "g"))
+        grad_out, y = grad[chunk.patches], _scratch("y", n, w.channels, dtype)
         hidden, slope, grad_hidden = (_scratch(name, n, w.wide, dtype) for name in ("hidden", "slope", "grad_hidden"))
-        grad_out, z = grad[chunk.patches], _scratch("z", n, w.channels, torch.float32).view(features.shape)
+        z = _scratch("z", n, w.channels, torch.float32).view(features.shape)
         cpu.block_dwconv(features, w.taps, w.dwconv_bias, slot, index, y, first=first, norm=w.norm, convolved=z)
         kept = inner[chunk.rows] if len(inner) else torch.mm(y, w.weight1.t(), out=slope)
-        g.copy_(grad_out.view(g.shape))
+        g = _cast("g", grad_out.view(n, w.channels), dtype)
         grad_bias2 += grad_out.sum((0, 1, 2), dtype=torch.float32)
         torch.mm(g, w.weight2, out=grad_hidden)
-        scratch = {"out": hidden, "slope": slope}
-        norm = response[chunk.images]
-        cpu.gelu_grn_backward(
-            grad_hidden,
-            kept,
-            w.gamma,
-            chunk.offsets,
-            norm,
-            grad_hidden,
-            wide_sums,
-            bias=w.bias1,
-            beta=w.beta,
-            **scratch,
-        )
+        pooled = (w.gamma, chunk.offsets, response[chunk.images])
+        shifts = {"bias": w.bias1, "beta": w.beta}
+        cpu.gelu_grn_backward(grad_hidden, kept, *pooled, grad_hidden, wide_sums, out=hidden, slope=slope, **shifts)
         grad_weight2 = _add_product(grad_weight2, g, hidden)
         grad_weight1 = _add_product(grad_weight1, grad_hidden, y)
         torch.mm(grad_hidden, w.weight1, out=y)
@@ -183,8 +172,9 @@ class _Weights(NamedTuple):
         return self.weight1.shape[0]
 
 
-def _cast(name: str, weight: Tensor, dtype: torch.dtype) -> Tensor:
-    return weight if weight.dtype == dtype else _scratch(name, *weight.shape, dtype).copy_(weight)
+def _cast(name: str, matrix: Tensor, dtype: torch.dtype) -> Tensor:
+    """The matrix in `dtype`: itself, or else in the scratch memory of that name."""
+    return matrix if matrix.dtype == dtype else _scratch(name, *matrix.shape, dtype).copy_(matrix)
 
 
 def _add_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:

@@ -1,0 +1,199 @@
+"""Each op of the CPU kernels, forward and backward, against plain PyTorch and against the bounds of this CPU.
+
+An op can be no faster than it takes to read its inputs and write its results once, nor than its arithmetic takes. Both
+rates are measured in the same run: a large copy, and a large matrix product in each dtype. An op whose result or
+gradients are not the reference's in float32 is refused, not reported.
+"""
+
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from sparse_fcmae.benchmarks.timing import relative, take_turns
+from sparse_fcmae.kernels import cpu
+from torch import Tensor
+
+from sparse_fcmae import ops
+from sparse_fcmae.backends.blocks import TorchLayout
+from sparse_fcmae.config import KernelsConfig, image_size_of
+from sparse_fcmae.encoder import SIZES, Block, SparseEncoder
+from sparse_fcmae.errors import UserError
+from sparse_fcmae.files import write_json
+from sparse_fcmae.masking import VisiblePatches, random_mask
+from sparse_fcmae.ops import reference
+
+TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}  # relative Frobenius error of the result and of every gradient
+GELU_FLOPS, SLOPE_FLOPS, NORM_FLOPS = 46, 4, 8  # per element, a multiply-add counting two; GELU_FLOPS as approximated
+
+
+@dataclass
+class Case:
+    """An op on the features of one stage; `exact` is the reference in float32.
+
+    Bytes are those of inputs and results, forward and backward; flops come as (matrix products', other).
+    """
+
+    op: str
+    ours: Callable[[], Tensor]
+    reference: Callable[[], Tensor]
+    exact: Callable[[], Tensor]
+    inputs: list[Tensor]
+    bytes: tuple[float, float]
+    flops: tuple[tuple[float, float], tuple[float, float]]
+
+
+def kernels(**options: Any) -> list[dict[str, Any]]:
+    """Prints and returns a row for each op, stage and pass; options are those of `KernelsConfig`."""
+    config = KernelsConfig(**options)
+    if config.batch_size < 1 or config.rounds < 1:
+        raise UserError("--batch-size and --rounds must be at least 1")
+    if cpu.unusable():
+        raise UserError(f"there are no kernels to measure: {cpu.unusable()}")
+    if config.model not in SIZES:
+        raise UserError(f"unknown model {config.model!r}: choose one of {', '.join(SIZES)}")
+    torch.manual_seed(0)
+    size = image_size_of(config.image_size)
+    mask = random_mask(config.batch_size, SparseEncoder("atto", image_size=size).grid(*size), config.mask_ratio)
+    dtype = torch.bfloat16 if config.dtype == "bf16" else torch.float32
+    rates = measure_rates(dtype, config.rounds)
+    print(f"{'op':14} {'stage':9} {'pass':8} {'ms':>8} {'over reference':>15} {'of the bound':>13}   bound by")
+    rows = []
+    for stage, channels in enumerate(SIZES[config.model][1]):
+        for case in cases(VisiblePatches.of(mask), 8 >> stage, channels, dtype):
+            for row in measure(case, rates, TOLERANCE[config.dtype], config.rounds):
+                rows.append({"stage": stage + 1, "side": 8 >> stage, "channels": channels} | row)
+                print(line(rows[-1]))
+    setting = {
+        **{k: getattr(config, k) for k in ("model", "batch_size", "image_size", "mask_ratio", "dtype")},
+        **{"threads": torch.get_num_threads(), "torch": torch.__version__, "kernels": cpu.instruction_set()},
+        **{f"measured_{name}_per_second": rate for name, rate in rates.items()},
+    }
+    print(", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in setting.items()))
+    if config.json:
+        write_json(Path(config.json), {"setting": setting, "rows": rows})
+    return rows
+
+
+def measure_rates(dtype: torch.dtype, rounds: int) -> dict[str, float]:
+    """What this CPU reaches with all threads: bytes copied, and flops of matrix products in `dtype` and float32."""
+    source, target = torch.zeros(2, 1 << 26).unbind()
+    square = {d: torch.randn(2048, 2048).to(d) for d in (dtype, torch.float32)}
+    out = {d: torch.empty_like(a) for d, a in square.items()}
+    runs: dict[str, Callable[[], Any]] = {"bytes": lambda: target.copy_(source)}
+    runs |= {str(d): lambda d=d: torch.mm(square[d], square[d], out=out[d]) for d in square}
+    best = {name: min(times) for name, times in take_turns(runs, rounds, torch.device("cpu")).items()}
+    matrix, other = (2 * 2048**3 / best[str(d)] for d in (dtype, torch.float32))
+    return {"bytes": 2 * source.nbytes / best["bytes"], "matrix_flops": matrix, "flops": other}
+
+
+def cases(visible: VisiblePatches, side: int, channels: int, dtype: torch.dtype) -> list[Case]:
+    """Every op on the features of one stage, as the encoder calls it."""
+    slot, index, offsets = visible.slot, visible.index, visible.offsets
+    shape, wide, wide_shape = (len(index), side, side, channels), 4 * channels, (len(index), side, side, 4 * channels)
+    count, width = len(index) * side * side, dtype.itemsize
+    ones = torch.ones(len(index), side, side, 1)
+    taps = reference.block_dwconv(ones, torch.ones(1, 1, 7, 7), None, slot, index).sum().item()  # between visible ones
+
+    block = Block(channels)
+    with torch.no_grad():
+        for parameter in block.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    layout, parameters = TorchLayout(visible.mask), list(block.parameters())
+    half = dtype == torch.bfloat16
+    x, stored, inner = torch.randn(shape), torch.randn(shape).to(dtype), torch.randn(wide_shape).to(dtype)
+    x, stored, inner = (t.requires_grad_() for t in (x, stored, inner))
+    dwconv = [*block.dwconv.parameters(), slot, index, *block.norm.parameters()]
+    gamma, tile = block.grn.gamma, min(2, side)
+
+    def in_blocks(whole: bool) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            return ops.convnext_block(x, parameters, slot, index, offsets) if whole else layout.block(x, block)
+
+    def cast(t: Tensor) -> list[Tensor]:
+        return [p.to(dtype) if p.is_floating_point() else p for p in t]
+
+    conv, elements = 2 * taps * channels, count * channels
+    dense = 16 * count * channels**2
+    around = conv + elements * (NORM_FLOPS + 4 * GELU_FLOPS)
+    return [
+        Case(
+            "block_dwconv",
+            lambda: ops.block_dwconv(stored, *dwconv),
+            lambda: reference.block_dwconv(stored, *cast(dwconv)),
+            lambda: reference.block_dwconv(stored.float(), *dwconv),
+            [stored, *block.dwconv.parameters(), *block.norm.parameters()],
+            (2 * width * elements, 3 * width * elements),
+            ((0, conv + NORM_FLOPS * elements), (0, 3 * conv + 3 * NORM_FLOPS * elements)),
+        ),
+        Case(
+            "gelu_grn",
+            lambda: ops.gelu_grn(inner, gamma.flatten(), offsets),
+            lambda: reference.gelu_grn(inner, gamma.flatten(), offsets),
+            lambda: reference.gelu_grn(inner.float(), gamma.flatten(), offsets),
+            [inner, gamma],
+            (2 * width * count * wide, 3 * width * count * wide),
+            ((0, GELU_FLOPS * count * wide), (0, (GELU_FLOPS + 2 * SLOPE_FLOPS) * count * wide)),
+        ),
+        Case(
+            "layer_norm",
+            lambda: ops.layer_norm(x, *block.norm.parameters(), tile=tile, dtype=dtype),
+            lambda: reference.layer_norm(x, *block.norm.parameters(), tile=tile, dtype=dtype),
+            lambda: reference.layer_norm(x, *block.norm.parameters(), tile=tile),
+            [x, *block.norm.parameters()],
+            ((4 + width) * elements, (8 + width) * elements),
+            ((0, NORM_FLOPS * elements), (0, 3 * NORM_FLOPS * elements)),
+        ),
+        Case(
+            "convnext_block",
+            lambda: in_blocks(True),
+            lambda: in_blocks(False),
+            lambda: layout.block(x, block),
+            [x, *parameters],
+            (8 * elements, 12 * elements),
+            ((dense, around), (2 * dense, 2 * around + conv)),
+        ),
+    ]
+
+
+def measure(case: Case, rates: dict[str, float], tolerance: float, rounds: int) -> list[dict[str, Any]]:
+    """A row for the forward and one for the backward pass, or the one that says why there are none."""
+    out, expected, exact = case.ours(), case.reference(), case.exact()
+    probe = torch.randn_like(out)
+
+    def backward(result: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(result, case.inputs, probe.to(result.dtype), retain_graph=True)
+
+    pairs = zip((out, *backward(out)), (exact, *backward(exact)), strict=True)
+    error = max(relative(a.float(), b.float()) for a, b in pairs)
+    if not error < tolerance:
+        return [{"op": case.op, "pass": "both", "refused": f"relative error {error:.0e}"}]
+    rows = []
+    runs = ({"ours": case.ours, "reference": case.reference},)
+    runs += ({"ours": lambda: backward(out), "reference": lambda: backward(expected)},)
+    for name, pair, size, (matrix, other) in zip(("forward", "backward"), runs, case.bytes, case.flops, strict=True):
+        times = take_turns(pair, rounds, torch.device("cpu"))
+        memory = size / rates["bytes"]
+        arithmetic = matrix / rates["matrix_flops"] + other / rates["flops"]
+        seconds = statistics.median(times["ours"])
+        rows.append(
+            {
+                **{"op": case.op, "pass": name, "ms": 1e3 * seconds, "bytes": size, "flops": matrix + other},
+                "over_reference": statistics.median(b / a for a, b in zip(*times.values(), strict=True)),
+                "of_bound": max(memory, arithmetic) / seconds,
+                "bound": "memory" if memory > arithmetic else "arithmetic",
+                "error": error,
+            }
+        )
+    return rows
+
+
+def line(row: dict[str, Any]) -> str:
+    """A row of the table."""
+    stage = f"{row['side']}x{row['side']}x{row['channels']}"
+    if "refused" in row:
+        return f"{row['op']:14} {stage:9} refused: {row['refused']}"
+    figures = f"{row['ms']:8.2f} {row['over_reference']:15.2f} {row['of_bound']:13.2f}"
+    return f"{row['op']:14} {stage:9} {row['pass']:8} {figures}   {row['bound']}"

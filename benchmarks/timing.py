@@ -1,0 +1,32 @@
+"""What the benchmarks share: errors, times taken in turn, and the setting they were taken in."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    """Relative Frobenius error of a against b."""
+    return ((a - b).norm() / b.norm().clamp_min(1e-12)).item()
+
+
+def take_turns(candidates: dict[str, Callable[[], Any]], rounds: int, device: torch.device) -> dict[str, list[float]]:
+    """Seconds of every candidate in each of `rounds`, after one round that is not counted."""
+    times: dict[str, list[float]] = {name: [] for name in candidates}
+    for turn in range(rounds + 1):
+        for name, run in candidates.items():
+            _synchronise(device)
+            start = time.perf_counter()
+            run()
+            _synchronise(device)
+            if turn:
+                times[name].append(time.perf_counter() - start)
+    return times
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
