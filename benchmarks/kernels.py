@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sparse_fcmae.benchmarks.timing import relative, take_turns
+from sparse_fcmae.benchmarks.timing import draw_mask, relative, take_turns
 from sparse_fcmae.kernels import cpu
 from torch import Tensor
 
@@ -22,7 +22,7 @@ from sparse_fcmae.config import KernelsConfig, image_size_of
 from sparse_fcmae.encoder import SIZES, Block, SparseEncoder
 from sparse_fcmae.errors import UserError
 from sparse_fcmae.files import write_json
-from sparse_fcmae.masking import VisiblePatches, random_mask
+from sparse_fcmae.masking import VisiblePatches
 from sparse_fcmae.ops import reference
 
 TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}  # relative Frobenius error of the result and of every gradient
@@ -56,7 +56,7 @@ def kernels(**options: Any) -> list[dict[str, Any]]:
         raise UserError(f"unknown model {config.model!r}: choose one of {', '.join(SIZES)}")
     torch.manual_seed(0)
     size = image_size_of(config.image_size)
-    mask = random_mask(config.batch_size, SparseEncoder("atto", image_size=size).grid(*size), config.mask_ratio)
+    mask = draw_mask(config.batch_size, SparseEncoder("atto", image_size=size).grid(*size), config.mask_ratio)
     dtype = torch.bfloat16 if config.dtype == "bf16" else torch.float32
     rates = measure_rates(dtype, config.rounds)
     print(f"{'op':14} {'stage':9} {'pass':8} {'ms':>8} {'over reference':>15} {'of the bound':>13}   bound by")

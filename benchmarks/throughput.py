@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sparse_fcmae.benchmarks.timing import relative, take_turns
+from sparse_fcmae.benchmarks.timing import draw_mask, relative, take_turns
 from torch import Tensor
 
 from sparse_fcmae.backends import BACKENDS
@@ -18,7 +18,6 @@ from sparse_fcmae.config import ThroughputConfig, image_size_of
 from sparse_fcmae.encoder import SparseEncoder
 from sparse_fcmae.errors import UserError
 from sparse_fcmae.files import write_json
-from sparse_fcmae.masking import random_mask
 from sparse_fcmae.training.distributed import choose_device
 
 BASELINE = "masked"
@@ -38,7 +37,7 @@ def throughput(**options: Any) -> list[dict[str, Any]]:
         for parameter in encoder.parameters():  # GRN and biases start at zero and would go untested
             parameter.add_(0.02 * torch.randn_like(parameter))
     images = torch.randn(config.batch_size, 3, *size, device=device)
-    mask = random_mask(config.batch_size, encoder.grid(*size), config.mask_ratio, device=device)
+    mask = draw_mask(config.batch_size, encoder.grid(*size), config.mask_ratio).to(device)
     bf16 = config.dtype == "bf16"
 
     def step(backend: str) -> Tensor:

@@ -1,4 +1,4 @@
-"""What the benchmarks share: errors, times taken in turn, and the setting they were taken in."""
+"""What the benchmarks share: masks, errors, and times taken in turn."""
 
 import time
 from collections.abc import Callable
@@ -6,6 +6,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from sparse_fcmae.masking import random_mask
+
+
+def draw_mask(batch: int, grid: tuple[int, int], ratio: float) -> Tensor:
+    """A random mask bool [batch, rows, cols], or for a ratio of 0 one that hides nothing."""
+    return random_mask(batch, grid, ratio) if ratio else torch.zeros(batch, *grid, dtype=torch.bool)
 
 
 def relative(a: Tensor, b: Tensor) -> float:

@@ -48,6 +48,12 @@ def run_kernels(options: dict[str, Any]) -> None:
     kernels(**options)
 
 
+def run_profile(options: dict[str, Any]) -> None:
+    from sparse_fcmae.benchmarks.profile import profile_step
+
+    profile_step(**options)
+
+
 def run_throughput(options: dict[str, Any]) -> None:
     from sparse_fcmae.benchmarks.throughput import throughput
 
@@ -76,6 +82,7 @@ COMMANDS: dict[str, tuple[str, type | None, Callable[[dict[str, Any]], None]]] =
         KernelsConfig,
         run_kernels,
     ),
+    "bench profile": ("where a training step's time goes on the CPU", KernelsConfig, run_profile),
     "bench throughput": ("training step of the encoder, backend against backend", ThroughputConfig, run_throughput),
     "info": ("versions, device and usable backends", None, run_info),
 }

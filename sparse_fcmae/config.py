@@ -87,12 +87,12 @@ class DemoConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class KernelsConfig:
-    """Options of `sparse-fcmae bench kernels`."""
+    """Options of `sparse-fcmae bench kernels` and `bench profile`."""
 
     model: str = option("atto", help="atto, femto, pico, nano, tiny, base, large or huge")
     batch_size: int = option(32, help="images a step")
     image_size: str = option("224", help="pixels, as 224 or, height first, 224x320")
-    mask_ratio: float = option(0.6, help="share of the patches that is masked")
+    mask_ratio: float = option(0.6, help="share of the patches that is masked, 0 for none")
     dtype: str = option("fp32", help="storage of features", choices=("fp32", "bf16"))
     rounds: int = option(5, help="timed rounds, all candidates taking turns")
     json: str | None = option(None, help="also write the rows to this file")

@@ -53,6 +53,22 @@ def test_bench_kernels_gates_and_writes_rows(capsys, tmp_path):
     assert "refused" not in capsys.readouterr().out
 
 
+def test_bench_profile_names_kernels_and_matrix_products(capsys, tmp_path):
+    options = ["--batch-size", "2", "--image-size", "64", "--mask-ratio", "0", "--rounds", "1", "--dtype", "bf16"]
+    main(["bench", "profile", *options, "--json", str(tmp_path / "profile.json")])
+    rows = {row["what"]: row for row in json.loads((tmp_path / "profile.json").read_text())["rows"]}
+    assert rows["matrix products"]["bytes"] > 0
+    assert rows["kernel gelu_grn_backward"]["calls"] == 12
+    assert "MB moved" in capsys.readouterr().out
+
+
+def test_throughput_without_a_mask():
+    from sparse_fcmae.benchmarks.throughput import throughput
+
+    rows = throughput(batch_size=1, image_size="64", rounds=1, mask_ratio=0)
+    assert not [row for row in rows if "refused" in row]
+
+
 def test_bench_kernels_refuses_wrong_results(capsys, monkeypatch):
     from sparse_fcmae.benchmarks.kernels import kernels
 

@@ -8,12 +8,12 @@ from sparse_fcmae.ops import reference
 
 
 class MaskedLayout(Layout):
-    """Features are dense, [B, H, W, C]; what stands at masked positions is never read."""
+    """Features are dense, [B, H, W, C]; what stands at masked positions is never read. Plain PyTorch without a mask."""
 
     name = "masked"
 
     def __init__(self, mask: Tensor) -> None:
-        self.mask = mask
+        self.mask, self.hides = mask, bool(mask.any())
 
     def enter(self, x: Tensor) -> Tensor:
         return self._hide(x.permute(0, 2, 3, 1).contiguous())
@@ -38,6 +38,8 @@ class MaskedLayout(Layout):
         return conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
     def _hide(self, x: Tensor) -> Tensor:
+        if not self.hides:
+            return x
         side = x.shape[1] // self.mask.shape[1]
         mask = self.mask.repeat_interleave(side, 1).repeat_interleave(side, 2)
         return x.masked_fill(mask[..., None], 0)

@@ -1,0 +1,79 @@
+"""Where the time of a training step of the `native` encoder goes on the CPU: self times, and bytes moved if known."""
+
+from collections import Counter
+from math import prod
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from sparse_fcmae.benchmarks.timing import draw_mask
+from sparse_fcmae.kernels import cpu
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from sparse_fcmae.config import KernelsConfig, image_size_of
+from sparse_fcmae.encoder import SparseEncoder
+from sparse_fcmae.errors import UserError
+from sparse_fcmae.files import write_json
+
+MATRIX_PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_")
+SHOWN = 16
+
+
+def profile_step(**options: Any) -> list[dict[str, Any]]:
+    """Prints and returns what takes the most time, milliseconds of a step; options are those of `KernelsConfig`."""
+    config = KernelsConfig(**options)
+    if config.batch_size < 1 or config.rounds < 1:
+        raise UserError("--batch-size and --rounds must be at least 1")
+    torch.manual_seed(0)
+    size = image_size_of(config.image_size)
+    encoder = SparseEncoder(config.model, image_size=size, backend="native")
+    images = torch.randn(config.batch_size, 3, *size)
+    mask = draw_mask(config.batch_size, encoder.grid(*size), config.mask_ratio)
+
+    def step() -> None:
+        encoder.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=config.dtype == "bf16"):
+            features = encoder(images, mask)
+        features.float().square().mean().backward()
+
+    kernel_bytes: Counter[str] = Counter()
+    call = cpu.call
+
+    def labelled(name: str, *arguments: Tensor | int | None) -> None:
+        label = f"kernel {name}"
+        kernel_bytes[label] += sum(a.nbytes for a in arguments if isinstance(a, Tensor))
+        with record_function(label):
+            call(name, *arguments)
+
+    step()
+    with patch.object(cpu, "call", labelled), profile(activities=[ProfilerActivity.CPU], record_shapes=True) as trace:
+        for _ in range(config.rounds):
+            step()
+    width = 2 if config.dtype == "bf16" else 4
+    spent: dict[str, dict[str, float]] = {}
+    for event in trace.key_averages(group_by_input_shape=True):
+        matrix = event.key in MATRIX_PRODUCTS
+        name = "matrix products" if matrix else event.key
+        row = spent.setdefault(name, {"calls": 0, "ms": 0, "bytes": 0})
+        row["calls"] += event.count / config.rounds
+        row["ms"] += event.self_cpu_time_total / 1e3 / config.rounds
+        if matrix:
+            first, second = event.input_shapes[:2] if event.key == "aten::mm" else event.input_shapes[1:3]
+            row["bytes"] += width * (prod(first) + prod(second) + first[0] * second[1]) * event.count / config.rounds
+    for name, size in kernel_bytes.items():
+        spent[name]["bytes"] = size / config.rounds
+    total = sum(row["ms"] for row in spent.values())
+    rows = [{"what": name, **row, "share": row["ms"] / total} for name, row in spent.items()]
+    rows.sort(key=lambda row: -row["ms"])
+    print(f"{'what':52} {'calls':>6} {'ms':>8} {'share':>6} {'MB moved':>9}")
+    for row in rows[:SHOWN]:
+        moved = f"{row['bytes'] / 1e6:9.0f}" if row["bytes"] else ""
+        print(f"{row['what'][:52]:52} {row['calls']:6.0f} {row['ms']:8.1f} {row['share']:6.1%} {moved}")
+    print(f"{'all':52} {'':6} {total:8.1f}")
+    if config.json:
+        setting = {k: getattr(config, k) for k in ("model", "batch_size", "image_size", "mask_ratio", "dtype")}
+        setting |= {"threads": torch.get_num_threads(), "torch": torch.__version__, "kernels": cpu.instruction_set()}
+        write_json(Path(config.json), {"setting": setting, "ms": total, "rows": rows[:SHOWN]})
+    return rows
