@@ -4,10 +4,12 @@ The libraries have a plain C ABI and are loaded with ctypes, so neither torch no
 and one wheel serves every torch version. Where no compiler exists the package installs without them.
 """
 
+import copy
 import platform
 import sys
 
 from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
 
 INSTRUCTION_SETS = {"baseline": []}
 if platform.machine().lower() in ("x86_64", "amd64"):
@@ -18,10 +20,21 @@ if platform.machine().lower() in ("x86_64", "amd64"):
         "avx512_bf16": [*AVX512, "-mavx512bf16"],
     }
 
-SOURCES = [f"kernels/cpu/{name}.cpp" for name in ("block_dwconv", "gelu_grn", "layer_norm", "supported")]
+SOURCES = [f"kernels/cpu/{name}.cpp" for name in ("block_dwconv", "gelu_grn", "layer_norm", "one_mask", "abi")]
 OPENMP = [] if sys.platform == "darwin" else ["-fopenmp"]  # Apple's compiler has none: one thread there
 
+
+class BuildApart(build_ext):
+    """Gives every extension its own folder of object files: they are built of the same sources at the same time."""
+
+    def build_extension(self, ext: Extension) -> None:
+        apart = copy.copy(self)
+        apart.build_temp = f"{self.build_temp}/{ext.name}"
+        build_ext.build_extension(apart, ext)
+
+
 setup(
+    cmdclass={"build_ext": BuildApart},
     package_dir={"sparse_fcmae.kernels": "kernels", "sparse_fcmae.benchmarks": "benchmarks"},
     ext_modules=[
         Extension(

@@ -90,7 +90,7 @@ def measure_rates(dtype: torch.dtype, rounds: int) -> dict[str, float]:
 
 
 def cases(visible: VisiblePatches, side: int, channels: int, dtype: torch.dtype) -> list[Case]:
-    """Every op on the features of one stage, as the encoder calls it."""
+    """Every op on the features of one stage."""
     slot, index, offsets = visible.slot, visible.index, visible.offsets
     shape, wide, wide_shape = (len(index), side, side, channels), 4 * channels, (len(index), side, side, 4 * channels)
     count, width = len(index) * side * side, dtype.itemsize

@@ -41,11 +41,11 @@ def profile_step(**options: Any) -> list[dict[str, Any]]:
     kernel_bytes: Counter[str] = Counter()
     call = cpu.call
 
-    def labelled(name: str, *arguments: Tensor | int | None) -> None:
+    def labelled(name: str, *arguments: Tensor | int | None) -> int | None:
         label = f"kernel {name}"
         kernel_bytes[label] += sum(a.nbytes for a in arguments if isinstance(a, Tensor))
         with record_function(label):
-            call(name, *arguments)
+            return call(name, *arguments)
 
     step()
     with patch.object(cpu, "call", labelled), profile(activities=[ProfilerActivity.CPU], record_shapes=True) as trace:

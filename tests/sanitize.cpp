@@ -24,7 +24,8 @@ void sparse_fcmae_gelu_grn(const void*, int, const float*, const float*, const f
 void sparse_fcmae_gelu_grn_backward(const void*, const void*, int, const float*, const float*, const float*,
                                     const int64_t*, const float*, int64_t, int64_t, void*, void*, void*, float*, float*,
                                     float*, int);
-int sparse_fcmae_supported();
+int sparse_fcmae_abi();
+int sparse_fcmae_one_mask(const int32_t*, const int64_t*, int64_t, int64_t, int64_t, int64_t, const int64_t*, int64_t, int);
 }
 
 namespace {
@@ -96,6 +97,10 @@ struct Visible {
 void run(int side, int64_t channels, int is_bf16, int threads) {
   const Visible v(3, 2);
   const int64_t blocks = v.index.size(), first = v.offsets[2], positions = blocks * side * side;
+  if (!sparse_fcmae_one_mask(v.slot.data(), v.index.data(), 3, v.rows, v.cols, blocks, v.offsets.data(), 4, threads)) {
+    std::fputs("one_mask refuses a mask\n", stderr);
+    std::exit(1);
+  }
   auto taps = random(49 * channels), bias = random(channels), weight = random(channels), shift = random(channels);
 
   auto x = random(positions * channels, is_bf16), residual = random(positions * channels, is_bf16);
@@ -151,7 +156,7 @@ void run(int side, int64_t channels, int is_bf16, int threads) {
 }  // namespace
 
 int main() {
-  if (!sparse_fcmae_supported()) return 0;
+  if (!sparse_fcmae_abi()) return 0;
   for (int side : {8, 4, 2, 1})
     for (int64_t channels : {1, 3, 4, 7, 16, 31, 40, 67, 130})
       for (int is_bf16 : {0, 1})

@@ -148,7 +148,10 @@ def test_wrong_arguments():
         "bias must be": (x, weight, bias[:4], slot, index),
         "slot must be": (x, weight, bias, slot.long(), index),
         "index must be": (x, weight, bias, slot, index[:-1]),
-        "not of one mask": (x, weight, bias, slot[:1], index),
+        "are not of one mask": (x, weight, bias, slot[:1], index),
+        "of one mask": (x, weight, bias, slot.flip(0), index),
+        "not of one": (x, weight, bias, slot, index.flip(0)),
+        "not of one ma": (x, weight, bias, slot.where(slot > 0, 5), index),
         "norm_weight must be": (x, weight, bias, slot, index, bias[:4], bias),
         "go together": (x, weight, bias, slot, index, bias),
     }

@@ -55,6 +55,7 @@ def compare(x, block, visible, scope="image", dtype=torch.float32):
     for name, a, b in zip(("out", "x", *dict(block.named_parameters())), ours, exact, strict=True):
         assert a.isfinite().all(), name
         assert a.shape == b.shape, name
+        assert a.is_contiguous(), name
         assert relative_error(a, b) < (FORWARD if name == "out" else GRADIENT)[dtype], name
 
 
@@ -173,6 +174,44 @@ def test_opcheck(channels):
         torch.library.opcheck(torch.ops.sparse_fcmae.convnext_block.default, arguments)
 
 
+@pytest.mark.parametrize("channels", [24, KEEP_CHANNELS])
+def test_frozen_parameters(channels):
+    x, block, visible = make(2, channels, masks(3, 4)["ragged"])
+    probe = torch.randn(x.shape)
+    _, grad_x, *grads = run(x, block, visible, probe)
+    names = list(dict(block.named_parameters()))
+    for trained in ([], ["pwconv1.weight"], ["grn.beta", "dwconv.bias"]):
+        for name, parameter in block.named_parameters():
+            parameter.requires_grad_(name in trained)
+        inputs = (x, *(p for p in block.parameters() if p.requires_grad))
+        ours = torch.autograd.grad(convnext_block(x, list(block.parameters()), *vars_of(visible)), inputs, probe)
+        expected = (grad_x, *(g for name, g in zip(names, grads, strict=True) if name in trained))
+        assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
+
+
+class Swallow(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.sum()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None
+
+
+def test_undefined_gradient():
+    x, block, visible = make(2, 24, masks(3, 4)["ragged"])
+    Swallow.apply(convnext_block(x, list(block.parameters()), *vars_of(visible))).backward()
+    assert x.grad is None or (x.grad == 0).all()
+
+
+def test_scratch_memory_is_bounded(monkeypatch):
+    monkeypatch.setattr(MODULE, "SCRATCH_BYTES", 1000)
+    _memory.buffers.clear()
+    compare(*make(4, 24, masks(3, 4)["ragged"]), scope="batch")
+    assert all(buffer.numel() <= 1000 for buffer in _memory.buffers.values())
+
+
 def test_wrong_arguments():
     x, block, visible = make(2, 8, masks(3, 4)["ragged"])
     parameters, where = list(block.parameters()), vars_of(visible)
@@ -182,6 +221,7 @@ def test_wrong_arguments():
         r"pwconv1_bias must be \[32\]": (x, [p[:4] if i == 5 else p for i, p in enumerate(parameters)], *where),
         r"gamma must be \[32\]": (x, [p[..., :4] if i == 6 else p for i, p in enumerate(parameters)], *where),
         "offsets must ascend": (x, parameters, *where[:2], where[2][:-1]),
+        "not of one mask": (x, parameters, *where[:2], torch.tensor([0, 1, len(x)])),
     }
     for message, arguments in wrong.items():
         with pytest.raises(ValueError, match=message):

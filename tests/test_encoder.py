@@ -105,6 +105,27 @@ def test_an_image_does_not_feel_the_others(backend):
         assert torch.equal(encoder(others, mask)[0], encoder(images, mask)[0])
 
 
+@pytest.mark.parametrize("change", ["hook", "epsilon", "replaced", "parametrized"])
+def test_layers_that_are_not_as_they_were_made(change):
+    encoder = randomise(create_encoder("atto"))
+    block, calls = encoder.stages[1][0], []
+    if change == "hook":
+        block.norm.register_forward_hook(lambda *_: calls.append("norm"))
+        encoder.downsample_layers[0][1].register_forward_hook(lambda *_: calls.append("stem"))
+    elif change == "epsilon":
+        block.norm.eps = encoder.downsample_layers[2][0].eps = 0.1
+    elif change == "replaced":
+        block.pwconv1 = torch.nn.Sequential(torch.nn.Dropout(0.0), block.pwconv1)
+    else:
+        torch.nn.utils.parametrizations.weight_norm(block.norm, "weight", dim=None)
+        torch.nn.utils.parametrizations.weight_norm(block.dwconv)
+    images, mask = torch.randn(2, 3, 64, 96), masks(2, 3)["ragged"][:2]
+    features = encoder(images, mask)
+    assert calls == (["stem", "norm"] if change == "hook" else [])
+    encoder.backend = "torch"
+    assert relative_error(features, encoder(images, mask)) < 1e-5
+
+
 def test_masked_pixels_are_never_read():
     images, mask = torch.randn(2, 3, 96, 96), random_mask(2, (3, 3), 0.5)
     hidden = mask.repeat_interleave(32, 1).repeat_interleave(32, 2)[:, None]

@@ -82,6 +82,15 @@ def test_kernels_of_other_instruction_sets(name):
     assert result.returncode == 0, result.stdout + result.stderr
 
 
+@pytest.mark.skipif(not shutil.which("objdump") or os.uname().machine != "x86_64", reason="needs objdump on x86-64")
+def test_every_build_has_the_instructions_of_its_name_and_no_others():
+    marks = {"avx2": "%ymm", "avx512": "%zmm", "avx512_bf16": "vcvtneps2bf16"}
+    for i, name in enumerate(reversed(library.SETS)):
+        (file,) = (ROOT / "kernels" / "cpu").glob(f"_{name}.*.so")
+        code = subprocess.run(["objdump", "-d", file], check=True, capture_output=True, text=True).stdout
+        assert [mark in code for mark in marks.values()] == [i > j for j in range(3)], name
+
+
 def test_a_lesser_build_serves_where_the_best_is_missing(tmp_path, monkeypatch):
     monkeypatch.setattr(library, "__file__", str(tmp_path / "library.py"))
     shutil.copy(next((ROOT / "kernels" / "cpu").glob("_baseline.*.so")), tmp_path)
@@ -89,6 +98,11 @@ def test_a_lesser_build_serves_where_the_best_is_missing(tmp_path, monkeypatch):
     library._load.cache_clear()
     assert library.instruction_set() == "baseline"
     next(tmp_path.glob("_baseline.*")).unlink()
+    monkeypatch.setattr(library, "ABI", library.ABI + 1)
+    shutil.copy(next((ROOT / "kernels" / "cpu").glob("_avx2.*.so")), tmp_path / "_baseline.abi3.so")
+    library._load.cache_clear()
+    assert "are of another version or CPU" in library.unusable()
+    (tmp_path / "_baseline.abi3.so").unlink()
     library._load.cache_clear()
     assert library.unusable().startswith("the C++ kernels can't be loaded")
     monkeypatch.undo()

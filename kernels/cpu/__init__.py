@@ -16,6 +16,7 @@ __all__ = [
     "instruction_set",
     "layer_norm",
     "layer_norm_backward",
+    "one_mask",
     "thread_sums",
     "unusable",
 ]
@@ -104,6 +105,13 @@ def gelu_grn_backward(
     size = (len(offsets) - 1, x.shape[-1])
     call("gelu_grn_backward", grad, x, _bf16(x), bias, gamma, beta, offsets, norm, *size, grad_x, out, slope, *sums)
     return grad_x
+
+
+def one_mask(slot: Tensor, index: Tensor, offsets: Tensor | None = None) -> bool:
+    """Whether slot and index describe one mask, and offsets, which ascend from 0 to [T], divide no image's patches."""
+    images, rows, cols = slot.shape[0], slot.shape[1] - 6, slot.shape[2] - 6
+    ends = (None, 0) if offsets is None else (offsets.contiguous(), len(offsets))
+    return bool(call("one_mask", slot.contiguous(), index.contiguous(), images, rows, cols, len(index), *ends))
 
 
 def thread_sums(*shape: int) -> Tensor:

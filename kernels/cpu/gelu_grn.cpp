@@ -130,6 +130,7 @@ void forward(const E* x, const float* bias, const float* gamma, const float* bet
     });
   }
   add_tiles(tiles, partial.data(), H, images, norm);
+#pragma omp parallel for schedule(static) num_threads(threads)
   for (int64_t b = 0; b < images; ++b) {
     float* const G = norm + b * H;
     for (int64_t c = 0; c < H; ++c) G[c] = std::sqrt(G[c]);
@@ -183,22 +184,23 @@ void backward(const E* grad, const E* x, const float* bias, const float* gamma, 
     });
   }
   add_tiles(tiles, of_products.data(), H, images, sums.data());
+#pragma omp parallel for schedule(static) num_threads(threads)
   for (int64_t b = 0; b < images; ++b) {
     const float* const G = norm + b * H;
-    const float* const A = sums.data() + b * H;
+    float* const A = sums.data() + b * H;
     const float inverse = inverse_mean(G, H);
     double through_mean = 0;
-    for (int64_t c = 0; c < H; ++c) {
-      grad_gamma[c] += A[c] * (G[c] * inverse);
-      through_mean += static_cast<double>(gamma[c]) * A[c] * G[c];
-    }
+    for (int64_t c = 0; c < H; ++c) through_mean += static_cast<double>(gamma[c]) * A[c] * G[c];
     const float shared = static_cast<float>(through_mean / H) * inverse * inverse;
     for (int64_t c = 0; c < H; ++c) {
       scale[b * H + c] = 1.0f + gamma[c] * (G[c] * inverse);
       // the norm's gradient at zero is taken as zero; `!=` lets NaN through
       pull[b * H + c] = G[c] != 0.0f ? (gamma[c] * A[c] * inverse - shared) / G[c] : 0.0f;
+      A[c] *= G[c] * inverse;  // the image's part of gamma's gradient
     }
   }
+  for (int64_t b = 0; b < images; ++b)
+    for (int64_t c = 0; c < H; ++c) grad_gamma[c] += sums[b * H + c];
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (int64_t i = 0; i < count; ++i) {
     const float* const s = scale.data() + tiles[i].image * H;

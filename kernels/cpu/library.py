@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch  # first, so that the kernels share its OpenMP runtime and thus its thread pool
 
+ABI = 2  # of the functions' signatures, as in abi.cpp
 SETS = ["avx512_bf16", "avx512", "avx2", "baseline"]  # builds, the best first
 
 _POINTER, _INT, _LONG = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
@@ -16,6 +17,7 @@ _SIGNATURES = {
     "block_dwconv_weight": [*_STORED, _POINTER, *_BLOCKS, _POINTER, _INT],
     "layer_norm": [*_STORED, _POINTER, _POINTER, _LONG, _INT, _LONG, _INT, *_STORED, _INT],
     "layer_norm_backward": [*_STORED, *_STORED, _POINTER, _LONG, _INT, _LONG, _INT, _POINTER, _POINTER, _INT],
+    "one_mask": [_POINTER, _POINTER, *[_LONG] * 4, _POINTER, _LONG, _INT],
     "gelu_grn": [*_STORED, *[_POINTER] * 4, _LONG, _LONG, _POINTER, _POINTER, _INT],
     "gelu_grn_backward": [_POINTER, *_STORED, *[_POINTER] * 5, _LONG, _LONG, *[_POINTER] * 6, _INT],
 }
@@ -30,14 +32,16 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         for file in sorted(Path(__file__).parent.glob(f"_{instruction_set}.*.so")):
             try:
                 library = ctypes.CDLL(str(file))
-            except OSError as error:
+                abi = library.sparse_fcmae_abi()
+            except (OSError, AttributeError) as error:
                 reason = f"the C++ kernels can't be loaded: {error}"
                 continue
-            if not library.sparse_fcmae_supported():
+            if abi != ABI:
+                reason = f"the C++ kernels of {file.name} are of another version or CPU: install sparse-fcmae again"
                 continue
             for name, arguments in _SIGNATURES.items():
                 function = getattr(library, f"sparse_fcmae_{name}")
-                function.argtypes, function.restype = arguments, None
+                function.argtypes, function.restype = arguments, _INT if name == "one_mask" else None
             return library, instruction_set
     return None, reason
 
@@ -54,7 +58,7 @@ def unusable() -> str | None:
     return None if library else reason
 
 
-def call(name: str, *arguments: torch.Tensor | int | None) -> None:
+def call(name: str, *arguments: torch.Tensor | int | None) -> int | None:
     """Calls the kernel `sparse_fcmae_<name>`; tensors, which must be contiguous, are passed by address.
 
     Its last argument, the number of threads, is torch's. Raises RuntimeError where the kernels are unusable.
@@ -63,4 +67,4 @@ def call(name: str, *arguments: torch.Tensor | int | None) -> None:
     if library is None:
         raise RuntimeError(reason)
     raw = (a.data_ptr() if isinstance(a, torch.Tensor) else a for a in arguments)
-    getattr(library, f"sparse_fcmae_{name}")(*raw, torch.get_num_threads())
+    return getattr(library, f"sparse_fcmae_{name}")(*raw, torch.get_num_threads())

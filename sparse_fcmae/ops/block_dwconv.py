@@ -63,23 +63,27 @@ def _block_dwconv_backward(
     index: Tensor,
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
+    frozen: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x; of the 49 taps, then of the bias, float32 [50, C]; of the norm's weight and bias, [2, C]."""
+    """Gradients of x; of the 49 taps, then of the bias, float32 [50, C]; of the norm's weight and bias, [2, C].
+
+    Where weight and bias are `frozen`, theirs are zeros.
+    """
     x, taps, channels = x.contiguous(), taps_of(weight), x.shape[-1]
     sums, norm_sums = cpu.thread_sums(TAPS + 1, channels), cpu.thread_sums(2, channels)
     if norm_weight is None:
         grad = grad.float().contiguous()
     else:
-        norm, convolved = (row_of(norm_weight), row_of(norm_bias)), torch.empty_like(x, dtype=torch.float32)
-        cpu.block_dwconv(x, taps, row_of(bias), slot, index, torch.empty_like(x), norm=norm, convolved=convolved)
-        grad = cpu.layer_norm_backward(convolved, grad.contiguous(), norm[0], convolved, norm_sums)
-    cpu.block_dwconv_weight(x, grad, slot, index, sums)
+        y = cpu.block_dwconv(x, taps, row_of(bias), slot, index, torch.empty_like(x, dtype=torch.float32))
+        grad = cpu.layer_norm_backward(y, grad.contiguous(), row_of(norm_weight), y, norm_sums)
+    if not frozen:
+        cpu.block_dwconv_weight(x, grad, slot, index, sums)
     grad_x = cpu.block_dwconv(grad, taps.flip(0), None, slot, index, torch.empty_like(x))
     return grad_x, sums.sum(0), norm_sums.sum(0)
 
 
 @_block_dwconv_backward.register_fake
-def _(grad, x, weight, bias, slot, index, norm_weight, norm_bias):
+def _(grad, x, weight, bias, slot, index, norm_weight, norm_bias, frozen):
     grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
     return grad_x, *(x.new_empty(n, x.shape[-1], dtype=torch.float32) for n in (TAPS + 1, 2))
 
@@ -90,7 +94,8 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, grad):
     _, weight, bias, _, _, norm_weight, norm_bias = ctx.saved_tensors
-    grad_x, sums, norm_sums = _block_dwconv_backward(grad, *ctx.saved_tensors)
+    frozen = not any(ctx.needs_input_grad[1:3])
+    grad_x, sums, norm_sums = _block_dwconv_backward(grad, *ctx.saved_tensors, frozen)
     grad_weight = weight_gradient_of(sums, weight)
     rows = zip((sums[TAPS], *norm_sums), (bias, norm_weight, norm_bias), strict=True)
     grad_bias, *grad_norm = (None if like is None else row.to(like.dtype, copy=True) for row, like in rows)
@@ -108,8 +113,9 @@ def check_dwconv(
     index: Tensor,
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
+    offsets: Tensor | None = None,
 ) -> None:
-    """Raises ValueError where these are not `block_dwconv`'s arguments."""
+    """Raises ValueError where these are not `block_dwconv`'s arguments, or where offsets divide an image's patches."""
     if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"block_dwconv takes float32 or bfloat16 on the CPU, not {x.dtype} on {x.device}")
     if x.dim() != 4 or x.shape[1] != x.shape[2] or x.shape[1] not in (8, 4, 2, 1):
@@ -118,16 +124,18 @@ def check_dwconv(
         raise ValueError(f"weight must be [{x.shape[3]}, 1, 7, 7], not {tuple(weight.shape)}")
     if (norm_weight is None) != (norm_bias is None):
         raise ValueError("norm_weight and norm_bias go together")
+    for tensor in (weight, bias, norm_weight, norm_bias):
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"all parameters must be on {x.device}, not {tensor.device}")
     for name, row in {"bias": bias, "norm_weight": norm_weight, "norm_bias": norm_bias}.items():
         if row is not None and row.shape != x.shape[3:]:
             raise ValueError(f"{name} must be [{x.shape[3]}], not {tuple(row.shape)}")
-    if slot.dtype != torch.int32 or slot.dim() != 3 or slot.device != x.device:
+    if slot.dtype != torch.int32 or slot.dim() != 3 or min(slot.shape[1:]) < 6 or slot.device != x.device:
         raise ValueError(f"slot must be int32 [B, rows + 6, cols + 6] on {x.device}")
     if index.dtype != torch.int64 or index.shape != x.shape[:1] or index.device != x.device:
         raise ValueError(f"index must be int64 [{x.shape[0]}] on {x.device}")
-    patches = slot.shape[0] * (slot.shape[1] - 6) * (slot.shape[2] - 6)
-    if len(index) and not (0 <= index[0] <= index[-1] < patches and slot.max() < len(index)):
-        raise ValueError("slot and index are not of one mask")
+    if not cpu.one_mask(slot, index, offsets):
+        raise ValueError("slot, index and offsets are not of one mask")
 
 
 def taps_of(weight: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 Between its layers a block holds several times its input, most of it 4 C channels wide. Memory of that size is read, and
 at its first use zeroed by the operating system, far more slowly than the caches work. So both passes take the images in
 chunks whose wide features fit in the caches, all chunks through the same scratch memory, and the backward pass computes
-again what was not kept.
+again what was not kept. An image that is larger, or a batch that GRN pools over as a whole, is one chunk.
 """
 
 import threading
@@ -17,6 +17,7 @@ from sparse_fcmae.ops.block_dwconv import TAPS, check_dwconv, row_of, taps_of, w
 from sparse_fcmae.ops.gelu_grn import check_offsets
 
 CHUNK_BYTES = 4 << 20  # of wide features; with fewer the matrix products get too small to be efficient
+SCRATCH_BYTES = 64 << 20  # of each piece of scratch memory that is held on to: a single image may need more
 KEEP_CHANNELS = 96  # from this width on reading pwconv1's output again is faster than computing it again
 
 
@@ -33,7 +34,8 @@ def convnext_block(x: Tensor, parameters: list[Tensor], slot: Tensor, index: Ten
     """
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else parameters[4].dtype
-    keep = torch.is_grad_enabled() and x.shape[-1] >= KEEP_CHANNELS
+    differentiated = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *parameters))
+    keep = differentiated and x.shape[-1] >= KEEP_CHANNELS
     return _convnext_block(x, parameters, slot, index, offsets, dtype, keep)[0]
 
 
@@ -79,8 +81,9 @@ def _convnext_block_backward(
     dtype: torch.dtype,
     response: Tensor,
     inner: Tensor,
+    frozen: bool,
 ) -> list[Tensor]:
-    """Gradients of x and of the parameters."""
+    """Gradients of x and, unless they are `frozen`, of the parameters."""
     x, w, chunks = x.contiguous(), _Weights.of(parameters, dtype), _chunks(x, offsets, parameters[4].shape[0], dtype)
     grad, grad_x, reversed_taps = (
         grad.contiguous(),
@@ -104,13 +107,17 @@ def _convnext_block_backward(
         pooled = (w.gamma, chunk.offsets, response[chunk.images])
         shifts = {"bias": w.bias1, "beta": w.beta}
         cpu.gelu_grn_backward(grad_hidden, kept, *pooled, grad_hidden, wide_sums, out=hidden, slope=slope, **shifts)
-        grad_weight2 = _add_product(grad_weight2, g, hidden)
-        grad_weight1 = _add_product(grad_weight1, grad_hidden, y)
+        if not frozen:
+            grad_weight2 = _add_product(grad_weight2, g, hidden)
+            grad_weight1 = _add_product(grad_weight1, grad_hidden, y)
         torch.mm(grad_hidden, w.weight1, out=y)
         cpu.layer_norm_backward(z, y, w.norm[0], z, norm_sums)
-        cpu.block_dwconv_weight(features, z, slot, index, taps_sums, first=first)
+        if not frozen:
+            cpu.block_dwconv_weight(features, z, slot, index, taps_sums, first=first)
         grad_features = grad_x[chunk.patches]
         cpu.block_dwconv(z, reversed_taps, None, slot, index, grad_features, first=first, residual=grad_out)
+    if frozen:
+        return [grad_x]
     taps, norm = taps_sums.sum(0), norm_sums.sum(0)
     grads = (
         *(weight_gradient_of(taps, parameters[0]), taps[TAPS], *norm),
@@ -120,8 +127,9 @@ def _convnext_block_backward(
 
 
 @_convnext_block_backward.register_fake
-def _(grad, x, parameters, slot, index, offsets, dtype, response, inner):
-    return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, *parameters)]
+def _(grad, x, parameters, slot, index, offsets, dtype, response, inner, frozen):
+    like = (x,) if frozen else (x, *parameters)
+    return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in like]
 
 
 def _setup_context(ctx, inputs, output):
@@ -133,8 +141,13 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, grad, *_):
     x, slot, index, offsets, response, inner, *parameters = ctx.saved_tensors
-    grads = _convnext_block_backward(grad, x, parameters, slot, index, offsets, ctx.dtype, response, inner)
-    return grads[0], grads[1:], None, None, None, None, None
+    grad_x, grads = None, [None] * len(parameters)
+    if grad is not None:
+        frozen = not any(ctx.needs_input_grad[1])
+        features = (grad, x, parameters, slot, index, offsets)
+        grad_x, *computed = _convnext_block_backward(*features, ctx.dtype, response, inner, frozen)
+        grads = computed or grads
+    return grad_x, grads, None, None, None, None, None
 
 
 _convnext_block.register_autograd(_backward, setup_context=_setup_context)
@@ -190,7 +203,7 @@ def _add_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
 def _as_gradient(total: Tensor | None, parameter: Tensor) -> Tensor:
     if total is None:
         return torch.zeros_like(parameter)
-    total = total if total._base is None else total.clone()
+    total = total if total._base is None else total.clone(memory_format=torch.contiguous_format)
     return total.to(parameter.dtype).view(parameter.shape)
 
 
@@ -205,6 +218,8 @@ _memory = _Memory()
 def _scratch(name: str, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
     """Uninitialised memory, which this thread's later calls get again, as fresh memory costs more than its use."""
     size = rows * columns * dtype.itemsize
+    if size > SCRATCH_BYTES:
+        return torch.empty(rows, columns, dtype=dtype)
     if name not in _memory.buffers or _memory.buffers[name].numel() < size:
         with torch.inference_mode(False):
             _memory.buffers[name] = torch.empty(size, dtype=torch.uint8)
@@ -227,7 +242,7 @@ class _Chunk(NamedTuple):
 def _chunks(x: Tensor, offsets: Tensor, wide: int, dtype: torch.dtype) -> list[_Chunk]:
     """The batch in chunks of as many images as CHUNK_BYTES hold the wide features of, one at least."""
     area = x.shape[1] * x.shape[2]
-    limit = CHUNK_BYTES // (wide * dtype.itemsize * area)  # patches
+    limit = CHUNK_BYTES // (max(1, wide) * dtype.itemsize * area)  # patches
     ends, positions, chunks, begin = offsets.tolist(), offsets * area, [], 0
     while begin < len(ends) - 1:
         end = begin + 1
@@ -244,11 +259,13 @@ def _check(
     x: Tensor, parameters: list[Tensor], slot: Tensor, index: Tensor, offsets: Tensor, dtype: torch.dtype
 ) -> None:
     dwconv_weight, dwconv_bias, norm_weight, norm_bias, *rest = parameters
-    check_dwconv(x, dwconv_weight, dwconv_bias, slot, index, norm_weight, norm_bias)
     check_offsets(x, offsets)
+    check_dwconv(x, dwconv_weight, dwconv_bias, slot, index, norm_weight, norm_bias, offsets)
     if dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"convnext_block multiplies in float32 or bfloat16, not {dtype}")
     channels, wide = x.shape[3], len(rest[0])
+    if any(p.device != x.device for p in parameters):
+        raise ValueError(f"all parameters must be on {x.device}")
     for name, p, shape in zip(
         ("pwconv1_weight", "pwconv1_bias", "gamma", "beta", "pwconv2_weight", "pwconv2_bias"),
         rest,

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from sparse_fcmae.kernels import cpu
+from sparse_fcmae.ops.block_dwconv import row_of
 
 
 def gelu_grn(x: Tensor, gamma: Tensor, offsets: Tensor) -> Tensor:
@@ -16,7 +17,7 @@ def gelu_grn(x: Tensor, gamma: Tensor, offsets: Tensor) -> Tensor:
     offsets[b] to offsets[b + 1] of the T. Returns [T, S, S, H] of x's dtype; sums are float32. Differentiable once in x
     and gamma. Raises ValueError for other shapes, dtypes or devices.
     """
-    return _gelu_grn(x, gamma.float(), offsets)[0]
+    return _gelu_grn(x, gamma, offsets)[0]
 
 
 @torch.library.custom_op("sparse_fcmae::gelu_grn", mutates_args=())
@@ -24,23 +25,23 @@ def _gelu_grn(x: Tensor, gamma: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor
     check(x, gamma, offsets)
     x = x.contiguous()
     norm = torch.empty(len(offsets) - 1, x.shape[-1], dtype=torch.float32)
-    return cpu.gelu_grn(x, gamma.contiguous(), positions_of(x, offsets), torch.empty_like(x), norm), norm
+    return cpu.gelu_grn(x, row_of(gamma), positions_of(x, offsets), torch.empty_like(x), norm), norm
 
 
 @_gelu_grn.register_fake
 def _(x, gamma, offsets):
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    return out, gamma.new_empty(offsets.shape[0] - 1, x.shape[-1])
+    return out, gamma.new_empty(offsets.shape[0] - 1, x.shape[-1], dtype=torch.float32)
 
 
 @torch.library.custom_op("sparse_fcmae::gelu_grn_backward", mutates_args=())
 def _gelu_grn_backward(grad: Tensor, x: Tensor, gamma: Tensor, offsets: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
     grad, x = grad.contiguous(), x.contiguous()
     grad_x, out, slope = (torch.empty_like(x) for _ in range(3))
-    sums = tuple(torch.zeros_like(gamma) for _ in range(3))
+    sums = tuple(torch.zeros_like(gamma, dtype=torch.float32) for _ in range(3))
     offsets = positions_of(x, offsets)
-    cpu.gelu_grn_backward(grad, x, gamma.contiguous(), offsets, norm, grad_x, sums, out=out, slope=slope)
-    return grad_x, sums[1]
+    cpu.gelu_grn_backward(grad, x, row_of(gamma), offsets, norm, grad_x, sums, out=out, slope=slope)
+    return grad_x, sums[1].to(gamma.dtype)
 
 
 @_gelu_grn_backward.register_fake
@@ -73,7 +74,8 @@ def check_offsets(x: Tensor, offsets: Tensor) -> None:
     """Raises ValueError where offsets do not divide the patches x."""
     if offsets.dtype != torch.int64 or offsets.dim() != 1 or not len(offsets) or offsets.device != x.device:
         raise ValueError(f"offsets must be int64 [B + 1] on {x.device}")
-    if offsets[0] != 0 or offsets[-1] != len(x) or (offsets.diff() < 0).any():
+    ends = offsets.tolist()
+    if ends[0] != 0 or ends[-1] != len(x) or ends != sorted(ends):
         raise ValueError(f"offsets must ascend from 0 to {len(x)}")
 
 

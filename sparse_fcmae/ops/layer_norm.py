@@ -25,6 +25,8 @@ def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor, tile: int, dtype: torch
         raise ValueError(f"layer_norm takes float32 or bfloat16 on the CPU, not {x.dtype} to {dtype} on {x.device}")
     if x.dim() != 4 or x.shape[1] != x.shape[2] or tile < 1 or x.shape[1] % tile:
         raise ValueError(f"x must be [T, S, S, C], S a multiple of the tile, not {list(x.shape)} with tile {tile}")
+    if weight.device != x.device or bias.device != x.device:
+        raise ValueError(f"weight and bias must be on {x.device}, not {weight.device} and {bias.device}")
     if weight.shape != x.shape[3:] or bias.shape != x.shape[3:]:
         raise ValueError(f"weight and bias must be [{x.shape[3]}], not {list(weight.shape)} and {list(bias.shape)}")
     return cpu.layer_norm(x.contiguous(), row_of(weight), row_of(bias), _tiles(x, tile, dtype), tile=tile)
