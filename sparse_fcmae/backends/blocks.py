@@ -1,7 +1,5 @@
 """`torch` and `native`: features as the list of visible blocks [T, S, S, C]."""
 
-from typing import TYPE_CHECKING
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -11,9 +9,6 @@ from sparse_fcmae.backends.layout import Layout, compute_dtype
 from sparse_fcmae.kernels import cpu
 from sparse_fcmae.masking import VisiblePatches
 from sparse_fcmae.ops import reference
-
-if TYPE_CHECKING:
-    from sparse_fcmae.encoder import Block
 
 
 class TorchLayout(Layout):
@@ -98,7 +93,7 @@ class NativeLayout(TorchLayout):
         tiles = ops.layer_norm(x, norm.weight, norm.bias, tile=conv.kernel_size[0], dtype=compute_dtype(conv))
         return self._windows(tiles, conv).to(conv.weight.dtype)
 
-    def block(self, x: Tensor, block: "Block") -> Tensor:
+    def block(self, x: Tensor, block: nn.Module) -> Tensor:
         layers = (block.dwconv, block.norm, block.pwconv1, block.pwconv2)
         if not all(_plain(layer) for layer in layers):
             return super().block(x, block)

@@ -1,14 +1,11 @@
 """What a backend is: how the features of one batch are laid out, and the encoder's operations on them."""
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-if TYPE_CHECKING:
-    from sparse_fcmae.encoder import Block
 
 
 def compute_dtype(module: nn.Module) -> torch.dtype:
@@ -64,8 +61,8 @@ class Layout(ABC):
         """Features of one stage -> features of the next, of the parameters' dtype."""
         return self.tile_conv(norm(x), conv).to(conv.weight.dtype)
 
-    def block(self, x: Tensor, block: "Block") -> Tensor:
-        """x + pwconv2(GRN(GELU(pwconv1(LN(dwconv7x7(x))))))."""
+    def block(self, x: Tensor, block: nn.Module) -> Tensor:
+        """x + pwconv2(GRN(GELU(pwconv1(LN(dwconv7x7(x)))))), with the layers of an `encoder.Block`."""
         y = block.norm(self.dwconv(x, block.dwconv))
         y = self.gelu_grn(block.pwconv1(y), block.grn.gamma, block.grn_scope)
         # pwconv2(y + beta): beta is folded into the bias, so that it never has to be added to 4 * dim channels

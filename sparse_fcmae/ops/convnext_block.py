@@ -85,11 +85,7 @@ def _convnext_block_backward(
 ) -> list[Tensor]:
     """Gradients of x and, unless they are `frozen`, of the parameters."""
     x, w, chunks = x.contiguous(), _Weights.of(parameters, dtype), _chunks(x, offsets, parameters[4].shape[0], dtype)
-    grad, grad_x, reversed_taps = (
-        grad.contiguous(),
-        torch.empty_like(x, memory_format=torch.contiguous_format),
-        w.taps.flip(0),
-    )
+    grad, grad_x, reversed_taps = grad.contiguous(), torch.empty_like(x), w.taps.flip(0)
     taps_sums, norm_sums = cpu.thread_sums(TAPS + 1, w.channels), cpu.thread_sums(2, w.channels)
     grad_bias1, grad_gamma, grad_beta = wide_sums = tuple(torch.zeros_like(w.gamma) for _ in range(3))
     grad_bias2 = torch.zeros_like(w.dwconv_bias)
