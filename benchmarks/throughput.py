@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sparse_fcmae.benchmarks.timing import draw_mask, relative, take_turns
+from sparse_fcmae.benchmarks.timing import draw_mask, kept_megabytes, relative, take_turns
 from torch import Tensor
 
 from sparse_fcmae.backends import BACKENDS
@@ -40,13 +40,14 @@ def throughput(**options: Any) -> list[dict[str, Any]]:
     mask = draw_mask(config.batch_size, encoder.grid(*size), config.mask_ratio).to(device)
     bf16 = config.dtype == "bf16"
 
-    def step(backend: str) -> Tensor:
+    def forward(backend: str) -> Tensor:
         encoder.backend = backend
-        encoder.zero_grad()
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            features = encoder(images, mask)
-        features.float().square().mean().backward()
-        return features.detach()
+            return encoder(images, mask)
+
+    def step(backend: str) -> None:
+        encoder.zero_grad()
+        forward(backend).float().square().mean().backward()
 
     usable = [name for name, layout in BACKENDS.items() if layout.unusable(device) is None]
     errors, names = gate(encoder, images, mask, usable, bf16)
@@ -63,6 +64,7 @@ def throughput(**options: Any) -> list[dict[str, Any]]:
             else:
                 row["ms"] = 1e3 * statistics.median(times[name])
                 row["images_per_second"] = config.batch_size / statistics.median(times[name])
+                row["kept_mb"] = kept_megabytes(lambda name=name: forward(name))
                 row["speedup"] = statistics.median(b / t for b, t in zip(times[BASELINE], times[name], strict=True))
         rows.append(row)
     setting = {
@@ -70,13 +72,14 @@ def throughput(**options: Any) -> list[dict[str, Any]]:
         **{"device": str(device), "threads": torch.get_num_threads(), "torch": torch.__version__},
     }
     print(", ".join(f"{key} {value}" for key, value in setting.items()))
-    print(f"{'backend':8} {'ms':>9} {'images/s':>9} {'over ' + BASELINE:>12}   error of features and gradients")
+    columns = f"{'backend':8} {'ms':>9} {'images/s':>9} {'over ' + BASELINE:>12} {'MB kept':>9}"
+    print(f"{columns}   error of features and gradients")
     for row in rows:
         error = f"{row['forward_error']:.0e} {row['gradient_error']:.0e}" if "forward_error" in row else ""
         if "refused" in row:
             print(f"{row['backend']:8} refused: {row['refused']} {error}")
         else:
-            speed = f"{row['ms']:9.1f} {row['images_per_second']:9.1f} {row['speedup']:12.2f}"
+            speed = f"{row['ms']:9.1f} {row['images_per_second']:9.1f} {row['speedup']:12.2f} {row['kept_mb']:9.0f}"
             print(f"{row['backend']:8} {speed}   {error}")
     if config.json:
         write_json(Path(config.json), {"setting": setting, "rows": rows})

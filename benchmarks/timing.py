@@ -1,4 +1,4 @@
-"""What the benchmarks share: masks, errors, and times taken in turn."""
+"""What the benchmarks share: masks, errors, memory kept, and times taken in turn."""
 
 import time
 from collections.abc import Callable
@@ -18,6 +18,21 @@ def draw_mask(batch: int, grid: tuple[int, int], ratio: float) -> Tensor:
 def relative(a: Tensor, b: Tensor) -> float:
     """Relative Frobenius error of a against b."""
     return ((a - b).norm() / b.norm().clamp_min(1e-12)).item()
+
+
+def kept_megabytes(forward: Callable[[], Tensor]) -> float:
+    """What autograd keeps of a forward pass for the backward pass, each storage once, parameters included."""
+    storages: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = forward()  # holds all that is kept until it is counted
+    del result
+    return sum(storages.values()) / 1e6
 
 
 def take_turns(candidates: dict[str, Callable[[], Any]], rounds: int, device: torch.device) -> dict[str, list[float]]:

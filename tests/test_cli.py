@@ -115,6 +115,7 @@ def test_throughput_reports_every_backend(capsys, tmp_path):
     rows = {row["backend"]: row for row in json.loads((tmp_path / "rows.json").read_text())["rows"]}
     assert set(rows) == {"native", "torch", "masked"}
     assert rows["masked"]["speedup"] == 1
+    assert 0 < rows["native"]["kept_mb"] < rows["torch"]["kept_mb"] < rows["masked"]["kept_mb"]
     assert rows["native"]["forward_error"] < 1e-5
     assert "images/s" in capsys.readouterr().out
 
