@@ -12,16 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sparse_fcmae.benchmarks.timing import draw_mask, relative, take_turns
-from sparse_fcmae.kernels import cpu
 from torch import Tensor
 
 from sparse_fcmae import ops
 from sparse_fcmae.backends.blocks import TorchLayout
+from sparse_fcmae.benchmarks.timing import draw_mask, relative, take_turns
 from sparse_fcmae.config import KernelsConfig, image_size_of
 from sparse_fcmae.encoder import SIZES, Block, SparseEncoder
 from sparse_fcmae.errors import UserError
 from sparse_fcmae.files import write_json
+from sparse_fcmae.kernels import cpu
 from sparse_fcmae.masking import VisiblePatches
 from sparse_fcmae.ops import reference
 

@@ -7,15 +7,15 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from sparse_fcmae.benchmarks.timing import draw_mask
-from sparse_fcmae.kernels import cpu
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from sparse_fcmae.benchmarks.timing import draw_mask
 from sparse_fcmae.config import KernelsConfig, image_size_of
 from sparse_fcmae.encoder import SparseEncoder
 from sparse_fcmae.errors import UserError
 from sparse_fcmae.files import write_json
+from sparse_fcmae.kernels import cpu
 
 MATRIX_PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_")
 SHOWN = 16

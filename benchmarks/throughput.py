@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sparse_fcmae.benchmarks.timing import draw_mask, kept_megabytes, relative, take_turns
 from torch import Tensor
 
 from sparse_fcmae.backends import BACKENDS
+from sparse_fcmae.benchmarks.timing import draw_mask, kept_megabytes, relative, take_turns
 from sparse_fcmae.config import ThroughputConfig, image_size_of
 from sparse_fcmae.encoder import SparseEncoder
 from sparse_fcmae.errors import UserError

@@ -71,7 +71,6 @@ def test_throughput_without_a_mask():
 
 def test_bench_kernels_refuses_wrong_results(capsys, monkeypatch):
     from sparse_fcmae.benchmarks.kernels import kernels
-
     from sparse_fcmae.ops import reference
 
     exact = reference.gelu_grn
@@ -129,9 +128,8 @@ def test_throughput_checks_bf16_as_well(capsys):
 
 
 def test_throughput_refuses_a_backend_that_is_wrong(monkeypatch):
-    from sparse_fcmae.benchmarks.throughput import throughput
-
     from sparse_fcmae.backends import NativeLayout
+    from sparse_fcmae.benchmarks.throughput import throughput
 
     leave = NativeLayout.leave
     monkeypatch.setattr(NativeLayout, "leave", lambda self, x: leave(self, x) * 1.01)

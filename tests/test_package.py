@@ -8,6 +8,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
 from sparse_fcmae.kernels.cpu import library
 
 ROOT = Path(__file__).parent.parent

@@ -5,8 +5,9 @@ batch. Sums over all positions are added to a row for each thread ([threads, ...
 """
 
 import torch
-from sparse_fcmae.kernels.cpu.library import call, instruction_set, unusable
 from torch import Tensor
+
+from sparse_fcmae.kernels.cpu.library import call, instruction_set, unusable
 
 __all__ = [
     "block_dwconv",
