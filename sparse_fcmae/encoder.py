@@ -105,8 +105,11 @@ class SparseEncoder(nn.Module):
                 )
         return height // self.patch_size, width // self.patch_size
 
-    def forward(self, images: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(self, images: Tensor, mask: Tensor | None = None, kept: int | None = None) -> Tensor:
         """images [B, C, H, W] floating; mask bool [B, H/P, W/P], True = masked, or None for no mask.
+
+        kept: how many patches every image keeps, where the mask keeps equally many, as `random_mask`'s do. The host
+        then never waits for a GPU, and the whole can be compiled and captured in a CUDA graph.
 
         Returns the last stage's features [B, D, H/P, W/P], zeros where masked. Honours autocast; the residual stream
         stays float32. Raises UserError for images or a mask of another shape.
@@ -116,12 +119,13 @@ class SparseEncoder(nn.Module):
         grid = self.grid(*images.shape[2:])
         if mask is None:
             mask = torch.zeros(len(images), *grid, dtype=torch.bool, device=images.device)
+            kept = grid[0] * grid[1]
         if mask.shape != (len(images), *grid) or mask.dtype != torch.bool:
             raise UserError(
                 f"the mask must be bool [{len(images)}, {grid[0]}, {grid[1]}], not {mask.dtype} {list(mask.shape)}"
             )
 
-        layout = resolve_backend(self.backend, images.device.type, compute_dtype(self))(mask.to(images.device))
+        layout = resolve_backend(self.backend, images.device.type, compute_dtype(self))(mask.to(images.device), kept)
         x = images
         for i, (down, stage) in enumerate(zip(self.downsample_layers, self.stages, strict=True)):
             x = layout.downsample(x, *down) if i else layout.stem(x, *down)

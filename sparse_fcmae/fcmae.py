@@ -69,27 +69,49 @@ class FCMAE(nn.Module):
         kept_patches(self._mask_cells(self.encoder.grid(*self.encoder.image_size)), mask_ratio)
 
     def forward(
-        self, images: Tensor, mask: Tensor | None = None, generator: torch.Generator | None = None
+        self,
+        images: Tensor,
+        mask: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        kept: int | None = None,
     ) -> FCMAEOutput:
-        """images [B, C, H, W], normalised. mask: bool [B, H/P, W/P], or None to draw one from `generator`."""
+        """images [B, C, H, W], normalised. mask: bool [B, H/P, W/P], or None to draw one from `generator`, or without
+        that on the images' device. kept: as in `SparseEncoder`; known where the mask is drawn here."""
         if mask is None:
-            mask = self.draw_mask(len(images), images.shape[2:], generator=generator)
+            device = None if generator else images.device
+            mask = self.draw_mask(len(images), images.shape[2:], generator=generator, device=device)
+            kept = self.kept(images.shape[2:])
         mask = mask.to(images.device)
-        prediction = self.decode(self.encoder(images, mask), mask)
+        prediction = self.decode(self.encoder(images, mask, kept), mask)
         return FCMAEOutput(self.loss(images, prediction, mask), prediction, mask)
 
-    def draw_mask(self, batch: int, image_size: tuple[int, int], *, generator: torch.Generator | None = None) -> Tensor:
-        """Random masks bool [batch, H/P, W/P] for images of (H, W) pixels."""
+    def draw_mask(
+        self,
+        batch: int,
+        image_size: tuple[int, int],
+        *,
+        generator: torch.Generator | None = None,
+        device: torch.device | None = None,
+    ) -> Tensor:
+        """Random masks bool [batch, H/P, W/P] for images of (H, W) pixels, each keeping `kept(image_size)` patches."""
         grid = self.encoder.grid(*image_size)
         cells = self._mask_cells(grid)
-        mask = random_mask(batch, cells, self.mask_ratio, generator=generator)
+        mask = random_mask(batch, cells, self.mask_ratio, generator=generator, device=device)
         return mask.repeat_interleave(grid[0] // cells[0], 1).repeat_interleave(grid[1] // cells[1], 2)
+
+    def kept(self, image_size: tuple[int, int]) -> int:
+        """How many patches `draw_mask` keeps of every image."""
+        grid = self.encoder.grid(*image_size)
+        cells = self._mask_cells(grid)
+        return kept_patches(cells, self.mask_ratio) * (grid[0] // cells[0]) * (grid[1] // cells[1])
 
     def decode(self, features: Tensor, mask: Tensor) -> Tensor:
         """features [B, D, H/P, W/P] of the visible patches -> prediction [B, L, P * P * C] for all patches."""
         x = self._pointwise(features.permute(0, 2, 3, 1), self.proj).to(features.dtype)
         x = torch.where(mask[..., None], self.mask_token.flatten().to(x.dtype), x)
-        layout = resolve_backend(self.encoder.backend, x.device.type, compute_dtype(self))(torch.zeros_like(mask))
+        layout = resolve_backend(self.encoder.backend, x.device.type, compute_dtype(self))(
+            torch.zeros_like(mask), mask.shape[1] * mask.shape[2]
+        )
         x = layout.enter(x.permute(0, 3, 1, 2))
         for block in self.decoder:
             x = block(x, layout)

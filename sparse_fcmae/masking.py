@@ -5,7 +5,6 @@ positions a patch.
 """
 
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -41,11 +40,12 @@ def random_mask(
 ) -> Tensor:
     """Uniformly random masks keeping `kept_patches(grid, ratio)` patches of every image (FCMAE, section 3.1).
 
-    Returns bool [batch, rows, cols], True = masked, on `device`. Drawn on the generator's device (the CPU without one),
-    so that a seed gives the same masks wherever the model runs.
+    Returns bool [batch, rows, cols], True = masked, on `device`, or without it on the generator's. Drawn on the
+    generator's device, without one on `device`; the same generator state gives the same masks wherever the model runs.
     """
     kept = kept_patches(grid, ratio)
-    noise = torch.rand(batch, grid[0] * grid[1], generator=generator, device=generator.device if generator else None)
+    drawn_on = generator.device if generator else device
+    noise = torch.rand(batch, grid[0] * grid[1], generator=generator, device=drawn_on)
     mask = torch.ones_like(noise, dtype=torch.bool)
     mask.scatter_(1, noise.argsort(dim=1)[:, :kept], False)
     return mask.view(batch, *grid).to(device)
@@ -57,33 +57,42 @@ class VisiblePatches:
 
     mask: bool [B, rows, cols], True = masked.
     index: int64 [T], each visible patch's flat position in [B, rows, cols], ascending (thus sorted by image).
+    slot: int32 [B, rows + 6, cols + 6], each patch's row in T, -1 where masked or outside the image.
+    offsets: int64 [B + 1], image b owns the patches offsets[b] to offsets[b + 1].
     """
 
     mask: Tensor
     index: Tensor
+    slot: Tensor
+    offsets: Tensor
 
     @classmethod
-    def of(cls, mask: Tensor) -> "VisiblePatches":
-        """The visible patches of `mask`; images may keep different numbers of them, none included."""
-        return cls(mask, (~mask).flatten().nonzero()[:, 0])
+    def of(cls, mask: Tensor, kept: int | None = None) -> "VisiblePatches":
+        """The visible patches of `mask`.
 
-    @cached_property
-    def slot(self) -> Tensor:
-        """int32 [B, rows + 6, cols + 6]: each patch's row in T, -1 where masked or outside the image."""
-        slot = torch.full(self.mask.shape, -1, dtype=torch.int32, device=self.mask.device)
-        slot.view(-1)[self.index] = torch.arange(len(self.index), dtype=torch.int32, device=self.mask.device)
-        return F.pad(slot, (HALO, HALO, HALO, HALO), value=-1)
-
-    @cached_property
-    def offsets(self) -> Tensor:
-        """int64 [B + 1]: image b owns the patches offsets[b] to offsets[b + 1]."""
-        return F.pad((~self.mask).flatten(1).sum(1).cumsum(0), (1, 0))
+        kept: how many patches every image keeps. All shapes then follow from it, and nothing waits for a GPU. Without
+        it images may keep different numbers of patches, none included.
+        """
+        hidden, device = mask.flatten(1), mask.device
+        images, total = hidden.shape
+        counts = (~hidden).sum(1)
+        if kept is None:
+            index = (~mask).flatten().nonzero()[:, 0]
+            offsets = F.pad(counts.cumsum(0), (1, 0))
+        else:
+            torch._assert_async((counts == kept).all(), f"not all masks keep {kept} patches")
+            visible_first = hidden.to(torch.uint8).argsort(dim=1, stable=True)
+            index = (visible_first[:, :kept] + torch.arange(images, device=device)[:, None] * total).flatten()
+            offsets = torch.arange(images + 1, device=device) * kept
+        number = (~mask).flatten().cumsum(0, dtype=torch.int32).view(mask.shape) - 1
+        slot = F.pad(number.masked_fill(mask, -1), (HALO, HALO, HALO, HALO), value=-1)
+        return cls(mask, index, slot, offsets)
 
     def offsets_of(self, scope: str) -> Tensor:
         """The offsets of what GRN pools over: each "image", or the whole "batch" as if it were one."""
-        return self.offsets if scope == "image" else self.offsets[[0, -1]]
+        return self.offsets if scope == "image" else torch.stack([self.offsets[0], self.offsets[-1]])
 
-    @cached_property
+    @property
     def image(self) -> Tensor:
         """int64 [T]: the image that each visible patch belongs to."""
         return self.index // (self.mask.shape[1] * self.mask.shape[2])

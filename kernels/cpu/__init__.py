@@ -1,7 +1,7 @@
 """The C++ kernels as functions on contiguous CPU tensors; what is computed is said in the .cpp file of the same name.
 
 `slot` and `index` are `masking.VisiblePatches`'. Features hold whole images, whose first patch is number `first` of the
-batch. Sums over all positions are added to a row for each thread ([threads, ...], see `thread_sums`).
+batch. Sums over all positions are added to a row for each thread ([threads, ...], see `zero_sums`).
 """
 
 import torch
@@ -18,9 +18,11 @@ __all__ = [
     "layer_norm",
     "layer_norm_backward",
     "one_mask",
-    "thread_sums",
     "unusable",
+    "zero_sums",
 ]
+
+DTYPES = (torch.float32, torch.bfloat16)  # of features
 
 
 def block_dwconv(
@@ -115,9 +117,9 @@ def one_mask(slot: Tensor, index: Tensor, offsets: Tensor | None = None) -> bool
     return bool(call("one_mask", slot.contiguous(), index.contiguous(), images, rows, cols, len(index), *ends))
 
 
-def thread_sums(*shape: int) -> Tensor:
-    """Zeros [threads, ...], float32."""
-    return torch.zeros(torch.get_num_threads(), *shape, dtype=torch.float32)
+def zero_sums(*shape: int, like: Tensor) -> Tensor:
+    """Zeros [threads, ...], float32, on the device of `like`."""
+    return like.new_zeros(torch.get_num_threads(), *shape, dtype=torch.float32)
 
 
 def _bf16(x: Tensor) -> int:

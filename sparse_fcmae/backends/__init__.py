@@ -8,6 +8,7 @@ from functools import cache
 
 import torch
 
+from sparse_fcmae import kernels
 from sparse_fcmae.backends.blocks import NativeLayout, TorchLayout
 from sparse_fcmae.backends.layout import Layout
 from sparse_fcmae.backends.masked import MaskedLayout
@@ -33,17 +34,23 @@ def check_backend(name: str) -> None:
         raise UserError(f"unknown backend {name!r}: choose one of auto, {', '.join(BACKENDS)}")
 
 
-@cache
+@torch.compiler.assume_constant_result  # what it looks at can't be traced, and does not change
 def resolve_backend(name: str, device_type: str, dtype: torch.dtype = torch.float32) -> type[Layout]:
     """The backend to run features of a dtype on a device: "auto" is `native` where usable, else `torch`, said once.
 
     Raises UserError where a backend asked for by name can't run there.
     """
+    return _resolve(name, device_type, dtype)
+
+
+@cache
+def _resolve(name: str, device_type: str, dtype: torch.dtype) -> type[Layout]:
     check_backend(name)
     layout = BACKENDS["native" if name == "auto" else name]
-    reason = layout.unusable(torch.device(device_type))
-    if not reason and layout is NativeLayout and dtype not in (torch.float32, torch.bfloat16):
-        reason = f"its kernels take float32 and bfloat16, not {dtype}"
+    device = torch.device(device_type)
+    reason = layout.unusable(device)
+    if not reason and layout is NativeLayout:
+        reason = kernels.unfit(device, dtype)
     if reason and name != "auto":
         raise UserError(f"backend {name} can't be used: {reason}; choose another --backend or auto")
     if reason:

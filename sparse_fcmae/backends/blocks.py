@@ -4,9 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparse_fcmae import ops
+from sparse_fcmae import kernels, ops
 from sparse_fcmae.backends.layout import Layout, compute_dtype
-from sparse_fcmae.kernels import cpu
 from sparse_fcmae.masking import VisiblePatches
 from sparse_fcmae.ops import reference
 
@@ -19,8 +18,8 @@ class TorchLayout(Layout):
 
     name = "torch"
 
-    def __init__(self, mask: Tensor) -> None:
-        self.visible = VisiblePatches.of(mask)
+    def __init__(self, mask: Tensor, kept: int | None = None) -> None:
+        self.visible = VisiblePatches.of(mask, kept)
 
     def enter(self, x: Tensor) -> Tensor:
         batch, rows, cols = self.visible.mask.shape
@@ -68,13 +67,13 @@ class TorchLayout(Layout):
 
 
 class NativeLayout(TorchLayout):
-    """This package's own kernels: C++ on the CPU."""
+    """This package's own kernels: C++ on the CPU, Triton on a GPU."""
 
     name = "native"
 
     @staticmethod
     def unusable(device: torch.device) -> str | None:
-        return cpu.unusable() if device.type == "cpu" else f"there are no native kernels for {device.type}"
+        return kernels.unusable(device)
 
     def dwconv(self, x: Tensor, conv: nn.Conv2d) -> Tensor:
         return ops.block_dwconv(x, conv.weight, conv.bias, self.visible.slot, self.visible.index)

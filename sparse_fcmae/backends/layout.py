@@ -25,8 +25,8 @@ class Layout(ABC):
     name: ClassVar[str]
 
     @abstractmethod
-    def __init__(self, mask: Tensor) -> None:
-        """mask: bool [B, rows, cols], True = masked."""
+    def __init__(self, mask: Tensor, kept: int | None = None) -> None:
+        """mask: bool [B, rows, cols], True = masked. kept: how many patches every image keeps, where that is known."""
 
     @staticmethod
     def unusable(device: torch.device) -> str | None:

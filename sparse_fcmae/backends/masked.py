@@ -8,12 +8,12 @@ from sparse_fcmae.ops import reference
 
 
 class MaskedLayout(Layout):
-    """Features are dense, [B, H, W, C]; what stands at masked positions is never read. Plain PyTorch without a mask."""
+    """Features are dense, [B, H, W, C]; what stands at masked positions is never read. Plain PyTorch if all is kept."""
 
     name = "masked"
 
-    def __init__(self, mask: Tensor) -> None:
-        self.mask, self.hides = mask, bool(mask.any())
+    def __init__(self, mask: Tensor, kept: int | None = None) -> None:
+        self.mask, self.hides = mask, kept != mask.shape[1] * mask.shape[2]
 
     def enter(self, x: Tensor) -> Tensor:
         return self._hide(x.permute(0, 2, 3, 1).contiguous())

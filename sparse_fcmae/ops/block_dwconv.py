@@ -1,9 +1,9 @@
-"""Depthwise 7x7 convolution over visible blocks, with LayerNorm behind it: the C++ kernels as a `torch.library` op."""
+"""Depthwise 7x7 convolution over visible blocks, with LayerNorm behind it: the kernels as a `torch.library` op."""
 
 import torch
 from torch import Tensor
 
-from sparse_fcmae.kernels import cpu
+from sparse_fcmae import kernels
 
 TAPS = 49
 
@@ -23,10 +23,11 @@ def block_dwconv(
     features with zeros where masked, taken at the visible positions. With norm_weight and norm_bias [C] (both or
     neither) LayerNorm over the channels follows (eps 1e-6), and its input is computed again in the backward pass.
 
-    x: [T, S, S, C] float32 or bfloat16 on the CPU, S one of 8, 4, 2, 1. weight: [C, 1, 7, 7]. bias: [C] or None.
-    slot: int32 [B, rows + 6, cols + 6], index: int64 [T], as in `masking.VisiblePatches`.
+    x: [T, S, S, C] float32 or bfloat16, on a GPU also float16, S one of 8, 4, 2, 1. weight: [C, 1, 7, 7].
+    bias: [C] or None. slot: int32 [B, rows + 6, cols + 6], index: int64 [T], as in `masking.VisiblePatches`.
     Returns [T, S, S, C] of x's dtype; sums are float32. Under autocast x is cast to the autocast dtype.
-    Differentiable once in x and all parameters. Raises ValueError for other shapes, dtypes or devices.
+    Differentiable once in x and all parameters. Raises ValueError for other shapes, dtypes or devices; that slot and
+    index are of one mask is not checked on a GPU, as it would have to be waited for.
     """
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
@@ -45,7 +46,8 @@ def _block_dwconv(
 ) -> Tensor:
     check_dwconv(x, weight, bias, slot, index, norm_weight, norm_bias)
     x, norm = x.contiguous(), (row_of(norm_weight), row_of(norm_bias))
-    return cpu.block_dwconv(x, taps_of(weight), row_of(bias), slot, index, torch.empty_like(x), norm=norm)
+    out = torch.empty_like(x)
+    return kernels.of(x.device).block_dwconv(x, taps_of(weight), row_of(bias), slot, index, out, norm=norm)
 
 
 @_block_dwconv.register_fake
@@ -69,16 +71,16 @@ def _block_dwconv_backward(
 
     Where weight and bias are `frozen`, theirs are zeros.
     """
-    x, taps, channels = x.contiguous(), taps_of(weight), x.shape[-1]
-    sums, norm_sums = cpu.thread_sums(TAPS + 1, channels), cpu.thread_sums(2, channels)
+    x, taps, channels, ours = x.contiguous(), taps_of(weight), x.shape[-1], kernels.of(x.device)
+    sums, norm_sums = (ours.zero_sums(n, channels, like=x) for n in (TAPS + 1, 2))
     if norm_weight is None:
         grad = grad.float().contiguous()
     else:
-        y = cpu.block_dwconv(x, taps, row_of(bias), slot, index, torch.empty_like(x, dtype=torch.float32))
-        grad = cpu.layer_norm_backward(y, grad.contiguous(), row_of(norm_weight), y, norm_sums)
+        y = ours.block_dwconv(x, taps, row_of(bias), slot, index, torch.empty_like(x, dtype=torch.float32))
+        grad = ours.layer_norm_backward(y, grad.contiguous(), row_of(norm_weight), y, norm_sums)
     if not frozen:
-        cpu.block_dwconv_weight(x, grad, slot, index, sums)
-    grad_x = cpu.block_dwconv(grad, taps.flip(0), None, slot, index, torch.empty_like(x))
+        ours.block_dwconv_weight(x, grad, slot, index, sums)
+    grad_x = ours.block_dwconv(grad, taps.flip(0), None, slot, index, torch.empty_like(x))
     return grad_x, sums.sum(0), norm_sums.sum(0)
 
 
@@ -116,8 +118,7 @@ def check_dwconv(
     offsets: Tensor | None = None,
 ) -> None:
     """Raises ValueError where these are not `block_dwconv`'s arguments, or where offsets divide an image's patches."""
-    if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16):
-        raise ValueError(f"block_dwconv takes float32 or bfloat16 on the CPU, not {x.dtype} on {x.device}")
+    kernels.check_dtype("block_dwconv", x.device, x.dtype)
     if x.dim() != 4 or x.shape[1] != x.shape[2] or x.shape[1] not in (8, 4, 2, 1):
         raise ValueError(f"x must be [T, S, S, C] with S one of 8, 4, 2, 1, not {tuple(x.shape)}")
     if weight.shape != (x.shape[3], 1, 7, 7):
@@ -134,7 +135,7 @@ def check_dwconv(
         raise ValueError(f"slot must be int32 [B, rows + 6, cols + 6] on {x.device}")
     if index.dtype != torch.int64 or index.shape != x.shape[:1] or index.device != x.device:
         raise ValueError(f"index must be int64 [{x.shape[0]}] on {x.device}")
-    if not cpu.one_mask(slot, index, offsets):
+    if x.device.type == "cpu" and not kernels.cpu.one_mask(slot, index, offsets):
         raise ValueError("slot, index and offsets are not of one mask")
 
 

@@ -1,9 +1,9 @@
-"""GELU, global response normalisation and its scale in one: the C++ kernel as a `torch.library` op with autograd."""
+"""GELU, global response normalisation and its scale in one: the kernels as a `torch.library` op."""
 
 import torch
 from torch import Tensor
 
-from sparse_fcmae.kernels import cpu
+from sparse_fcmae import kernels
 from sparse_fcmae.ops.block_dwconv import row_of
 
 
@@ -13,7 +13,7 @@ def gelu_grn(x: Tensor, gamma: Tensor, offsets: Tensor) -> Tensor:
     N_c = G_c / (mean of G + 1e-6), G_c the norm of h_c over all positions of the image. Only x and G are kept for the
     backward pass, which computes GELU again. The beta of the full layer is left to the layer that follows.
 
-    x: [T, S, S, H] float32 or bfloat16 on the CPU. gamma: [H]. offsets: int64 [B + 1], image b owns patches
+    x: [T, S, S, H] float32 or bfloat16, on a GPU also float16. gamma: [H]. offsets: int64 [B + 1], image b owns patches
     offsets[b] to offsets[b + 1] of the T. Returns [T, S, S, H] of x's dtype; sums are float32. Differentiable once in x
     and gamma. Raises ValueError for other shapes, dtypes or devices.
     """
@@ -24,8 +24,8 @@ def gelu_grn(x: Tensor, gamma: Tensor, offsets: Tensor) -> Tensor:
 def _gelu_grn(x: Tensor, gamma: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
     check(x, gamma, offsets)
     x = x.contiguous()
-    norm = torch.empty(len(offsets) - 1, x.shape[-1], dtype=torch.float32)
-    return cpu.gelu_grn(x, row_of(gamma), positions_of(x, offsets), torch.empty_like(x), norm), norm
+    norm = x.new_empty(len(offsets) - 1, x.shape[-1], dtype=torch.float32)
+    return kernels.of(x.device).gelu_grn(x, row_of(gamma), positions_of(x, offsets), torch.empty_like(x), norm), norm
 
 
 @_gelu_grn.register_fake
@@ -40,7 +40,8 @@ def _gelu_grn_backward(grad: Tensor, x: Tensor, gamma: Tensor, offsets: Tensor, 
     grad_x, out, slope = (torch.empty_like(x) for _ in range(3))
     sums = tuple(torch.zeros_like(gamma, dtype=torch.float32) for _ in range(3))
     offsets = positions_of(x, offsets)
-    cpu.gelu_grn_backward(grad, x, row_of(gamma), offsets, norm, grad_x, sums, out=out, slope=slope)
+    row = row_of(gamma)
+    kernels.of(x.device).gelu_grn_backward(grad, x, row, offsets, norm, grad_x, sums, out=out, slope=slope)
     return grad_x, sums[1].to(gamma.dtype)
 
 
@@ -63,8 +64,7 @@ _gelu_grn.register_autograd(_backward, setup_context=_setup_context)
 
 def check(x: Tensor, gamma: Tensor, offsets: Tensor) -> None:
     """Raises ValueError where these are not `gelu_grn`'s arguments."""
-    if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16):
-        raise ValueError(f"gelu_grn takes float32 or bfloat16 on the CPU, not {x.dtype} on {x.device}")
+    kernels.check_dtype("gelu_grn", x.device, x.dtype)
     if x.dim() != 4 or gamma.shape != x.shape[3:] or gamma.device != x.device:
         raise ValueError(f"x must be [T, S, S, H] and gamma [H], not {tuple(x.shape)} and {tuple(gamma.shape)}")
     check_offsets(x, offsets)
@@ -74,7 +74,7 @@ def check_offsets(x: Tensor, offsets: Tensor) -> None:
     """Raises ValueError where offsets do not divide the patches x."""
     if offsets.dtype != torch.int64 or offsets.dim() != 1 or not len(offsets) or offsets.device != x.device:
         raise ValueError(f"offsets must be int64 [B + 1] on {x.device}")
-    ends = offsets.tolist()
+    ends = offsets.tolist() if x.device.type == "cpu" else [0, len(x)]  # reading them would wait for a GPU
     if ends[0] != 0 or ends[-1] != len(x) or ends != sorted(ends):
         raise ValueError(f"offsets must ascend from 0 to {len(x)}")
 

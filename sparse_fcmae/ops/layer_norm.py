@@ -1,16 +1,16 @@
-"""LayerNorm over the channels of visible blocks, cast and cut into tiles: the C++ kernels as a `torch.library` op."""
+"""LayerNorm over the channels of visible blocks, cast and cut into tiles: the kernels as a `torch.library` op."""
 
 import torch
 from torch import Tensor
 
-from sparse_fcmae.kernels import cpu
+from sparse_fcmae import kernels
 from sparse_fcmae.ops.block_dwconv import row_of
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, *, tile: int = 1, dtype: torch.dtype | None = None) -> Tensor:
     """LayerNorm over the channels, eps 1e-6, laid out for a convolution of size and stride `tile`.
 
-    x: [T, S, S, C] float32 or bfloat16 on the CPU, S a multiple of tile. weight and bias: [C]. Returns
+    x: [T, S, S, C] float32 or bfloat16, on a GPU also float16, S a multiple of tile. weight and bias: [C]. Returns
     [T, S / tile, S / tile, tile * tile * C], each row a window's positions in order, of `dtype` (x's if None). Sums are
     float32; x is kept for the backward pass. Differentiable once in x, weight and bias. Raises ValueError for other
     shapes, dtypes or devices.
@@ -20,16 +20,15 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, *, tile: int = 1, dtype:
 
 @torch.library.custom_op("sparse_fcmae::layer_norm", mutates_args=())
 def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor, tile: int, dtype: torch.dtype) -> Tensor:
-    types = (torch.float32, torch.bfloat16)
-    if x.device.type != "cpu" or x.dtype not in types or dtype not in types:
-        raise ValueError(f"layer_norm takes float32 or bfloat16 on the CPU, not {x.dtype} to {dtype} on {x.device}")
+    kernels.check_dtype("layer_norm", x.device, x.dtype, dtype)
     if x.dim() != 4 or x.shape[1] != x.shape[2] or tile < 1 or x.shape[1] % tile:
         raise ValueError(f"x must be [T, S, S, C], S a multiple of the tile, not {list(x.shape)} with tile {tile}")
     if weight.device != x.device or bias.device != x.device:
         raise ValueError(f"weight and bias must be on {x.device}, not {weight.device} and {bias.device}")
     if weight.shape != x.shape[3:] or bias.shape != x.shape[3:]:
         raise ValueError(f"weight and bias must be [{x.shape[3]}], not {list(weight.shape)} and {list(bias.shape)}")
-    return cpu.layer_norm(x.contiguous(), row_of(weight), row_of(bias), _tiles(x, tile, dtype), tile=tile)
+    rows = (row_of(weight), row_of(bias))
+    return kernels.of(x.device).layer_norm(x.contiguous(), *rows, _tiles(x, tile, dtype), tile=tile)
 
 
 @_layer_norm.register_fake
@@ -40,8 +39,9 @@ def _(x, weight, bias, tile, dtype):
 @torch.library.custom_op("sparse_fcmae::layer_norm_backward", mutates_args=())
 def _layer_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, tile: int) -> tuple[Tensor, Tensor]:
     """Gradients of x, and of weight and bias, float32 [2, C]."""
-    x, sums = x.contiguous(), cpu.thread_sums(2, x.shape[-1])
-    grad_x = cpu.layer_norm_backward(x, grad.contiguous(), row_of(weight), torch.empty_like(x), sums, tile=tile)
+    x, ours = x.contiguous(), kernels.of(x.device)
+    sums = ours.zero_sums(2, x.shape[-1], like=x)
+    grad_x = ours.layer_norm_backward(x, grad.contiguous(), row_of(weight), torch.empty_like(x), sums, tile=tile)
     return grad_x, sums.sum(0)
 
 

@@ -1,0 +1,158 @@
+"""Depthwise 7x7 convolution over visible blocks: `ops.block_dwconv`.
+
+The forward kernel's program computes R lines of S positions each, of any patches, in all channels, so that LayerNorm
+can follow in registers: a tuple of S tensors [R, BLOCK_C]. For each of the 7 lines that the window reaches it loads
+S + 6 positions, each of which serves up to 7 outputs; what successive lines share comes from the caches. Positions of
+masked patches are not read at all.
+"""
+
+from typing import Any
+
+import triton
+import triton.language as tl
+
+from sparse_fcmae.kernels.triton.layer_norm import normalised
+from sparse_fcmae.kernels.triton.tuning import per_thread, tiles, tuned
+
+REACH = tl.constexpr(3)
+
+WEIGHT_TILES = [triton.Config({"BLOCK_C": 32 * w}, num_warps=w) for w in (4, 2, 1)]
+
+
+def _suits(config: triton.Config, arguments: dict[str, Any]) -> bool:
+    """Sums that fit into registers beside what they are made of, and warps that lie side by side over the channels."""
+    side, width = arguments["S"], arguments["BLOCK_C"]
+    sums = side * per_thread(config, width)
+    return sums in ((16,) if config.num_warps > 8 else (16, 32)) and config.num_warps in (
+        max(1, width // 128),
+        max(1, width // 256),
+    )
+
+
+@triton.jit
+def _centre(slot, index, patch, live, rows, cols):
+    """Pointers to the slots of the patches themselves."""
+    flat = tl.load(index + patch, mask=live, other=0)
+    image, row, col = flat // (rows * cols), flat // cols % rows, flat % cols
+    return slot + (image * (rows + 2 * REACH) + row + REACH) * (cols + 2 * REACH) + col + REACH
+
+
+@tuned(tiles((32, 16, 8, 4, 2, 1)), key=["C", "S"], suits=_suits)
+@triton.jit
+def block_dwconv_kernel(
+    x,
+    taps,
+    bias,
+    norm_weight,
+    norm_bias,
+    residual,
+    slot,
+    index,
+    convolved,
+    out,
+    blocks,
+    first,
+    rows,
+    cols,
+    C: tl.constexpr,
+    S: tl.constexpr,
+    R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """What `kernels.triton.block_dwconv` says; bias, norm, residual and convolved can be None."""
+    line = tl.program_id(0) * R + tl.arange(0, R)
+    patch, y = line // S, line % S
+    live = patch < blocks
+    c = tl.arange(0, BLOCK_C)
+    centre = _centre(slot, index, patch, live, rows, cols)
+    sums = (tl.zeros([R, BLOCK_C], tl.float32),) * S
+    for dy in range(2 * REACH + 1):
+        below = y + dy - REACH + 4 * S  # counted from 4 patches above, so that it is not negative
+        neighbours = centre + (below // S - 4) * (cols + 2 * REACH)
+        start = below % S * S
+        weights = ()
+        for dx in tl.static_range(2 * REACH + 1):
+            weights += (tl.load(taps + (dy * (2 * REACH + 1) + dx) * C + c, mask=c < C, other=0.0)[None, :],)
+        for column in tl.static_range(-REACH, S + REACH):
+            number = tl.load(neighbours + column // S, mask=live, other=-1)
+            position = (number - first).to(tl.int64) * (S * S) + start + column % S
+            seen = (number >= 0)[:, None] & (c < C)[None, :]
+            value = tl.load(x + position[:, None] * C + c[None, :], mask=seen, other=0.0).to(tl.float32)
+            added = ()
+            for i in tl.static_range(S):
+                if column - i >= -REACH and column - i <= REACH:
+                    added += (sums[i] + weights[column - i + REACH] * value,)
+                else:
+                    added += (sums[i],)
+            sums = added
+    inside = live[:, None] & (c < C)[None, :]
+    for i in tl.static_range(S):
+        at = (line.to(tl.int64) * S + i)[:, None] * C + c[None, :]
+        z = sums[i]
+        if bias is not None:
+            z += tl.load(bias + c, mask=c < C, other=0.0)[None, :]
+        if convolved is not None:
+            tl.store(convolved + at, z, mask=inside)
+        if norm_weight is not None:
+            z, _ = normalised(z, (c < C)[None, :], C)
+            z = z * tl.load(norm_weight + c, mask=c < C, other=0.0)[None, :]
+            z += tl.load(norm_bias + c, mask=c < C, other=0.0)[None, :]
+        if residual is not None:
+            z += tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
+        tl.store(out + at, z, mask=inside)
+
+
+@tuned(WEIGHT_TILES, key=["C", "S"])
+@triton.jit
+def block_dwconv_weight_kernel(
+    x,
+    grad,
+    slot,
+    index,
+    partial,
+    blocks,
+    first,
+    rows,
+    cols,
+    per_program,
+    C: tl.constexpr,
+    S: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Program (i, j) takes the BLOCK_C channels i and the lines j * per_program and on; it has row j of partial.
+
+    partial is [programs, 50, C]: 49 taps, bias. The 7 taps of a window's column lie in a tensor, of 8 as its size has
+    to be a power of 2; there are 7 of these.
+    """
+    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    dy = tl.arange(0, 8)
+    sums = (tl.zeros([8, BLOCK_C], tl.float32),) * (2 * REACH + 1)
+    bias = tl.zeros([BLOCK_C], tl.float32)
+    begin = tl.program_id(1) * per_program
+    source = grad + begin.to(tl.int64) * (S * C) + c
+    for line in range(begin, tl.minimum(begin + per_program, blocks * S)):
+        patch, y = line // S, line % S
+        grads = ()
+        for i in tl.static_range(S):
+            grads += (tl.load(source + ((line - begin) * S + i) * C, mask=c < C, other=0.0).to(tl.float32),)
+            bias += grads[i]
+        below = y + dy - REACH + 4 * S
+        neighbours = _centre(slot, index, patch, True, rows, cols) + (below // S - 4) * (cols + 2 * REACH)
+        start = below % S * S
+        for column in tl.static_range(-REACH, S + REACH):
+            number = tl.load(neighbours + column // S, mask=dy <= 2 * REACH, other=-1)
+            position = (number - first).to(tl.int64) * (S * S) + start + column % S
+            seen = (number >= 0)[:, None] & (c < C)[None, :]
+            value = tl.load(x + position[:, None] * C + c[None, :], mask=seen, other=0.0).to(tl.float32)
+            added = ()
+            for dx in tl.static_range(2 * REACH + 1):
+                if column + REACH - dx >= 0 and column + REACH - dx < S:
+                    added += (sums[dx] + grads[column + REACH - dx][None, :] * value,)
+                else:
+                    added += (sums[dx],)
+            sums = added
+    row = partial + tl.program_id(1).to(tl.int64) * ((2 * REACH + 1) * (2 * REACH + 1) + 1) * C + c
+    for dx in tl.static_range(2 * REACH + 1):
+        tap = dy * (2 * REACH + 1) + dx
+        tl.store(row[None, :] + tap[:, None] * C, sums[dx], mask=(dy <= 2 * REACH)[:, None] & (c < C)[None, :])
+    tl.store(row + (2 * REACH + 1) * (2 * REACH + 1) * C, bias, mask=c < C)
