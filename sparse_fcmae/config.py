@@ -52,6 +52,8 @@ class PretrainConfig:
     backend: str = option("auto", help="auto, native, torch or masked; see `sparse-fcmae info`")
     device: str = option("auto", help="auto, cpu, cuda, cuda:1, ...", any_time=True)
     dtype: str = option("auto", help="auto is bf16 where the device has it", choices=("auto", "bf16", "fp32"))
+    compile: bool = option(False, help="compile the model with torch.compile", any_time=True)
+    cuda_graphs: bool = option(False, help="replay the training step from CUDA graphs (GPU only)", any_time=True)
     num_workers: int | None = option(
         None, help="processes loading images, a rank [one a core, up to 16]", any_time=True
     )

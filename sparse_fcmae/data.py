@@ -5,6 +5,7 @@ import math
 import os
 import signal
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
@@ -239,5 +240,12 @@ def channel_stats(in_chans: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
 
 def normalise(pixels: Tensor) -> Tensor:
     """uint8 [B, H, W, C] -> float32 [B, C, H, W], normalised, on the same device."""
-    mean, std = (255 * torch.tensor(s, device=pixels.device)[:, None, None] for s in channel_stats(pixels.shape[-1]))
+    mean, std = _stats_on(pixels.device, pixels.shape[-1])
     return (pixels.permute(0, 3, 1, 2).float() - mean) / std
+
+
+@cache
+def _stats_on(device: torch.device, channels: int) -> tuple[Tensor, Tensor]:
+    """Made once, as making them waits for a GPU."""
+    mean, std = (255 * torch.tensor(s, device=device)[:, None, None] for s in channel_stats(channels))
+    return mean, std

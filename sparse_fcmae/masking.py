@@ -84,8 +84,8 @@ class VisiblePatches:
             visible_first = hidden.to(torch.uint8).argsort(dim=1, stable=True)
             index = (visible_first[:, :kept] + torch.arange(images, device=device)[:, None] * total).flatten()
             offsets = torch.arange(images + 1, device=device) * kept
-        number = (~mask).flatten().cumsum(0, dtype=torch.int32).view(mask.shape) - 1
-        slot = F.pad(number.masked_fill(mask, -1), (HALO, HALO, HALO, HALO), value=-1)
+        number = (~mask).flatten().cumsum(0).view(mask.shape) - 1
+        slot = F.pad(number.masked_fill(mask, -1).int(), (HALO, HALO, HALO, HALO), value=-1)
         return cls(mask, index, slot, offsets)
 
     def offsets_of(self, scope: str) -> Tensor:

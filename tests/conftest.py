@@ -1,9 +1,13 @@
 """Fixtures; and what lets timm be imported beside a CPU build of torch."""
 
+import os
 import sys
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported
 
 from sparse_fcmae.demo import draw_images
 

@@ -4,13 +4,14 @@ from helpers import relative_error
 
 from sparse_fcmae.ops import layer_norm, reference
 
-BF16, F32 = torch.bfloat16, torch.float32
-FORWARD, GRADIENT = {F32: 1e-5, BF16: 1e-2}, {F32: 1e-4, BF16: 1e-2}
+BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
+FORWARD = {F32: 1e-5, BF16: 1e-2, F16: 2e-3}
+GRADIENT = FORWARD | {F32: 1e-4}
 
 
-def make(blocks, side, channels, dtype=F32):
-    x = (3 * torch.randn(blocks, side, side, channels) + 2).to(dtype)
-    return [t.requires_grad_() for t in (x, torch.randn(channels), torch.randn(channels))]
+def make(blocks, side, channels, dtype=F32, device="cpu"):
+    x = (3 * torch.randn(blocks, side, side, channels, device=device) + 2).to(dtype)
+    return [t.requires_grad_() for t in (x, *torch.randn(2, channels, device=device))]
 
 
 def run(function, inputs, probe, **options):
@@ -20,7 +21,7 @@ def run(function, inputs, probe, **options):
 
 def compare(inputs, tile, dtype):
     out = layer_norm(*inputs, tile=tile, dtype=dtype)
-    probe = torch.randn(out.shape).to(dtype).double()
+    probe = torch.randn_like(out).double()
     ours = run(layer_norm, inputs, probe, tile=tile, dtype=dtype)
     exact = run(reference.layer_norm, [t.detach().double().requires_grad_() for t in inputs], probe, tile=tile)
     assert [t.dtype for t in ours] == [dtype, inputs[0].dtype, F32, F32]

@@ -23,6 +23,7 @@ __all__ = [
 ]
 
 DTYPES = (torch.float32, torch.bfloat16)  # of features
+ON_HOST = True  # what tensors hold can be read without waiting for a device
 
 
 def block_dwconv(

@@ -16,6 +16,7 @@ from sparse_fcmae.kernels.triton import gelu_grn as _grn
 from sparse_fcmae.kernels.triton import layer_norm as _norm
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of features
+ON_HOST = False  # what tensors hold can't be read without waiting for a device
 CAPABILITY = (8, 0)  # the least, of a CUDA device
 PARTIAL = 1 << 16  # elements that partial sums have of each quantity: enough programs to fill a GPU
 POSITIONS = 128  # that a program of gelu_grn takes of an image

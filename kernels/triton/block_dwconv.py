@@ -19,14 +19,20 @@ REACH = tl.constexpr(3)
 WEIGHT_TILES = [triton.Config({"BLOCK_C": 32 * w}, num_warps=w) for w in (4, 2, 1)]
 
 
+# for each S: lines R of a program, and the channels of one of its warps; more sums than these do not fit into registers
+LINE_TILES = {
+    8: ((1, 64), (1, 128), (2, 64)),
+    4: ((1, 128), (1, 256), (2, 64), (2, 128)),
+    2: ((1, 128), (1, 256), (2, 128)),
+    1: ((2, 128), (2, 256)),
+}
+
+
 def _suits(config: triton.Config, arguments: dict[str, Any]) -> bool:
-    """Sums that fit into registers beside what they are made of, and warps that lie side by side over the channels."""
-    side, width = arguments["S"], arguments["BLOCK_C"]
-    sums = side * per_thread(config, width)
-    return sums in ((16,) if config.num_warps > 8 else (16, 32)) and config.num_warps in (
-        max(1, width // 128),
-        max(1, width // 256),
-    )
+    warps, width = config.num_warps, arguments["BLOCK_C"]
+    sums = arguments["S"] * per_thread(config, width)
+    choices = [(lines, max(1, width // channels)) for lines, channels in LINE_TILES[arguments["S"]]]
+    return (config.kwargs["R"], warps) in choices and sums <= (16 if warps == 16 else 32)
 
 
 @triton.jit

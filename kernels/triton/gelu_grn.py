@@ -70,7 +70,7 @@ def response_kernel(squares, gamma, norm, scale, H: tl.constexpr):
         tl.store(scale + row + c, factor, mask=c < H)
 
 
-@tuned(TILES, key=["H"])
+@tuned(TILES, key=["H"], overwritten=("x",))
 @triton.jit
 def scale_kernel(x, bias, scale, beta, offsets, out, H: tl.constexpr, R: tl.constexpr, BLOCK_H: tl.constexpr):
     """out = GELU(x + bias) * scale + beta."""
@@ -136,7 +136,7 @@ def pull_kernel(products, gamma, norm, scale, pull, grad_gamma, H: tl.constexpr)
         tl.store(pull + row + c, grad_norm / tl.where(response == 0, 1.0, response), mask=c < H)
 
 
-@tuned(TILES, key=["H"])
+@tuned(TILES, key=["H"], overwritten=("grad", "x"))
 @triton.jit
 def unscale_kernel(
     grad,

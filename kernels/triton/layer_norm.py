@@ -57,7 +57,7 @@ def layer_norm_kernel(
     tl.store(out + _row_of_tiles(n, S, TILE, C)[:, None] + c[None, :], z, mask=inside)
 
 
-@tuned(tiles((32, 16, 8, 4, 2, 1)), key=["C", "S", "TILE"], suits=_suits)
+@tuned(tiles((32, 16, 8, 4, 2, 1)), key=["C", "S", "TILE"], suits=_suits, overwritten=("x",))
 @triton.jit
 def layer_norm_backward_kernel(
     x,

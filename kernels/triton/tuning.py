@@ -10,11 +10,16 @@ WARP = 32  # threads
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def tuned(configs: list[triton.Config], key: list[str], suits: Callable[..., bool] | None = None) -> Callable:
+def tuned(
+    configs: list[triton.Config],
+    key: list[str],
+    suits: Callable[..., bool] | None = None,
+    overwritten: tuple[str, ...] = (),
+) -> Callable:
     """A decorator that has a kernel run with the fastest of the configs for which `suits(config, arguments)` holds.
 
-    They are timed once for each value of the arguments in `key` and dtypes of the tensors. The interpreter, where
-    times mean nothing, takes the first config.
+    They are timed once for each value of the arguments in `key` and dtypes of the tensors, those that the kernel may
+    have `overwritten` being given back each time. The interpreter, where times mean nothing, takes the first config.
     """
 
     def prune(configs: list[triton.Config], _: dict[str, Any], **arguments: Any) -> list[triton.Config]:
@@ -24,6 +29,7 @@ def tuned(configs: list[triton.Config], key: list[str], suits: Callable[..., boo
         configs[:1] if INTERPRETED else configs,
         key=key,
         prune_configs_by={"early_config_prune": prune} if suits else None,
+        restore_value=list(overwritten),
         cache_results=True,
     )
 

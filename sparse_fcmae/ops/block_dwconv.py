@@ -135,7 +135,8 @@ def check_dwconv(
         raise ValueError(f"slot must be int32 [B, rows + 6, cols + 6] on {x.device}")
     if index.dtype != torch.int64 or index.shape != x.shape[:1] or index.device != x.device:
         raise ValueError(f"index must be int64 [{x.shape[0]}] on {x.device}")
-    if x.device.type == "cpu" and not kernels.cpu.one_mask(slot, index, offsets):
+    ours = kernels.of(x.device)
+    if ours.ON_HOST and not ours.one_mask(slot, index, offsets):
         raise ValueError("slot, index and offsets are not of one mask")
 
 

@@ -38,7 +38,7 @@ def convnext_block(x: Tensor, parameters: list[Tensor], slot: Tensor, index: Ten
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else parameters[4].dtype
     differentiated = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *parameters))
-    keep = differentiated and (device != "cpu" or x.shape[-1] >= KEEP_CHANNELS)
+    keep = differentiated and (not kernels.of(x.device).ON_HOST or x.shape[-1] >= KEEP_CHANNELS)
     return _convnext_block(x, parameters, slot, index, offsets, dtype, keep)[0]
 
 
@@ -99,7 +99,7 @@ def _convnext_block_backward(
         n, features, first = chunk.size, x[chunk.patches], chunk.patches.start
         grad_out, y = grad[chunk.patches], _scratch("y", n, w.channels, dtype, x.device)
         hidden, grad_hidden = (_scratch(name, n, w.wide, dtype, x.device) for name in ("hidden", "grad_hidden"))
-        slope = _scratch("slope", n, w.wide, dtype, x.device) if x.device.type == "cpu" else hidden  # a GPU needs none
+        slope = _scratch("slope", n, w.wide, dtype, x.device) if ours.ON_HOST else hidden  # Triton needs none
         z = _scratch("z", n, w.channels, torch.float32, x.device).view(features.shape)
         ours.block_dwconv(features, w.taps, w.dwconv_bias, slot, index, y, first=first, norm=w.norm, convolved=z)
         kept = inner[chunk.rows] if len(inner) else torch.mm(y, w.weight1.t(), out=slope)
@@ -221,7 +221,7 @@ def _scratch(name: str, rows: int, columns: int, dtype: torch.dtype, device: tor
     """Uninitialised memory; on the CPU, where fresh memory costs more than its use, this thread's later calls get it
     again."""
     size = rows * columns * dtype.itemsize
-    if size > SCRATCH_BYTES or device.type != "cpu":
+    if size > SCRATCH_BYTES or not kernels.of(device).ON_HOST:
         return torch.empty(rows, columns, dtype=dtype, device=device)
     if name not in _memory.buffers or _memory.buffers[name].numel() < size:
         with torch.inference_mode(False):
@@ -245,7 +245,7 @@ class _Chunk(NamedTuple):
 def _chunks(x: Tensor, offsets: Tensor, wide: int, dtype: torch.dtype) -> list[_Chunk]:
     """The batch in chunks of as many images as CHUNK_BYTES hold the wide features of, one at least; on a GPU in one."""
     area, images = x.shape[1] * x.shape[2], len(offsets) - 1
-    if x.device.type != "cpu":
+    if not kernels.of(x.device).ON_HOST:
         return [_Chunk(slice(0, images), slice(0, len(x)), slice(0, len(x) * area), offsets * area)]
     limit = CHUNK_BYTES // (max(1, wide) * dtype.itemsize * area)  # patches
     ends, positions, chunks, begin = offsets.tolist(), offsets * area, [], 0

@@ -6,7 +6,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -20,13 +20,14 @@ from sparse_fcmae import visualize
 from sparse_fcmae.backends import resolve_backend
 from sparse_fcmae.config import PretrainConfig, flag, image_size_of
 from sparse_fcmae.convert import export_encoder, usage_example
-from sparse_fcmae.data import AugmentedImages, BadImage, ImageFolder, make_loader, micro_batches, normalise
+from sparse_fcmae.data import AugmentedImages, BadImage, ImageFolder, make_loader, micro_batches
 from sparse_fcmae.errors import Interrupted, UserError
 from sparse_fcmae.fcmae import FCMAE
 from sparse_fcmae.training import distributed
 from sparse_fcmae.training.checkpoint import RunFolder, check_same, load_model, load_trainer
 from sparse_fcmae.training.logging import RunLog
-from sparse_fcmae.training.optim import adamw, clip, cosine_lr, set_lr
+from sparse_fcmae.training.optim import adamw, cosine_lr, load_optimizer, set_lr
+from sparse_fcmae.training.step import GraphedTrainStep, TrainStep
 
 BETAS = (0.9, 0.95)
 WARMUP_SHARE = 0.05
@@ -103,6 +104,9 @@ def train(config: PretrainConfig, ranks: distributed.Ranks) -> Path:
         )
     if config.batch_size % ranks.world:
         raise UserError(f"--batch-size {config.batch_size} can't be shared evenly by {ranks.world} processes")
+    if config.cuda_graphs and (device.type != "cuda" or ranks.world > 1):
+        where = f"on {device.type}" if device.type != "cuda" else "in several processes"
+        raise UserError(f"--cuda-graphs can't be used {where}: leave it out")
     share, per_epoch = config.batch_size // ranks.world, len(folder) // config.batch_size
     steps = config.epochs * per_epoch
     warmup_epochs = config.warmup_epochs if config.warmup_epochs is not None else WARMUP_SHARE * config.epochs
@@ -114,14 +118,14 @@ def train(config: PretrainConfig, ranks: distributed.Ranks) -> Path:
     options = {name: getattr(config, name) for name in MODEL_OPTIONS}
     model = FCMAE(config.model, image_size=size, **options).to(device)
     backend = resolve_backend(config.backend, device.type)
-    optimizer = adamw(model, config.weight_decay, BETAS)
+    optimizer = adamw(model, config.weight_decay, BETAS, capturable=config.cuda_graphs)
 
     start, bad = 0, {}
     checkpoint = run.latest() if config.resume else None
     if checkpoint:
         load_model(checkpoint, model)
         trainer = load_trainer(checkpoint)
-        optimizer.load_state_dict(trainer["optimizer"])
+        load_optimizer(optimizer, trainer["optimizer"])
         start, bad = trainer["step"], trainer["bad"]
         if trainer["images"] != folder.fingerprint:
             raise UserError(f"the images in {config.data} are not those that the run in {config.out} was started with")
@@ -139,9 +143,11 @@ def train(config: PretrainConfig, ranks: distributed.Ranks) -> Path:
     )
     workers = _cores_per_rank() if config.num_workers is None else config.num_workers
     loader = iter(make_loader(dataset, batches, workers, pin_memory=device.type == "cuda"))
-    trained: nn.Module = model
+    trained: nn.Module = torch.compile(model, fullgraph=True, dynamic=False) if config.compile else model
     if ranks.world > 1:
-        trained = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
+        trained = DistributedDataParallel(trained, device_ids=[device.index] if device.type == "cuda" else None)
+    kind = GraphedTrainStep if config.cuda_graphs else TrainStep
+    work = kind(trained, optimizer, kept=model.kept(size), share=share, clip_grad=config.clip_grad, bf16=bf16)
 
     log = RunLog(run.path, start, steps, ranks.main)
     parameters = sum(p.numel() for p in model.parameters())
@@ -187,26 +193,16 @@ def train(config: PretrainConfig, ranks: distributed.Ranks) -> Path:
             for step in range(start, steps):
                 lrs.append(cosine_lr(step, steps, warmup, peak_lr))
                 set_lr(optimizer, lrs[-1])
-                masks = model.draw_mask(config.batch_size, size, generator=_generator(config.seed, step))
+                masks = model.draw_mask(config.batch_size, size, generator=_generator(config.seed, step, device))
                 masks = masks[ranks.rank * share : (ranks.rank + 1) * share]
-                loss_sum = torch.zeros((), device=device)
                 micro_masks = masks.split(config.micro_batch_size)
-                for i, micro in enumerate(micro_masks):
+                for i, micro in enumerate(micro_masks, 1):
                     batch = next(loader)
                     new_bad += batch.bad
                     if not len(batch.pixels):
                         raise _nothing_readable(batch.bad)
-                    images = normalise(batch.pixels.to(device, non_blocking=True))
-                    accumulating = ranks.world > 1 and i + 1 < len(micro_masks)
-                    with trained.no_sync() if accumulating else nullcontext():
-                        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                            loss = trained(images, micro).loss * (len(micro) / share)
-                        loss.backward()
-                    loss_sum += loss.detach()
-                clip(model.parameters(), config.clip_grad)
-                optimizer.step()
-                optimizer.zero_grad()
-                losses.append(loss_sum)
+                    work.add(batch.pixels, micro, last=i == len(micro_masks))
+                losses.append(work.finish())
                 done, stopping = step + 1, stopped()
                 saving = done % save_every == 0 or done == steps or stopping
                 if saving or done % config.log_every == 0 or step == start:
@@ -270,10 +266,10 @@ def draw_curve(run: Path, log: RunLog) -> None:
         log.say("loss.png is not drawn, as matplotlib is not installed (extra: plots)")
 
 
-def _generator(seed: int, step: int) -> torch.Generator:
-    """Masks of a step depend on these two alone."""
+def _generator(seed: int, step: int, device: torch.device) -> torch.Generator:
+    """Masks of a step depend on seed, step and kind of device alone."""
     state = np.random.SeedSequence((seed, MASKS, step)).generate_state(1, np.uint64)
-    return torch.Generator().manual_seed(int(state[0]) >> 1)
+    return torch.Generator(device).manual_seed(int(state[0]) >> 1)
 
 
 def _nothing_readable(bad: list[BadImage]) -> UserError:

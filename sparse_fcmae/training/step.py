@@ -1,0 +1,112 @@
+"""One optimiser step over micro-batches, launched kernel by kernel or replayed from CUDA graphs."""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparse_fcmae.data import normalise
+from sparse_fcmae.training.optim import clip
+
+WARMUP = 3  # steps before the capture, in which kernels are compiled and timed, and libraries take their memory
+
+
+class TrainStep:
+    """Adds up the gradients of micro-batches, then has the optimiser step.
+
+    trained: the model as it is called, be it itself, compiled, or wrapped for several processes. kept: the patches that
+    each mask keeps. share: images of a step on this rank. The loss is the mean over them.
+    """
+
+    def __init__(
+        self,
+        trained: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        kept: int,
+        share: int,
+        clip_grad: float | None = None,
+        bf16: bool = False,
+    ) -> None:
+        self.trained, self.optimizer, self.device = trained, optimizer, optimizer.param_groups[0]["params"][0].device
+        self.kept, self.share, self.clip_grad, self.bf16 = kept, share, clip_grad, bf16
+        self.loss = torch.zeros((), device=self.device)
+
+    def add(self, pixels: Tensor, mask: Tensor, last: bool) -> None:
+        """A micro-batch, uint8 [b, H, W, C] and bool [b, H/P, W/P], `last` of its step."""
+        pixels, mask = (t.to(self.device, non_blocking=True) for t in (pixels, mask))
+        waiting = not last and isinstance(self.trained, nn.parallel.DistributedDataParallel)
+        with self.trained.no_sync() if waiting else nullcontext():
+            self._differentiate(pixels, mask)
+
+    def finish(self) -> Tensor:
+        """Changes the weights; returns the step's loss, float32 scalar on the device."""
+        return self._update(keep_gradients=False)
+
+    def _differentiate(self, pixels: Tensor, mask: Tensor) -> None:
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            loss = self.trained(normalise(pixels), mask, kept=self.kept).loss * (len(pixels) / self.share)
+        loss.backward()
+        self.loss += loss.detach()
+
+    def _update(self, keep_gradients: bool) -> Tensor:
+        clip((p for group in self.optimizer.param_groups for p in group["params"]), self.clip_grad)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=not keep_gradients)
+        loss = self.loss.clone()
+        self.loss.zero_()
+        return loss
+
+
+class GraphedTrainStep(TrainStep):
+    """The same, replayed from CUDA graphs: one for each size of micro-batch and one for the optimiser's step.
+
+    So the host launches two graphs instead of thousands of kernels. The first WARMUP steps run as usual. For one
+    process on a CUDA device, with a capturable optimiser.
+    """
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.stream, self.pool, self.steps = torch.cuda.Stream(self.device), torch.cuda.graph_pool_handle(), 0
+        self.differentiate: dict[int, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
+        self.update: tuple[torch.cuda.CUDAGraph, Tensor] | None = None
+
+    def add(self, pixels: Tensor, mask: Tensor, last: bool) -> None:
+        if self.steps < WARMUP:
+            self._warm_up(lambda: super(GraphedTrainStep, self).add(pixels, mask, last))
+            return
+        if len(pixels) not in self.differentiate:
+            held = (pixels.to(self.device), mask.to(self.device))
+            graph, _ = self._capture(lambda: self._differentiate(*held))
+            self.differentiate[len(pixels)] = (graph, *held)
+        graph, held_pixels, held_mask = self.differentiate[len(pixels)]
+        held_pixels.copy_(pixels, non_blocking=True)
+        held_mask.copy_(mask, non_blocking=True)
+        graph.replay()
+
+    def finish(self) -> Tensor:
+        self.steps += 1
+        if self.steps <= WARMUP:
+            return self._warm_up(lambda: self._update(keep_gradients=True))
+        if self.update is None:
+            self.update = self._capture(lambda: self._update(keep_gradients=True))
+        graph, loss = self.update
+        graph.replay()
+        return loss.clone()
+
+    def _warm_up(self, run: Callable[[], Any]) -> Any:
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self.stream):
+            result = run()
+        torch.cuda.current_stream(self.device).wait_stream(self.stream)
+        return result
+
+    def _capture(self, run: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
+        """Records what `run` launches without executing it."""
+        graph = torch.cuda.CUDAGraph()
+        # other threads, such as the loader's, may go on using the device
+        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
+            result = run()
+        return graph, result

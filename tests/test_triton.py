@@ -1,0 +1,149 @@
+"""The Triton kernels by the tests of the ops: on a GPU where there is one, else in Triton's interpreter."""
+
+from itertools import pairwise
+
+import pytest
+import test_block_dwconv as dwconv
+import test_convnext_block as block
+import test_gelu_grn as grn
+import test_layer_norm as norm
+import torch
+from helpers import masks, relative_error
+
+from sparse_fcmae import kernels
+from sparse_fcmae.masking import VisiblePatches
+from sparse_fcmae.ops import block_dwconv, convnext_block, gelu_grn
+
+triton_kernels = pytest.importorskip("sparse_fcmae.kernels.triton", exc_type=ImportError)
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
+SIDES = (8, 4, 2, 1)
+KINDS = list(masks(2, 3))
+
+
+@pytest.fixture(autouse=True)
+def _on_triton(monkeypatch):
+    monkeypatch.setattr(kernels, "of", lambda device: triton_kernels)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.usefixtures("poisoned")
+def test_block_dwconv(side, kind):
+    mask = masks(2, 3)[kind]
+    for dtype, with_norm, channels in ((F32, True, 40), (BF16, False, 7), (F16, True, 17)):
+        dwconv.compare(dwconv.make(side, channels, mask, dtype, with_norm, DEVICE), dtype)
+
+
+@pytest.mark.parametrize("channels", [3, 31, 129, 320])
+@pytest.mark.usefixtures("poisoned")
+def test_block_dwconv_of_odd_widths(channels):
+    for side in (2, 1):
+        dwconv.compare(dwconv.make(side, channels, masks(3, 4)["ragged"][1:2], F32, True, DEVICE), F32)
+
+
+def test_block_dwconv_without_patches_or_bias():
+    inputs = dwconv.make(4, 8, torch.ones(2, 3, 3, dtype=torch.bool), norm=True, device=DEVICE)
+    out, *grads = dwconv.run(block_dwconv, inputs, torch.zeros(0, 4, 4, 8, device=DEVICE))
+    assert out.shape == (0, 4, 4, 8)
+    assert all((g == 0).all() for g in grads)
+    x, weight, _, slot, index = dwconv.make(4, 24, masks(2, 3)["ragged"], device=DEVICE)
+    bare = block_dwconv(x, weight, None, slot, index)
+    assert relative_error(bare, block_dwconv(x, weight, torch.zeros_like(x[0, 0, 0]), slot, index)) < 1e-6
+
+
+@pytest.mark.parametrize("kind", list(grn.OFFSETS))
+@pytest.mark.parametrize("side", [8, 1])
+@pytest.mark.usefixtures("poisoned")
+def test_gelu_grn(side, kind):
+    for dtype, channels in ((F32, 160), (BF16, 31), (F16, 129)):
+        grn.compare(grn.make(side, channels, grn.OFFSETS[kind], dtype, DEVICE), dtype)
+
+
+def test_gelu_grn_of_more_channels_than_a_program_takes():
+    grn.compare(grn.make(1, 1100, grn.OFFSETS["ragged"], device=DEVICE), F32)
+
+
+def test_gelu_grn_of_a_channel_that_is_zero_everywhere():
+    x, gamma, offsets = grn.make(2, 5, grn.OFFSETS["even"], device=DEVICE)
+    with torch.no_grad():
+        x[..., 2] = 0
+    grn.compare((x, gamma, offsets), F32)
+
+
+def test_images_do_not_touch_each_other():
+    x, gamma, offsets = (t.detach() for t in grn.make(8, 40, grn.OFFSETS["ragged"], device=DEVICE))
+    together = gelu_grn(x, gamma, offsets)
+    for first, last in pairwise(offsets.tolist()):
+        alone = gelu_grn(x[first:last], gamma, torch.tensor([0, last - first], device=DEVICE))
+        assert torch.equal(alone, together[first:last]) or relative_error(alone, together[first:last]) < 1e-6
+
+
+@pytest.mark.parametrize(("source", "result"), [(F32, F32), (F32, BF16), (BF16, F32), (F16, F16)])
+@pytest.mark.parametrize(("side", "tile"), [(8, 2), (4, 1), (2, 2), (1, 1), (4, 4)])
+@pytest.mark.usefixtures("poisoned")
+def test_layer_norm(side, tile, source, result):
+    norm.compare(norm.make(3, side, 40, source, DEVICE), tile, result)
+
+
+@pytest.mark.parametrize("channels", [3, 31, 129, 700])
+@pytest.mark.usefixtures("poisoned")
+def test_layer_norm_of_odd_widths(channels):
+    norm.compare(norm.make(3, 2, channels, device=DEVICE), 2, F32)
+
+
+@pytest.mark.parametrize("scope", ["image", "batch"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("side", [2, 1])
+@pytest.mark.usefixtures("poisoned")
+def test_convnext_block(side, kind, scope):
+    for dtype, channels in ((F32, 7), (BF16, 40)):
+        block.compare(*block.make(side, channels, masks(3, 5)[kind], DEVICE), scope=scope, dtype=dtype)
+
+
+def test_convnext_block_in_chunks_of_images():
+    """What `first` is for, although a GPU takes the whole batch."""
+    x, weight, bias, slot, index, *norms = (t.detach() for t in dwconv.make(2, 24, masks(3, 4)["ragged"], norm=True))
+    x, weight, bias, slot, index, *norms = (t.to(DEVICE) for t in (x, weight, bias, slot, index, *norms))
+    whole = block_dwconv(x, weight, bias, slot, index, *norms)
+    taps = weight.flatten(1).t().contiguous()
+    for first, last in pairwise(VisiblePatches.of(masks(3, 4)["ragged"]).offsets.tolist()):
+        part = x[first:last].contiguous()
+        out = triton_kernels.block_dwconv(
+            part, taps, bias, slot, index, torch.empty_like(part), first=first, norm=tuple(norms)
+        )
+        assert relative_error(out, whole[first:last]) < 1e-6
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_value_that_is_not_finite_spoils_its_image_alone(value):
+    x, module, visible = block.make(2, 24, masks(2, 3)["ragged"], DEVICE)
+    with torch.no_grad():
+        x[0, 0, 0, 3] = value
+    ours, exact = (f(x, module, visible, torch.ones_like(x)) for f in (block.run, block.run_exactly))
+    for a, b in zip(ours[:2], exact[:2], strict=True):
+        assert torch.equal(a.isfinite(), b.isfinite())
+
+
+def test_sums_are_the_same_again():
+    x, module, visible = block.make(4, 24, masks(2, 3)["ragged"], DEVICE)
+    first, again = (block.run(x, module, visible, torch.ones_like(x)) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+def test_opcheck():
+    ours = torch.ops.sparse_fcmae
+    mask = masks(2, 3)["ragged"]
+    torch.library.opcheck(ours.block_dwconv.default, dwconv.make(2, 9, mask, norm=True, device=DEVICE))
+    torch.library.opcheck(ours.gelu_grn.default, grn.make(1, 9, grn.OFFSETS["empty"], device=DEVICE))
+    torch.library.opcheck(ours.layer_norm.default, (*norm.make(2, 2, 9, device=DEVICE), 2, F32))
+    x, module, visible = block.make(1, 9, mask, DEVICE)
+    arguments = (x, list(module.parameters()), *block.vars_of(visible), F32, True)
+    torch.library.opcheck(ours.convnext_block.default, arguments)
+
+
+def test_wrong_dtype():
+    x, module, visible = block.make(1, 9, masks(2, 3)["ragged"], DEVICE)
+    with pytest.raises(ValueError, match="kernels take float32 or bfloat16 or float16"):
+        convnext_block(x.double(), list(module.parameters()), *block.vars_of(visible))
