@@ -2,19 +2,23 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 TORCHVISION ?= torchvision==0.28.0
+TRITON ?= triton==3.7.1
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 SOURCES := pyproject.toml setup.py $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h)
 
 SANITIZED := baseline native $(if $(filter x86_64,$(shell uname -m)),avx2)
 
-.PHONY: demo test test-sanitize lint wheel clean
+.PHONY: demo test test-gpu test-sanitize lint wheel clean
 
 demo: .venv/installed  ## draw images, pretrain on them, show what was learnt
 	$(BIN)/sparse-fcmae demo --out runs/demo --overwrite
 
 test: lint  ## all tests
 	$(BIN)/python -m pytest
+
+test-gpu: .venv/installed-for-tests  ## what needs a CUDA device
+	$(BIN)/python -m pytest -m gpu
 
 test-sanitize: $(SANITIZED:%=build/sanitize-%)  ## the C++ kernels under address and undefined-behaviour sanitizers
 	set -e; for program in $^; do $$program; done
@@ -48,4 +52,6 @@ clean:
 
 .venv/installed-for-tests: .venv/installed
 	$(PIP) install $(TORCH) $(TORCHVISION) --editable '.[test]'
+	# where torch has not brought its own: the GPU's kernels are tested without a GPU too
+	@if [ $$(uname) = Linux ] && ! $(BIN)/python -c 'import triton'; then $(PIP) install $(TRITON); fi
 	touch $@

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sparse_fcmae.backends import BACKENDS
-from sparse_fcmae.benchmarks.timing import draw_mask, kept_megabytes, relative, take_turns
+from sparse_fcmae.benchmarks.timing import draw_mask, kept_megabytes, kept_of, relative, take_turns
 from sparse_fcmae.config import ThroughputConfig, image_size_of
 from sparse_fcmae.encoder import SparseEncoder
 from sparse_fcmae.errors import UserError
@@ -37,13 +37,14 @@ def throughput(**options: Any) -> list[dict[str, Any]]:
         for parameter in encoder.parameters():  # GRN and biases start at zero and would go untested
             parameter.add_(0.02 * torch.randn_like(parameter))
     images = torch.randn(config.batch_size, 3, *size, device=device)
-    mask = draw_mask(config.batch_size, encoder.grid(*size), config.mask_ratio).to(device)
+    grid = encoder.grid(*size)
+    mask, kept = draw_mask(config.batch_size, grid, config.mask_ratio).to(device), kept_of(grid, config.mask_ratio)
     bf16 = config.dtype == "bf16"
 
     def forward(backend: str) -> Tensor:
         encoder.backend = backend
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            return encoder(images, mask)
+            return encoder(images, mask, kept)
 
     def step(backend: str) -> None:
         encoder.zero_grad()

@@ -13,7 +13,15 @@ from typing import Any, NoReturn
 import torch
 
 from sparse_fcmae import __version__
-from sparse_fcmae.config import ConvertConfig, DemoConfig, KernelsConfig, PretrainConfig, ThroughputConfig, flag
+from sparse_fcmae.config import (
+    ConvertConfig,
+    DemoConfig,
+    GpuConfig,
+    KernelsConfig,
+    PretrainConfig,
+    ThroughputConfig,
+    flag,
+)
 from sparse_fcmae.errors import Interrupted, UserError
 
 
@@ -40,6 +48,12 @@ def run_demo(options: dict[str, Any]) -> None:
     from sparse_fcmae.demo import demo
 
     demo(**options)
+
+
+def run_gpu(options: dict[str, Any]) -> None:
+    from sparse_fcmae.benchmarks.gpu import gpu
+
+    gpu(**options)
 
 
 def run_kernels(options: dict[str, Any]) -> None:
@@ -77,6 +91,7 @@ COMMANDS: dict[str, tuple[str, type | None, Callable[[dict[str, Any]], None]]] =
     "pretrain": ("pretrain on a folder of images", PretrainConfig, run_pretrain),
     "convert": ("write a checkpoint's encoder for the official code, timm or Hugging Face", ConvertConfig, run_convert),
     "demo": ("draw images and pretrain on them, in about two minutes on a CPU", DemoConfig, run_demo),
+    "bench gpu": ("training steps and kernels on a GPU, every backend, into a CSV file", GpuConfig, run_gpu),
     "bench kernels": (
         "each CPU kernel against its reference and against this CPU's bounds",
         KernelsConfig,

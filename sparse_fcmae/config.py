@@ -107,6 +107,21 @@ class ThroughputConfig(KernelsConfig):
     device: str = option("auto", help="auto, cpu, cuda, cuda:1, ...")
 
 
+@dataclass(frozen=True, kw_only=True)
+class GpuConfig:
+    """Options of `sparse-fcmae bench gpu`."""
+
+    models: str = option("atto,tiny,base,large", help="sizes, with commas between them")
+    batch_sizes: str = option("64,128,256,512", help="images a step, with commas between the numbers")
+    image_size: str = option("224", help="pixels, as 224 or, height first, 224x320")
+    mask_ratio: float = option(0.6, help="share of the patches that is masked, 0 for none")
+    dtype: str = option("bf16", help="of autocast, or fp32 for none", choices=("fp32", "bf16"))
+    compiled: bool = option(False, help="also time every backend under torch.compile, max-autotune; takes minutes each")
+    rounds: int = option(10, help="timed rounds, all candidates taking turns")
+    csv: str = option("gpu.csv", help="file to which the rows are appended")
+    device: str = option("auto", help="auto, cuda, cuda:1, ..., or cpu, only to try the command out")
+
+
 def differences(a: Any, b: Any) -> list[str]:
     """Names of the options in which two configs differ, `any_time` ones left out."""
     return [f.name for f in fields(a) if not f.metadata["any_time"] and getattr(a, f.name) != getattr(b, f.name)]

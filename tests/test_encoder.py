@@ -181,6 +181,31 @@ def test_wrong_inputs():
         encoder(torch.randn(1, 3, 64, 64), torch.zeros(1, 2, 2))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_known_number_of_kept_patches_changes_nothing(backend):
+    images, mask = torch.randn(2, 3, 64, 96), random_mask(2, (2, 3), 0.5)
+    encoder = randomise(create_encoder("atto", backend=backend))
+    assert torch.equal(encoder(images, mask, kept=3), encoder(images, mask))
+    assert relative_error(encoder(images), encoder(images, torch.zeros_like(mask))) < 1e-6
+
+
+def backpropagate(run, encoder, images, mask):
+    encoder.zero_grad()
+    features = run(images, mask, kept=2)
+    features.square().sum().backward()
+    return features, gradients(encoder)
+
+
+@pytest.mark.parametrize(("backend", "compiler"), [("native", "inductor"), ("torch", "eager"), ("masked", "eager")])
+def test_compiles_whole(backend, compiler):
+    images, mask = torch.randn(2, 3, 64, 64), random_mask(2, (2, 2), 0.5)
+    encoder = randomise(create_encoder("atto", backend=backend))
+    compiled = torch.compile(encoder, fullgraph=True, backend=compiler)
+    (plain, expected), (ours, found) = (backpropagate(run, encoder, images, mask) for run in (encoder, compiled))
+    assert relative_error(ours, plain) < 1e-5
+    assert all(relative_error(found[name], expected[name]) < 1e-4 for name in expected)
+
+
 def test_available_backends():
     assert available_backends("cpu") == {"native": None, "torch": None, "masked": None}
     assert available_backends("mps")["native"] == "there are no native kernels for mps"

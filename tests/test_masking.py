@@ -45,3 +45,13 @@ def test_visible_patches_of_a_ragged_mask():
         [[3, 4, 5], [6, 7, -1]],
     ]
     assert (visible.slot == -1).sum() == visible.slot.numel() - 8
+
+
+def test_patches_of_masks_that_keep_a_known_number():
+    mask = random_mask(4, (5, 6), 0.6)
+    for hidden, kept in ((mask, 12), (torch.zeros_like(mask), 30), (torch.ones_like(mask), 0), (mask[:0], 12)):
+        known, counted = VisiblePatches.of(hidden, kept), VisiblePatches.of(hidden)
+        assert all(torch.equal(getattr(known, name), getattr(counted, name)) for name in ("index", "slot", "offsets"))
+        assert [t.dtype for t in (known.index, known.slot, known.offsets)] == [torch.int64, torch.int32, torch.int64]
+    with pytest.raises(RuntimeError, match="not all masks keep 11 patches"):
+        VisiblePatches.of(mask, 11)

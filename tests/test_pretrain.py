@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from sparse_fcmae import UserError, load_encoder, pretrain
 from sparse_fcmae.cli import main
-from sparse_fcmae.training.optim import cosine_lr
+from sparse_fcmae.training.optim import adamw, cosine_lr, load_optimizer, set_lr
 
 SMALL = {  # 40 images, 4 steps of 10 an epoch
     **{"model": "atto", "image_size": 32, "stem_stride": 1, "batch_size": 10, "epochs": 3, "lr": 1e-3},
@@ -151,6 +151,35 @@ def test_backends_train_alike(pictures, whole, tmp_path):
     assert losses(tmp_path / "run") == pytest.approx(losses(whole), rel=1e-4)
 
 
+def test_compiled_model_trains_alike(pictures, whole, tmp_path):
+    pretrain(data=pictures, out=tmp_path / "run", **SMALL | {"epochs": 1, "micro_batch_size": 6}, compile=True)
+    pretrain(data=pictures, out=tmp_path / "plain", **SMALL | {"epochs": 1, "micro_batch_size": 6})
+    assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "plain"), rel=1e-4)
+
+
+def test_optimizer_goes_on_with_or_without_graphs():
+    """A rate in a tensor, for graphs, gives what a number gives, and loads what either has saved."""
+    results = []
+    for first, second in ((False, False), (True, False), (False, True)):
+        torch.manual_seed(0)
+        layer = torch.nn.Linear(3, 3)
+        state = None
+        for capturable in (first, second):
+            optimizer = adamw(layer, 0.1, (0.9, 0.95), capturable=capturable)
+            if state:
+                load_optimizer(optimizer, state)
+            for step in range(3):
+                set_lr(optimizer, 1e-2 / (step + 1))
+                layer(torch.ones(2, 3)).square().sum().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            assert isinstance(optimizer.param_groups[0]["lr"], torch.Tensor) is capturable
+            state = optimizer.state_dict()
+        results.append(layer.weight.detach())
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0])
+
+
 def test_two_ranks_give_one_ranks_losses(pictures, tmp_path):
     options = {"epochs": 5}
     pretrain(data=pictures, out=tmp_path / "one", **SMALL | options)
@@ -243,6 +272,8 @@ def test_mistakes_end_in_one_line(pictures, tmp_path, capsys):
     assert "unknown model 'giga'" in wrong(model="giga")
     assert "unknown backend 'fast'" in wrong(backend="fast")
     assert "--device warp can't be used" in wrong(device="warp")
+    small = flags({"data": pictures, "out": tmp_path / "run", **SMALL})
+    assert "--cuda-graphs can't be used on cpu" in fails(capsys, "pretrain", *small, "--cuda-graphs")
     assert "--batch-size 64 is more than the 40 images" in wrong(batch_size=64)
     assert "--epochs must be greater than 0" in wrong(epochs=0)
     assert "--in-chans 2" in wrong(in_chans=2)

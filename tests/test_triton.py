@@ -1,6 +1,11 @@
 """The Triton kernels by the tests of the ops: on a GPU where there is one, else in Triton's interpreter."""
 
+import json
+import os
+import subprocess
+import sys
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import test_block_dwconv as dwconv
@@ -17,6 +22,7 @@ from sparse_fcmae.ops import block_dwconv, convnext_block, gelu_grn
 triton_kernels = pytest.importorskip("sparse_fcmae.kernels.triton", exc_type=ImportError)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = pytest.mark.gpu if DEVICE == "cuda" else []
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 SIDES = (8, 4, 2, 1)
 KINDS = list(masks(2, 3))
@@ -141,6 +147,18 @@ def test_opcheck():
     x, module, visible = block.make(1, 9, mask, DEVICE)
     arguments = (x, list(module.parameters()), *block.vars_of(visible), F32, True)
     torch.library.opcheck(ours.convnext_block.default, arguments)
+
+
+@pytest.mark.parametrize(("capability", "models"), [(90, ["atto", "huge"]), (80, ["base"])])
+def test_kernels_compile_without_spilling_registers(capability, models):
+    """For GPUs that need not be there, whichever tiles are chosen."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "ahead_of_time.py", str(capability), *models]
+    result = subprocess.run(command, cwd=Path(__file__).parent, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    rows = json.loads(result.stdout)
+    assert len({row["kernel"] for row in rows}) == 10
+    assert not [row for row in rows if row["spilled"]]
 
 
 def test_wrong_dtype():

@@ -55,7 +55,7 @@ def block_dwconv(
     tensors = (x, taps, bias, *norm, residual, *place, convolved, out)
     sizes = {"C": channels, "S": side, "BLOCK_C": triton.next_power_of_2(channels)}
     grid = lambda tile: (triton.cdiv(blocks * side, tile["R"]),)  # noqa: E731
-    _launch(_conv.block_dwconv_kernel, grid, *tensors, blocks, first, *_grid_of(slot), **sizes)
+    launch(_conv.block_dwconv_kernel, grid, *tensors, blocks, first, *_grid_of(slot), **sizes)
     return out
 
 
@@ -68,7 +68,7 @@ def block_dwconv_weight(x: Tensor, grad: Tensor, slot: Tensor, index: Tensor, su
     tensors = (x, grad, slot.contiguous(), index[first:].contiguous(), partial)
     grid = lambda tile: (triton.cdiv(channels, tile["BLOCK_C"]), programs)  # noqa: E731
     sizes = (blocks, first, *_grid_of(slot), per_program)
-    _launch(_conv.block_dwconv_weight_kernel, grid, *tensors, *sizes, C=channels, S=side)
+    launch(_conv.block_dwconv_weight_kernel, grid, *tensors, *sizes, C=channels, S=side)
     sums += partial.sum(0)
 
 
@@ -78,7 +78,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor, *, tile: in
     positions = blocks * side * side
     sizes = {"C": channels, "S": side, "TILE": tile, "BLOCK_C": triton.next_power_of_2(channels)}
     grid = lambda tile: (triton.cdiv(positions, tile["R"]),)  # noqa: E731
-    _launch(_norm.layer_norm_kernel, grid, x, weight, bias, out, positions, **sizes)
+    launch(_norm.layer_norm_kernel, grid, x, weight, bias, out, positions, **sizes)
     return out
 
 
@@ -92,7 +92,7 @@ def layer_norm_backward(
     partial = x.new_empty(programs, *sums.shape[1:], dtype=torch.float32)
     sizes = {"C": channels, "S": side, "TILE": tile, "BLOCK_C": triton.next_power_of_2(channels)}
     tensors = (x, grad, weight, grad_x, partial)
-    _launch(_norm.layer_norm_backward_kernel, (programs,), *tensors, positions, per_program, **sizes)
+    launch(_norm.layer_norm_backward_kernel, (programs,), *tensors, positions, per_program, **sizes)
     sums += partial.sum(0)
     return grad_x
 
@@ -113,9 +113,9 @@ def gelu_grn(
     """
     partial, grid = _passes(x, offsets)
     scale, channels = torch.empty_like(norm), x.shape[-1]
-    _launch(_grn.squares_kernel, grid, x, bias, offsets, partial, H=channels)
-    _launch(_grn.response_kernel, (len(norm),), partial.sum(1), gamma, norm, scale, H=channels)
-    _launch(_grn.scale_kernel, grid, x, bias, scale, beta, offsets, out, H=channels)
+    launch(_grn.squares_kernel, grid, x, bias, offsets, partial, H=channels)
+    launch(_grn.response_kernel, (len(norm),), partial.sum(1), gamma, norm, scale, H=channels)
+    launch(_grn.scale_kernel, grid, x, bias, scale, beta, offsets, out, H=channels)
     return out
 
 
@@ -140,12 +140,12 @@ def gelu_grn_backward(
     products, grid = _passes(x, offsets)
     channels, totals = x.shape[-1], torch.empty_like(products)
     scale, pull, grad_gamma = (torch.empty_like(norm) for _ in range(3))
-    _launch(_grn.products_kernel, grid, grad, x, bias, offsets, products, totals, H=channels)
+    launch(_grn.products_kernel, grid, grad, x, bias, offsets, products, totals, H=channels)
     sums[2].add_(totals.sum((0, 1)))
-    _launch(_grn.pull_kernel, (len(norm),), products.sum(1), gamma, norm, scale, pull, grad_gamma, H=channels)
+    launch(_grn.pull_kernel, (len(norm),), products.sum(1), gamma, norm, scale, pull, grad_gamma, H=channels)
     sums[1].add_(grad_gamma.sum(0))
     tensors = (grad, x, bias, scale, pull, beta, offsets, grad_x, out, totals)
-    _launch(_grn.unscale_kernel, grid, *tensors, H=channels)
+    launch(_grn.unscale_kernel, grid, *tensors, H=channels)
     sums[0].add_(totals.sum((0, 1)))
     return grad_x
 
@@ -155,7 +155,8 @@ def zero_sums(*shape: int, like: Tensor) -> Tensor:
     return like.new_zeros(1, *shape, dtype=torch.float32)
 
 
-def _launch(kernel: Any, grid: Any, *arguments: Any, **sizes: int) -> None:
+def launch(kernel: Any, grid: Any, *arguments: Any, **sizes: int) -> None:
+    """Launches a kernel on the device of its first argument, which need not be the current one."""
     device = arguments[0].device
     if device.type == "cpu":  # interpreted
         kernel[grid](*arguments, **sizes)

@@ -12,27 +12,25 @@ import triton
 import triton.language as tl
 
 from sparse_fcmae.kernels.triton.layer_norm import normalised
-from sparse_fcmae.kernels.triton.tuning import per_thread, tiles, tuned
+from sparse_fcmae.kernels.triton.tuning import tiles, tuned
 
 REACH = tl.constexpr(3)
 
-WEIGHT_TILES = [triton.Config({"BLOCK_C": 32 * w}, num_warps=w) for w in (4, 2, 1)]
+WEIGHT_TILES = [triton.Config({"BLOCK_C": 32 * w}, num_warps=w) for w in (4, 2)]
 
 
-# for each S: lines R of a program, and the channels of one of its warps; more sums than these do not fit into registers
+# for each S: lines R of a program, and the channels of one of its warps; more does not fit into registers
 LINE_TILES = {
     8: ((1, 64), (1, 128), (2, 64)),
     4: ((1, 128), (1, 256), (2, 64), (2, 128)),
-    2: ((1, 128), (1, 256), (2, 128)),
-    1: ((2, 128), (2, 256)),
+    2: ((1, 64), (1, 128), (2, 256)),
+    1: ((1, 128), (2, 64)),
 }
 
 
 def _suits(config: triton.Config, arguments: dict[str, Any]) -> bool:
-    warps, width = config.num_warps, arguments["BLOCK_C"]
-    sums = arguments["S"] * per_thread(config, width)
-    choices = [(lines, max(1, width // channels)) for lines, channels in LINE_TILES[arguments["S"]]]
-    return (config.kwargs["R"], warps) in choices and sums <= (16 if warps == 16 else 32)
+    width, choices = arguments["BLOCK_C"], LINE_TILES[arguments["S"]]
+    return (config.kwargs["R"], config.num_warps) in [(r, max(1, min(16, width // c))) for r, c in choices]
 
 
 @triton.jit
@@ -87,7 +85,7 @@ def block_dwconv_kernel(
             added = ()
             for i in tl.static_range(S):
                 if column - i >= -REACH and column - i <= REACH:
-                    added += (sums[i] + weights[column - i + REACH] * value,)
+                    added += (tl.fma(weights[column - i + REACH], value, sums[i]),)
                 else:
                     added += (sums[i],)
             sums = added
@@ -153,7 +151,7 @@ def block_dwconv_weight_kernel(
             added = ()
             for dx in tl.static_range(2 * REACH + 1):
                 if column + REACH - dx >= 0 and column + REACH - dx < S:
-                    added += (sums[dx] + grads[column + REACH - dx][None, :] * value,)
+                    added += (tl.fma(grads[column + REACH - dx][None, :], value, sums[dx]),)
                 else:
                     added += (sums[dx],)
             sums = added

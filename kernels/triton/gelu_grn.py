@@ -16,7 +16,7 @@ GAUSS = tl.constexpr(0.3989422804014327)  # 1 / sqrt(2 pi)
 
 TILES = [
     triton.Config({"R": r, "BLOCK_H": h}, num_warps=w)
-    for r, h, w in ((16, 128, 4), (8, 256, 4), (32, 64, 4), (8, 128, 2))
+    for r, h, w in ((16, 128, 4), (16, 64, 4), (8, 128, 4), (4, 256, 4))
 ]
 BLOCK = tl.constexpr(1024)  # channels that the kernels for whole images take at a time
 

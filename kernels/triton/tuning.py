@@ -6,6 +6,9 @@ from typing import Any
 
 import triton
 
+if tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 4):
+    raise ImportError(f"they need Triton 3.4 or newer, not {triton.__version__}")
+
 WARP = 32  # threads
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
