@@ -1,7 +1,9 @@
+import csv
 import json
 from dataclasses import MISSING, fields
 
 import pytest
+import torch
 from PIL import Image
 
 from sparse_fcmae.cli import COMMANDS, main
@@ -80,6 +82,22 @@ def test_bench_kernels_refuses_wrong_results(capsys, monkeypatch):
     with pytest.raises(SystemExit) as stop:
         main(["bench", "kernels", "--model", "nano2"])
     assert stop.value.code == 2
+
+
+def test_bench_gpu_appends_rows(capsys, tmp_path):
+    options = ["--device", "cpu", "--models", "atto", "--image-size", "64", "--rounds", "1", "--batch-sizes", "2,1"]
+    for _ in range(2):
+        main(["bench", "gpu", *options, "--csv", str(tmp_path / "rows.csv")])
+    with (tmp_path / "rows.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert {row["candidate"] for row in rows} == {"native", "torch", "masked", "native, nothing masked"}
+    assert len(rows) == 2 * 2 * (4 + 3)
+    assert all(float(row["ms"]) > 0 and row["torch"] == torch.__version__ and row["commit"] for row in rows)
+    assert "over masked" in capsys.readouterr().out
+    for wrong in (["--batch-sizes", "64,many"], ["--models", "atto,giga"], ["--csv", str(tmp_path / "none" / "x.csv")]):
+        with pytest.raises(SystemExit) as stop:
+            main(["bench", "gpu", *options, *wrong])
+        assert stop.value.code == 2
 
 
 def test_convert_prints_what_it_did(capsys, tmp_path, pictures):
