@@ -7,6 +7,7 @@ run. Every figure becomes a row of a CSV file at once, so that an interrupted ru
 """
 
 import csv
+import gc
 import statistics
 import subprocess
 from collections import Counter
@@ -40,6 +41,7 @@ COLUMNS = (
     *("device", "driver", "torch", "triton", "commit"),
 )
 GATE_BATCH = 8
+OUT_OF_MEMORY = "out of memory"
 Run = Callable[[], Any]
 
 
@@ -128,7 +130,7 @@ def encoder_step(case: Case, backend: str, *, masked: bool = True, compiled: boo
     images, grid = torch.randn(case.batch, 3, *case.size, device=case.device), encoder.grid(*case.size)
     ratio = case.config.mask_ratio if masked else 0
     mask, kept = draw_mask(case.batch, grid, ratio).to(case.device), kept_of(grid, ratio)
-    call = torch.compile(encoder, fullgraph=True, mode="max-autotune") if compiled else encoder
+    call = torch.compile(encoder, fullgraph=True, dynamic=False, mode="max-autotune") if compiled else encoder
 
     def run() -> None:
         encoder.zero_grad()
@@ -149,7 +151,7 @@ def graphed_encoder_step(case: Case) -> Run:
     torch.cuda.current_stream(case.device).wait_stream(stream)
     with torch.cuda.graph(graph, stream=stream):
         step()
-    return graph.replay
+    return lambda: (graph.replay(), step)  # which holds the tensors that the graph works on
 
 
 def encoder_steps(case: Case) -> dict[str, Callable[[], Run]]:
@@ -195,22 +197,44 @@ def pretraining_steps(case: Case) -> dict[str, Callable[[], Run]]:
 def time_steps(builds: dict[str, Callable[[], Run]], case: Case) -> Iterator[dict[str, Any]]:
     """A row for each candidate; one that does not fit into memory says so."""
     runs, peaks = {}, {}
+    torch.compiler.reset()  # or else the second batch size would be compiled for any
     for name, build in builds.items():
-        try:
-            run = build()
-            run()
-            peaks[name] = peak_megabytes(run, case.device)
-            runs[name] = run
-        except torch.OutOfMemoryError:
-            yield {"candidate": name, "note": "out of memory"}
-    times = take_turns(runs, case.config.rounds, case.device)
+        if (built := within_memory(partial(built_and_run, build))) is None:
+            yield {"candidate": name, "note": OUT_OF_MEMORY}
+            continue
+        runs[name] = built
+        if "graph" not in name and "compiled" not in name:  # those have taken theirs beforehand
+            peaks[name] = peak_megabytes(built, case.device)
+    times = within_memory(partial(take_turns, runs, case.config.rounds, case.device))
+    if times is None:
+        yield {"candidate": "all of these together", "note": OUT_OF_MEMORY}
+        return
     for name, seconds in times.items():
         typical = statistics.median(seconds)
         row = {"candidate": name, "ms": 1e3 * typical, "images_per_second": case.batch / typical}
-        row["peak_mb"] = peaks[name]
+        row["peak_mb"] = peaks.get(name)
         if BASELINE in times:
             row["over_masked"] = statistics.median(b / s for b, s in zip(times[BASELINE], seconds, strict=True))
         yield row
+
+
+def built_and_run(build: Callable[[], Run]) -> Run:
+    """A candidate, after its first run."""
+    run = build()
+    run()
+    return run
+
+
+def within_memory(do: Callable[[], Any]) -> Any:
+    """What `do` returns; None where it does not fit into the device's memory."""
+    try:
+        return do()
+    except RuntimeError as error:
+        if "out of memory" not in str(error).lower():
+            raise
+    gc.collect()
+    torch.cuda.empty_cache()
+    return None
 
 
 def time_kernels(case: Case, copy: float, flops: float) -> Iterator[dict[str, Any]]:
@@ -232,8 +256,10 @@ def time_kernels(case: Case, copy: float, flops: float) -> Iterator[dict[str, An
         templates = [a.to("meta") if isinstance(a, Tensor) and a.is_floating_point() else a for a in arguments]
         seen.setdefault(key, (kernel, grid, templates, sizes, sum(t.nbytes for t in tensors), work))
 
-    step = encoder_step(case, "native")
-    step()  # tiles are timed before anything is recorded
+    step = within_memory(partial(built_and_run, partial(encoder_step, case, "native")))  # tiles are timed beforehand
+    if step is None:
+        yield {"candidate": "all", "note": OUT_OF_MEMORY}
+        return
     with patch.object(ours, "launch", record):
         step()
     for key, (kernel, grid, templates, sizes, size, work) in seen.items():

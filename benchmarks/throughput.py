@@ -105,8 +105,6 @@ def gate(
         (features.float() * probe).sum().backward()
         return features.detach(), [p.grad.clone() for p in encoder.parameters()]
 
-    features, gradients = values(BASELINE, half=False)
-
     def error(backend: str, half: bool) -> tuple[float, float]:
         ours, grads = values(backend, half)
         if half:
@@ -115,7 +113,8 @@ def gate(
             )
         return relative(ours, features), max(relative(a, b) for a, b in zip(grads, gradients, strict=True))
 
-    with torch.backends.cudnn.flags(allow_tf32=False):
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        features, gradients = values(BASELINE, half=False)
         exact = {name: error(name, half=False) for name in backends}
         passing = [n for n, (f, g) in exact.items() if f < FORWARD_TOLERANCE and g < GRADIENT_TOLERANCE]
         if not bf16:

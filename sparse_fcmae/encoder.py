@@ -109,7 +109,8 @@ class SparseEncoder(nn.Module):
         """images [B, C, H, W] floating; mask bool [B, H/P, W/P], True = masked, or None for no mask.
 
         kept: how many patches every image keeps, where the mask keeps equally many, as `random_mask`'s do. The host
-        then never waits for a GPU, and the whole can be compiled and captured in a CUDA graph.
+        then never waits for a GPU, and the whole can be compiled and captured in a CUDA graph. A wrong number is a
+        RuntimeError, on a GPU a failed assertion on the device, after which the process can't use it any more.
 
         Returns the last stage's features [B, D, H/P, W/P], zeros where masked. Honours autocast; the residual stream
         stays float32. Raises UserError for images or a mask of another shape.

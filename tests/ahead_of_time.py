@@ -21,7 +21,13 @@ from sparse_fcmae.encoder import SIZES
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 TYPES = {"slot": "*i32", "index": "*i64", "offsets": "*i64"} | dict.fromkeys(
-    ("blocks", "first", "rows", "cols", "positions", "per_program"), "i32"
+    ("blocks", "first", "rows", "cols", "positions", "per_program", "magnitude"), "i32"
+)
+
+CONVOLUTIONS = (  # what is None, what is bfloat16: forward pass of a block, its gradient; with neither norm nor sum
+    (("residual",), ["out"]),
+    (("bias", "convolved", "norm_weight", "norm_bias"), []),
+    (("residual", "convolved", "norm_weight", "norm_bias"), []),
 )
 
 Case = tuple[str, str, dict[str, Any], list[str]]  # module, kernel, its constants, which tensors are bfloat16
@@ -31,19 +37,21 @@ def cases(models: list[str]) -> list[Case]:
     """What all layers of the models run under autocast."""
     found: list[Case] = []
     for side, channels in {(8 >> i, c) for model in models for i, c in enumerate(SIZES[model][1])}:
-        narrow = {"C": channels, "S": side}
+        narrow, hidden = {"C": channels, "S": side}, {"H": 4 * channels}
         wide = narrow | {"BLOCK_C": triton.next_power_of_2(channels)}
-        forward, backward = {"residual": None}, dict.fromkeys(("bias", "convolved", "norm_weight", "norm_bias"))
         found += [
-            ("block_dwconv", "block_dwconv_kernel", wide | forward, ["out"]),
-            ("block_dwconv", "block_dwconv_kernel", wide | backward, []),
+            *(("block_dwconv", "block_dwconv_kernel", wide | dict.fromkeys(none), half) for none, half in CONVOLUTIONS),
             ("block_dwconv", "block_dwconv_weight_kernel", narrow, []),
             ("layer_norm", "layer_norm_kernel", wide | {"TILE": min(2, side)}, ["out"]),
             ("layer_norm", "layer_norm_backward_kernel", wide | {"TILE": min(2, side)}, ["grad"]),
+            *(("gelu_grn", f"{name}_kernel", hidden, []) for name in ("response", "pull")),
         ]
-        for name in ("squares", "response", "scale", "products", "pull", "unscale"):
-            halves = [] if name in ("response", "pull") else ["x", "grad", "grad_x", "out"]
-            found.append(("gelu_grn", f"{name}_kernel", {"H": 4 * channels}, halves))
+        for name in ("squares", "scale", "products", "unscale"):
+            halves = ["x", "grad", "grad_x", "out"]
+            # on its own, gelu_grn has no bias before it and leaves beta to what follows
+            found += [
+                ("gelu_grn", f"{name}_kernel", hidden | bare, halves) for bare in ({}, {"bias": None, "beta": None})
+            ]
     return found
 
 
@@ -57,7 +65,7 @@ def usage(capability: int, case: Case) -> list[dict[str, Any]]:
     if not isinstance(kernel, triton.runtime.Autotuner):
         function, tiles = kernel, [triton.Config({})]
     for tile in tiles:
-        fixed = constants | tile.kwargs
+        fixed = {k: v for k, v in (constants | tile.kwargs).items() if k in function.arg_names}
         types = {p.name: TYPES.get(p.name, "*bf16" if p.name in halves else "*fp32") for p in function.params}
         types |= dict.fromkeys(fixed, "constexpr")
         aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(types.values()) if kind[0] == "*"}

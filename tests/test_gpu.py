@@ -29,7 +29,7 @@ def trained(kind, batches, steps, compiled=False):
     work = kind(call, optimizer, kept=model.kept((64, 64)), share=sum(batches), clip_grad=1.0, bf16=True)
     generator, losses = torch.Generator(GPU).manual_seed(0), []
     for step in range(steps):
-        set_lr(optimizer, 1e-3)
+        set_lr(optimizer, 2**-10)  # the same as a number and as a float32 tensor
         for i, size in enumerate(batches, 1):
             pixels = torch.randint(256, (size, 64, 64, 3), dtype=torch.uint8, device=GPU, generator=generator)
             mask = model.draw_mask(size, (64, 64), generator=generator)
@@ -65,7 +65,7 @@ def test_encoder_equals_masked_dense_convolution(dtype):
         (features.float() * probe).sum().backward()
         return features.float(), torch.cat([p.grad.flatten() for p in encoder.parameters()])
 
-    with torch.backends.cudnn.flags(allow_tf32=False):
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         exact, plain, ours = run("masked", torch.float32), run("masked", dtype), run("native", dtype)
     for ideal, theirs, found, floor in zip(exact, plain, ours, (1e-5, 1e-4), strict=True):
         assert relative_error(found, ideal) < max(floor, 2 * relative_error(theirs, ideal))
@@ -80,8 +80,8 @@ def test_a_step_never_waits_for_the_device():
 def test_graphs_train_alike(compiled):
     (plain, model), (ours, graphed) = (trained(k, (6, 4), 8, compiled) for k in (TrainStep, GraphedTrainStep))
     assert ours == pytest.approx(plain, rel=1e-3)
-    for a, b in zip(graphed.parameters(), model.parameters(), strict=True):
-        assert relative_error(a, b) < 1e-2
+    weights = [torch.cat([p.flatten() for p in m.parameters()]) for m in (graphed, model)]
+    assert relative_error(*weights) < 1e-2
 
 
 def test_masks_and_patches_are_made_without_waiting():
@@ -100,7 +100,8 @@ def test_encoder_compiles_whole(mode):
     compiled = torch.compile(encoder, fullgraph=True, mode=mode)
     for _ in range(3):
         features = compiled(images, mask, kept=2).clone()
-    with torch.backends.cudnn.flags(allow_tf32=False):
+        features.sum().backward()
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         assert relative_error(features, encoder(images, mask, kept=2)) < 2e-3
 
 

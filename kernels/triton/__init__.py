@@ -19,7 +19,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of features
 ON_HOST = False  # what tensors hold can't be read without waiting for a device
 CAPABILITY = (8, 0)  # the least, of a CUDA device
 PARTIAL = 1 << 16  # elements that partial sums have of each quantity: enough programs to fill a GPU
-POSITIONS = 128  # that a program of gelu_grn takes of an image
+POSITIONS = 128  # that a program of gelu_grn takes of an image, or more where
+MOST_PROGRAMS = 4096  # would not do
 
 
 def unusable(device: torch.device) -> str | None:
@@ -156,8 +157,13 @@ def zero_sums(*shape: int, like: Tensor) -> Tensor:
 
 
 def launch(kernel: Any, grid: Any, *arguments: Any, **sizes: int) -> None:
-    """Launches a kernel on the device of its first argument, which need not be the current one."""
+    """Launches a kernel on the device of its first argument, which need not be the current one.
+
+    Tuned kernels get as their last argument the magnitude of this, by which their tiles are chosen too.
+    """
     device = arguments[0].device
+    if isinstance(kernel, triton.runtime.Autotuner):
+        arguments = (*arguments, arguments[0].numel().bit_length())
     if device.type == "cpu":  # interpreted
         kernel[grid](*arguments, **sizes)
         return
@@ -172,7 +178,7 @@ def _grid_of(slot: Tensor) -> tuple[int, int]:
 def _passes(x: Tensor, offsets: Tensor) -> tuple[Tensor, Any]:
     """Partial sums [B, programs, H] and the grid of gelu_grn's passes, for images of about the same size."""
     images, channels = len(offsets) - 1, x.shape[-1]
-    programs = max(1, triton.cdiv(len(x), max(1, images) * POSITIONS))
+    programs = max(1, min(MOST_PROGRAMS, triton.cdiv(len(x), max(1, images) * POSITIONS)))
     partial = x.new_empty(images, programs, channels, dtype=torch.float32)
     return partial, lambda tile: (images, programs, triton.cdiv(channels, tile["BLOCK_H"]))
 

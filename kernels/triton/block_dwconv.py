@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from sparse_fcmae.kernels.triton.layer_norm import normalised
-from sparse_fcmae.kernels.triton.tuning import tiles, tuned
+from sparse_fcmae.kernels.triton.tuning import TILES, tuned
 
 REACH = tl.constexpr(3)
 
@@ -41,8 +41,8 @@ def _centre(slot, index, patch, live, rows, cols):
     return slot + (image * (rows + 2 * REACH) + row + REACH) * (cols + 2 * REACH) + col + REACH
 
 
-@tuned(tiles((32, 16, 8, 4, 2, 1)), key=["C", "S"], suits=_suits)
-@triton.jit
+@tuned(TILES, key=["C", "S"], suits=_suits)
+@triton.jit(do_not_specialize=["magnitude"])
 def block_dwconv_kernel(
     x,
     taps,
@@ -58,6 +58,7 @@ def block_dwconv_kernel(
     first,
     rows,
     cols,
+    magnitude,
     C: tl.constexpr,
     S: tl.constexpr,
     R: tl.constexpr,
@@ -107,7 +108,7 @@ def block_dwconv_kernel(
 
 
 @tuned(WEIGHT_TILES, key=["C", "S"])
-@triton.jit
+@triton.jit(do_not_specialize=["magnitude"])
 def block_dwconv_weight_kernel(
     x,
     grad,
@@ -119,6 +120,7 @@ def block_dwconv_weight_kernel(
     rows,
     cols,
     per_program,
+    magnitude,
     C: tl.constexpr,
     S: tl.constexpr,
     BLOCK_C: tl.constexpr,

@@ -30,15 +30,13 @@ def _gelu(x):
 
 @triton.jit
 def _shift(row, c, inside):
-    """A row [H] that is added, or None."""
-    if row is None:
-        return 0.0
-    return tl.load(row + c, mask=inside, other=0.0)[None, :]
+    """A row [H] that is added, or 0 for None."""
+    return 0.0 if row is None else tl.load(row + c, mask=inside, other=0.0)[None, :]
 
 
 @tuned(TILES, key=["H"])
-@triton.jit
-def squares_kernel(x, bias, offsets, partial, H: tl.constexpr, R: tl.constexpr, BLOCK_H: tl.constexpr):
+@triton.jit(do_not_specialize=["magnitude"])
+def squares_kernel(x, bias, offsets, partial, magnitude, H: tl.constexpr, R: tl.constexpr, BLOCK_H: tl.constexpr):
     """partial [B, programs, H]: sums of GELU(x + bias) squared."""
     b, j, programs = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     c = tl.program_id(2) * BLOCK_H + tl.arange(0, BLOCK_H)
@@ -71,8 +69,10 @@ def response_kernel(squares, gamma, norm, scale, H: tl.constexpr):
 
 
 @tuned(TILES, key=["H"], overwritten=("x",))
-@triton.jit
-def scale_kernel(x, bias, scale, beta, offsets, out, H: tl.constexpr, R: tl.constexpr, BLOCK_H: tl.constexpr):
+@triton.jit(do_not_specialize=["magnitude"])
+def scale_kernel(
+    x, bias, scale, beta, offsets, out, magnitude, H: tl.constexpr, R: tl.constexpr, BLOCK_H: tl.constexpr
+):
     """out = GELU(x + bias) * scale + beta."""
     b, j, programs = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     c = tl.program_id(2) * BLOCK_H + tl.arange(0, BLOCK_H)
@@ -88,8 +88,10 @@ def scale_kernel(x, bias, scale, beta, offsets, out, H: tl.constexpr, R: tl.cons
 
 
 @tuned(TILES, key=["H"])
-@triton.jit
-def products_kernel(grad, x, bias, offsets, products, sums, H: tl.constexpr, R: tl.constexpr, BLOCK_H: tl.constexpr):
+@triton.jit(do_not_specialize=["magnitude"])
+def products_kernel(
+    grad, x, bias, offsets, products, sums, magnitude, H: tl.constexpr, R: tl.constexpr, BLOCK_H: tl.constexpr
+):
     """products and sums [B, programs, H]: of grad * GELU(x + bias), and of grad."""
     b, j, programs = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     c = tl.program_id(2) * BLOCK_H + tl.arange(0, BLOCK_H)
@@ -137,7 +139,7 @@ def pull_kernel(products, gamma, norm, scale, pull, grad_gamma, H: tl.constexpr)
 
 
 @tuned(TILES, key=["H"], overwritten=("grad", "x"))
-@triton.jit
+@triton.jit(do_not_specialize=["magnitude"])
 def unscale_kernel(
     grad,
     x,
@@ -149,6 +151,7 @@ def unscale_kernel(
     grad_x,
     out,
     partial,
+    magnitude,
     H: tl.constexpr,
     R: tl.constexpr,
     BLOCK_H: tl.constexpr,

@@ -5,16 +5,17 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from sparse_fcmae.kernels.triton.tuning import per_thread, tiles, tuned
+from sparse_fcmae.kernels.triton.tuning import MOST_ROWS, TILES, WARP, tuned
 
 NORM_EPS = tl.constexpr(1e-6)
 
 
 def _suits(config: triton.Config, arguments: dict[str, Any]) -> bool:
     """Enough memory accesses in flight, and registers for what they bring."""
-    width = arguments["BLOCK_C"]
-    elements = (8,) if config.num_warps > 8 else (8, 16)
-    return per_thread(config, width) in elements and config.num_warps in (max(1, width // 128), max(1, width // 256))
+    width, warps = arguments["BLOCK_C"], config.num_warps
+    elements = (8,) if warps == 16 else (8, 16)  # of a thread
+    rows = [max(1, min(MOST_ROWS, n * WARP * warps // width)) for n in elements]
+    return config.kwargs["R"] in rows and warps in [max(1, min(16, width // channels)) for channels in (128, 256)]
 
 
 @triton.jit
@@ -34,14 +35,15 @@ def _row_of_tiles(n, S: tl.constexpr, TILE: tl.constexpr, C: tl.constexpr):
     return (window * TILE * TILE + y % TILE * TILE + x % TILE) * C
 
 
-@tuned(tiles((32, 16, 8, 4, 2, 1)), key=["C", "S", "TILE"], suits=_suits)
-@triton.jit
+@tuned(TILES, key=["C", "S", "TILE"], suits=_suits)
+@triton.jit(do_not_specialize=["magnitude"])
 def layer_norm_kernel(
     x,
     weight,
     bias,
     out,
     positions,
+    magnitude,
     C: tl.constexpr,
     S: tl.constexpr,
     TILE: tl.constexpr,
@@ -57,8 +59,8 @@ def layer_norm_kernel(
     tl.store(out + _row_of_tiles(n, S, TILE, C)[:, None] + c[None, :], z, mask=inside)
 
 
-@tuned(tiles((32, 16, 8, 4, 2, 1)), key=["C", "S", "TILE"], suits=_suits, overwritten=("x",))
-@triton.jit
+@tuned(TILES, key=["C", "S", "TILE"], suits=_suits, overwritten=("x",))
+@triton.jit(do_not_specialize=["magnitude"])
 def layer_norm_backward_kernel(
     x,
     grad,
@@ -67,6 +69,7 @@ def layer_norm_backward_kernel(
     partial,
     positions,
     per_program,
+    magnitude,
     C: tl.constexpr,
     S: tl.constexpr,
     TILE: tl.constexpr,

@@ -10,6 +10,8 @@ if tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 4):
     raise ImportError(f"they need Triton 3.4 or newer, not {triton.__version__}")
 
 WARP = 32  # threads
+MOST_ROWS = 32
+TILES = [triton.Config({"R": r}, num_warps=w) for r in (MOST_ROWS, 16, 8, 4, 2, 1) for w in (1, 2, 4, 8, 16)]
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -21,8 +23,9 @@ def tuned(
 ) -> Callable:
     """A decorator that has a kernel run with the fastest of the configs for which `suits(config, arguments)` holds.
 
-    They are timed once for each value of the arguments in `key` and dtypes of the tensors, those that the kernel may
-    have `overwritten` being given back each time. The interpreter, where times mean nothing, takes the first config.
+    They are timed once for each value of the arguments in `key`, of `magnitude` (see `launch`), and of the tensors'
+    dtypes; tensors that the kernel may have `overwritten` are given back each time. The interpreter, where times mean
+    nothing, takes the first config.
     """
 
     def prune(configs: list[triton.Config], _: dict[str, Any], **arguments: Any) -> list[triton.Config]:
@@ -30,18 +33,8 @@ def tuned(
 
     return triton.autotune(
         configs[:1] if INTERPRETED else configs,
-        key=key,
+        key=[*key, "magnitude"],
         prune_configs_by={"early_config_prune": prune} if suits else None,
         restore_value=list(overwritten),
         cache_results=True,
     )
-
-
-def tiles(sizes: tuple[int, ...]) -> list[triton.Config]:
-    """Configs of R rows, of the sizes, by all numbers of warps."""
-    return [triton.Config({"R": r}, num_warps=w) for r in sizes for w in (1, 2, 4, 8, 16)]
-
-
-def per_thread(config: triton.Config, width: int) -> int:
-    """Elements that a thread has of a tensor [R, width]."""
-    return config.kwargs["R"] * width // (WARP * config.num_warps)

@@ -1,5 +1,6 @@
 """One optimiser step over micro-batches, launched kernel by kernel or replayed from CUDA graphs."""
 
+import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -70,18 +71,18 @@ class GraphedTrainStep(TrainStep):
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self.stream, self.pool, self.steps = torch.cuda.Stream(self.device), torch.cuda.graph_pool_handle(), 0
-        self.differentiate: dict[int, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
+        self.differentiate: dict[torch.Size, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
         self.update: tuple[torch.cuda.CUDAGraph, Tensor] | None = None
 
     def add(self, pixels: Tensor, mask: Tensor, last: bool) -> None:
         if self.steps < WARMUP:
             self._warm_up(lambda: super(GraphedTrainStep, self).add(pixels, mask, last))
             return
-        if len(pixels) not in self.differentiate:
-            held = (pixels.to(self.device), mask.to(self.device))
+        if pixels.shape not in self.differentiate:
+            held = [torch.empty(t.shape, dtype=t.dtype, device=self.device).copy_(t) for t in (pixels, mask)]
             graph, _ = self._capture(lambda: self._differentiate(*held))
-            self.differentiate[len(pixels)] = (graph, *held)
-        graph, held_pixels, held_mask = self.differentiate[len(pixels)]
+            self.differentiate[pixels.shape] = (graph, *held)
+        graph, held_pixels, held_mask = self.differentiate[pixels.shape]
         held_pixels.copy_(pixels, non_blocking=True)
         held_mask.copy_(mask, non_blocking=True)
         graph.replay()
@@ -98,7 +99,8 @@ class GraphedTrainStep(TrainStep):
 
     def _warm_up(self, run: Callable[[], Any]) -> Any:
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(self.stream):
+        with torch.cuda.stream(self.stream), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*capturable.*")  # that these steps are not captured
             result = run()
         torch.cuda.current_stream(self.device).wait_stream(self.stream)
         return result
