@@ -47,11 +47,10 @@ def cases(models: list[str]) -> list[Case]:
             *(("gelu_grn", f"{name}_kernel", hidden, []) for name in ("response", "pull")),
         ]
         for name in ("squares", "scale", "products", "unscale"):
-            halves = ["x", "grad", "grad_x", "out"]
             # on its own, gelu_grn has no bias before it and leaves beta to what follows
-            found += [
-                ("gelu_grn", f"{name}_kernel", hidden | bare, halves) for bare in ({}, {"bias": None, "beta": None})
-            ]
+            for none in ((), ("bias", "beta")):
+                constants = hidden | dict.fromkeys(none)
+                found.append(("gelu_grn", f"{name}_kernel", constants, ["x", "grad", "grad_x", "out"]))
     return found
 
 

@@ -4,7 +4,8 @@ import json
 import os
 import subprocess
 import sys
-from itertools import pairwise
+from importlib import import_module
+from itertools import pairwise, product
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from sparse_fcmae.masking import VisiblePatches
 from sparse_fcmae.ops import block_dwconv, convnext_block, gelu_grn
 
 triton_kernels = pytest.importorskip("sparse_fcmae.kernels.triton", exc_type=ImportError)
+TILES = import_module("sparse_fcmae.kernels.triton.tuning").TILES
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.gpu if DEVICE == "cuda" else []
@@ -149,6 +151,14 @@ def test_opcheck():
     x, module, visible = block.make(1, 9, mask, DEVICE)
     arguments = (x, list(module.parameters()), *block.vars_of(visible), F32, True)
     torch.library.opcheck(ours.convnext_block.default, arguments)
+
+
+def test_every_width_leaves_tiles_to_choose_from():
+    for module in ("block_dwconv", "layer_norm"):
+        file = import_module(f"sparse_fcmae.kernels.triton.{module}")
+        for side, width in product(SIDES, (1 << i for i in range(14))):
+            choose = getattr(file, f"{module}_kernel").early_config_prune
+            assert 1 <= len(choose(TILES, {}, S=side, BLOCK_C=width)) <= 5
 
 
 def test_benchmark_times_every_kernel_that_a_step_launches():
