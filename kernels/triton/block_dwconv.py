@@ -14,11 +14,10 @@ import triton.language as tl
 from sparse_fcmae.kernels.triton.layer_norm import normalised
 from sparse_fcmae.kernels.triton.tuning import TILES, tuned
 
-REACH = tl.constexpr(3)
+REACH = tl.constexpr(3)  # positions to each side, at S = 1 patches
+WINDOW = tl.constexpr(7)
 
 WEIGHT_TILES = [triton.Config({"BLOCK_C": 32 * w}, num_warps=w) for w in (4, 2)]
-
-
 # for each S: lines R of a program, and the channels of one of its warps; more does not fit into registers
 LINE_TILES = {
     8: ((1, 64), (1, 128), (2, 64)),
@@ -71,13 +70,13 @@ def block_dwconv_kernel(
     c = tl.arange(0, BLOCK_C)
     centre = _centre(slot, index, patch, live, rows, cols)
     sums = (tl.zeros([R, BLOCK_C], tl.float32),) * S
-    for dy in range(2 * REACH + 1):
+    for dy in range(WINDOW):
         below = y + dy - REACH + 4 * S  # counted from 4 patches above, so that it is not negative
         neighbours = centre + (below // S - 4) * (cols + 2 * REACH)
         start = below % S * S
         weights = ()
-        for dx in tl.static_range(2 * REACH + 1):
-            weights += (tl.load(taps + (dy * (2 * REACH + 1) + dx) * C + c, mask=c < C, other=0.0)[None, :],)
+        for dx in tl.static_range(WINDOW):
+            weights += (tl.load(taps + (dy * WINDOW + dx) * C + c, mask=c < C, other=0.0)[None, :],)
         for column in tl.static_range(-REACH, S + REACH):
             number = tl.load(neighbours + column // S, mask=live, other=-1)
             position = (number - first).to(tl.int64) * (S * S) + start + column % S
@@ -132,7 +131,7 @@ def block_dwconv_weight_kernel(
     """
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     dy = tl.arange(0, 8)
-    sums = (tl.zeros([8, BLOCK_C], tl.float32),) * (2 * REACH + 1)
+    sums = (tl.zeros([8, BLOCK_C], tl.float32),) * WINDOW
     bias = tl.zeros([BLOCK_C], tl.float32)
     begin = tl.program_id(1) * per_program
     source = grad + begin.to(tl.int64) * (S * C) + c
@@ -146,19 +145,19 @@ def block_dwconv_weight_kernel(
         neighbours = _centre(slot, index, patch, True, rows, cols) + (below // S - 4) * (cols + 2 * REACH)
         start = below % S * S
         for column in tl.static_range(-REACH, S + REACH):
-            number = tl.load(neighbours + column // S, mask=dy <= 2 * REACH, other=-1)
+            number = tl.load(neighbours + column // S, mask=dy < WINDOW, other=-1)
             position = (number - first).to(tl.int64) * (S * S) + start + column % S
             seen = (number >= 0)[:, None] & (c < C)[None, :]
             value = tl.load(x + position[:, None] * C + c[None, :], mask=seen, other=0.0).to(tl.float32)
             added = ()
-            for dx in tl.static_range(2 * REACH + 1):
+            for dx in tl.static_range(WINDOW):
                 if column + REACH - dx >= 0 and column + REACH - dx < S:
                     added += (tl.fma(grads[column + REACH - dx][None, :], value, sums[dx]),)
                 else:
                     added += (sums[dx],)
             sums = added
-    row = partial + tl.program_id(1).to(tl.int64) * ((2 * REACH + 1) * (2 * REACH + 1) + 1) * C + c
-    for dx in tl.static_range(2 * REACH + 1):
-        tap = dy * (2 * REACH + 1) + dx
-        tl.store(row[None, :] + tap[:, None] * C, sums[dx], mask=(dy <= 2 * REACH)[:, None] & (c < C)[None, :])
-    tl.store(row + (2 * REACH + 1) * (2 * REACH + 1) * C, bias, mask=c < C)
+    row = partial + tl.program_id(1).to(tl.int64) * (WINDOW * WINDOW + 1) * C + c
+    for dx in tl.static_range(WINDOW):
+        tap = dy * WINDOW + dx
+        tl.store(row[None, :] + tap[:, None] * C, sums[dx], mask=(dy < WINDOW)[:, None] & (c < C)[None, :])
+    tl.store(row + WINDOW * WINDOW * C, bias, mask=c < C)
