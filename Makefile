@@ -53,5 +53,5 @@ clean:
 .venv/installed-for-tests: .venv/installed
 	$(PIP) install $(TORCH) $(TORCHVISION) --editable '.[test]'
 	# where torch has not brought its own: the GPU's kernels are tested without a GPU too
-	@if [ $$(uname) = Linux ] && ! $(BIN)/python -c 'import triton'; then $(PIP) install $(TRITON); fi
+	@if [ $$(uname) = Linux ] && ! $(BIN)/python -c 'import triton' 2>/dev/null; then $(PIP) install $(TRITON); fi
 	touch $@

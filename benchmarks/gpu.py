@@ -69,13 +69,18 @@ def gpu(**options: Any) -> list[dict[str, Any]]:
     """Prints and returns the rows; options are those of `GpuConfig`."""
     config = GpuConfig(**options)
     device = choose_device(config.device)
+    if config.device == "auto" and device.type == "cpu":
+        raise UserError("there is no GPU here: give --device cpu to try the command out all the same")
     models, batches = config.models.split(","), config.batch_sizes.split(",")
     for model in models:
         if model not in SIZES:
             raise UserError(f"unknown model {model!r}: choose of {', '.join(SIZES)}")
     if not all(batch.isdecimal() and int(batch) for batch in batches) or config.rounds < 1:
-        raise UserError("--batch-sizes must be numbers greater than 0, as 64,256, and --rounds at least 1")
-    SparseEncoder(models[0], image_size=(size := image_size_of(config.image_size)))  # refuses a wrong one
+        raise UserError(
+            f"--batch-sizes {config.batch_sizes}, --rounds {config.rounds}: give numbers greater than 0, as 64,256 and 10"
+        )
+    size = image_size_of(config.image_size)
+    kept_of(SparseEncoder("atto", image_size=size).grid(*size), config.mask_ratio)  # refuses wrong ones
     setting, rows = environment(device), []
     print(", ".join(f"{name} {value}" for name, value in setting.items()))
     with writing(Path(config.csv)), Path(config.csv).open("a", newline="") as file:

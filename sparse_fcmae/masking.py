@@ -80,7 +80,7 @@ class VisiblePatches:
             index = (~mask).flatten().nonzero()[:, 0]
             offsets = F.pad(counts.cumsum(0), (1, 0))
         else:
-            torch._assert_async((counts == kept).all(), f"not all masks keep {kept} patches")
+            torch._assert_async((counts == kept).all(), "not all masks keep `kept` patches")
             visible_first = hidden.to(torch.uint8).argsort(dim=1, stable=True)
             index = (visible_first[:, :kept] + torch.arange(images, device=device)[:, None] * total).flatten()
             offsets = torch.arange(images + 1, device=device) * kept

@@ -94,10 +94,20 @@ def test_bench_gpu_appends_rows(capsys, tmp_path):
     assert len(rows) == 2 * 2 * (4 + 3)
     assert all(float(row["ms"]) > 0 and row["torch"] == torch.__version__ and row["commit"] for row in rows)
     assert "over masked" in capsys.readouterr().out
-    for wrong in (["--batch-sizes", "64,many"], ["--models", "atto,giga"], ["--csv", str(tmp_path / "none" / "x.csv")]):
+    for wrong in (
+        ["--mask-ratio", "1.5"],
+        ["--batch-sizes", "64,many"],
+        ["--models", "atto,giga"],
+        ["--csv", str(tmp_path / "none" / "x.csv")],
+    ):
         with pytest.raises(SystemExit) as stop:
             main(["bench", "gpu", *options, *wrong])
         assert stop.value.code == 2
+    if not torch.cuda.is_available():
+        with pytest.raises(SystemExit):
+            main(["bench", "gpu", "--csv", str(tmp_path / "none.csv")])
+        assert "give --device cpu" in capsys.readouterr().err
+        assert not (tmp_path / "none.csv").exists()
 
 
 def test_convert_prints_what_it_did(capsys, tmp_path, pictures):

@@ -53,5 +53,5 @@ def test_patches_of_masks_that_keep_a_known_number():
         known, counted = VisiblePatches.of(hidden, kept), VisiblePatches.of(hidden)
         assert all(torch.equal(getattr(known, name), getattr(counted, name)) for name in ("index", "slot", "offsets"))
         assert [t.dtype for t in (known.index, known.slot, known.offsets)] == [torch.int64, torch.int32, torch.int64]
-    with pytest.raises(RuntimeError, match="not all masks keep 11 patches"):
+    with pytest.raises(RuntimeError, match="not all masks keep `kept` patches"):
         VisiblePatches.of(mask, 11)
