@@ -76,9 +76,8 @@ def gpu(**options: Any) -> list[dict[str, Any]]:
         if model not in SIZES:
             raise UserError(f"unknown model {model!r}: choose of {', '.join(SIZES)}")
     if not all(batch.isdecimal() and int(batch) for batch in batches) or config.rounds < 1:
-        raise UserError(
-            f"--batch-sizes {config.batch_sizes}, --rounds {config.rounds}: give numbers greater than 0, as 64,256 and 10"
-        )
+        given = f"--batch-sizes {config.batch_sizes} --rounds {config.rounds}"
+        raise UserError(f"{given}: give numbers greater than 0, such as 64,256 and 10")
     size = image_size_of(config.image_size)
     kept_of(SparseEncoder("atto", image_size=size).grid(*size), config.mask_ratio)  # refuses wrong ones
     setting, rows = environment(device), []

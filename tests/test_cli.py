@@ -94,14 +94,10 @@ def test_bench_gpu_appends_rows(capsys, tmp_path):
     assert len(rows) == 2 * 2 * (4 + 3)
     assert all(float(row["ms"]) > 0 and row["torch"] == torch.__version__ and row["commit"] for row in rows)
     assert "over masked" in capsys.readouterr().out
-    for wrong in (
-        ["--mask-ratio", "1.5"],
-        ["--batch-sizes", "64,many"],
-        ["--models", "atto,giga"],
-        ["--csv", str(tmp_path / "none" / "x.csv")],
-    ):
+    wrong = {"--mask-ratio": 1.5, "--batch-sizes": "64,many", "--models": "atto,giga", "--csv": tmp_path / "no" / "x"}
+    for name, value in wrong.items():
         with pytest.raises(SystemExit) as stop:
-            main(["bench", "gpu", *options, *wrong])
+            main(["bench", "gpu", *options, name, str(value)])
         assert stop.value.code == 2
     if not torch.cuda.is_available():
         with pytest.raises(SystemExit):
