@@ -4,7 +4,7 @@ Between its layers a block holds several times its input, most of it 4 C channel
 far slower than its caches, and at the first use zeroed by the operating system. So there both passes take the images in
 chunks whose wide features fit in the caches, all chunks through the same scratch memory, and the backward pass computes
 again what was not kept. An image that is larger, or a batch that GRN pools over as a whole, is one chunk. A GPU takes
-the whole batch at once, and never waits for the host: nothing here reads there what a tensor holds.
+the whole batch at once, and the host never waits for it: nothing here reads there what a tensor holds.
 """
 
 import threading
