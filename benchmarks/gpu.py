@@ -82,14 +82,18 @@ def gpu(**options: Any) -> list[dict[str, Any]]:
     kept_of(SparseEncoder("atto", image_size=size).grid(*size), config.mask_ratio)  # refuses wrong ones
     setting, rows = environment(device), []
     print(", ".join(f"{name} {value}" for name, value in setting.items()))
-    with writing(Path(config.csv)), Path(config.csv).open("a", newline="") as file:
+    path = Path(config.csv)
+    with writing(path):
+        file = path.open("a", newline="")
+    with file:
         writer = csv.DictWriter(file, COLUMNS)
         if not file.tell():
             writer.writeheader()
         for row in measure(config, models, [int(batch) for batch in batches], size, device):
             rows.append(row | setting)
-            writer.writerow(rows[-1])
-            file.flush()
+            with writing(path):
+                writer.writerow(rows[-1])
+                file.flush()
             print(line(row))
     return rows
 
