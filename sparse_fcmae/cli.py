@@ -89,7 +89,7 @@ def run_info(options: dict[str, Any]) -> None:
 # name: what it does, config, run
 COMMANDS: dict[str, tuple[str, type | None, Callable[[dict[str, Any]], None]]] = {
     "pretrain": ("pretrain on a folder of images", PretrainConfig, run_pretrain),
-    "convert": ("write a checkpoint's encoder for the official code, timm or Hugging Face", ConvertConfig, run_convert),
+    "convert": ("write any checkpoint's weights for another library, verified", ConvertConfig, run_convert),
     "demo": ("draw images and pretrain on them, in about two minutes on a CPU", DemoConfig, run_demo),
     "bench gpu": ("training steps and kernels on a GPU, every backend, into a CSV file", GpuConfig, run_gpu),
     "bench kernels": (

@@ -70,10 +70,11 @@ class PretrainConfig:
 class ConvertConfig:
     """Options of `sparse-fcmae convert`."""
 
-    source: str = option(help="run folder, checkpoint folder, exported folder or .safetensors file", positional=True)
-    destination: str = option(help="folder to make", positional=True)
-    to: str = option(help="layout to write", choices=("official", "timm", "huggingface"))
+    source: str = option(help="run, checkpoint or exported folder, or weights of any layout", positional=True)
+    destination: str = option(help="folder, or .safetensors, .pt, .pth or .onnx file, to make", positional=True)
+    to: str = option(help="layout to write", choices=("official", "timm", "huggingface", "mmpretrain", "fcmae", "onnx"))
     overwrite: bool = option(False, help="replace the files of an earlier conversion")
+    dry_run: bool = option(False, help="do and verify it all, print the report, leave nothing")
 
 
 @dataclass(frozen=True, kw_only=True)

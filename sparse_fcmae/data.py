@@ -19,6 +19,7 @@ from sparse_fcmae.errors import UserError
 from sparse_fcmae.files import one_line
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+CROP_PCT = 0.875  # share of the sides that is looked at in evaluation, as in the paper
 TRIES = 10  # samples drawn in place of an unreadable one
 ORIENTATION = 0x0112  # EXIF tag
 NOT_IMAGES = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}  # formats that Pillow identifies but can't decode by itself

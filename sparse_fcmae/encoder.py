@@ -43,9 +43,11 @@ class Block(nn.Module):
         self.pwconv1 = nn.Linear(dim, 4 * dim)
         self.grn = GRN(4 * dim)
         self.pwconv2 = nn.Linear(4 * dim, dim)
-        self.grn_scope = grn_scope
+        self.grn_scope, self.drop_path = grn_scope, 0.0
 
     def forward(self, x: Tensor, layout: Layout) -> Tensor:
+        if self.training and self.drop_path:
+            return layout.drop_path(x, self, self.drop_path)
         return layout.block(x, self)
 
 
@@ -119,11 +121,11 @@ class SparseEncoder(nn.Module):
             raise UserError(f"images must be [B, {self.in_chans}, H, W], not {list(images.shape)}")
         grid = self.grid(*images.shape[2:])
         if mask is None:
-            mask = torch.zeros(len(images), *grid, dtype=torch.bool, device=images.device)
+            mask = torch.zeros(images.shape[0], *grid, dtype=torch.bool, device=images.device)
             kept = grid[0] * grid[1]
-        if mask.shape != (len(images), *grid) or mask.dtype != torch.bool:
+        if mask.shape != (images.shape[0], *grid) or mask.dtype != torch.bool:
             raise UserError(
-                f"the mask must be bool [{len(images)}, {grid[0]}, {grid[1]}], not {mask.dtype} {list(mask.shape)}"
+                f"the mask must be bool [{images.shape[0]}, {grid[0]}, {grid[1]}], not {mask.dtype} {list(mask.shape)}"
             )
 
         layout = resolve_backend(self.backend, images.device.type, compute_dtype(self))(mask.to(images.device), kept)

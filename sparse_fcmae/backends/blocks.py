@@ -19,6 +19,7 @@ class TorchLayout(Layout):
     name = "torch"
 
     def __init__(self, mask: Tensor, kept: int | None = None) -> None:
+        super().__init__(mask, kept)
         self.visible = VisiblePatches.of(mask, kept)
 
     def enter(self, x: Tensor) -> Tensor:

@@ -24,9 +24,9 @@ class Layout(ABC):
 
     name: ClassVar[str]
 
-    @abstractmethod
     def __init__(self, mask: Tensor, kept: int | None = None) -> None:
         """mask: bool [B, rows, cols], True = masked. kept: how many patches every image keeps, where that is known."""
+        self.mask, self.kept = mask, kept
 
     @staticmethod
     def unusable(device: torch.device) -> str | None:
@@ -68,3 +68,20 @@ class Layout(ABC):
         # pwconv2(y + beta): beta is folded into the bias, so that it never has to be added to 4 * dim channels
         bias = block.pwconv2.bias + F.linear(block.grn.beta.flatten(), block.pwconv2.weight)
         return x + F.linear(y, block.pwconv2.weight, bias)
+
+    def drop_path(self, x: Tensor, block: nn.Module, rate: float) -> Tensor:
+        """`block` for each image with probability 1 - rate, its branch scaled to keep its mean; the others skip it.
+
+        Stochastic depth (Huang et al., 2016), for images of which nothing is masked: any number of them look alike.
+        """
+        batch = len(self.mask)
+        # drawn on the host, which has to know how many there are
+        images, scale = (torch.rand(batch) >= rate).nonzero()[:, 0], 1 / (1 - rate)
+        if not len(images):  # a gradient of zeros, not none, as processes that train together need
+            images, scale = torch.zeros(1, dtype=torch.long), 0.0
+        images = images.to(x.device, non_blocking=True)
+        rows = x.unflatten(0, (batch, -1))
+        before = rows[images].flatten(0, 1)
+        after = type(self)(self.mask[: len(images)], self.kept).block(before, block)
+        after = torch.lerp(before, after, scale).unflatten(0, (len(images), -1))
+        return rows.index_copy(0, images, after).flatten(0, 1)

@@ -13,7 +13,8 @@ class MaskedLayout(Layout):
     name = "masked"
 
     def __init__(self, mask: Tensor, kept: int | None = None) -> None:
-        self.mask, self.hides = mask, kept != mask.shape[1] * mask.shape[2]
+        super().__init__(mask, kept)
+        self.hides = kept != mask.shape[1] * mask.shape[2]
 
     def enter(self, x: Tensor) -> Tensor:
         return self._hide(x.permute(0, 2, 3, 1).contiguous())

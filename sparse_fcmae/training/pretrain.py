@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from sparse_fcmae import visualize
 from sparse_fcmae.backends import resolve_backend
 from sparse_fcmae.config import PretrainConfig, flag, image_size_of
-from sparse_fcmae.convert import export_encoder, usage_example
+from sparse_fcmae.convert import export_model, usage_example
 from sparse_fcmae.data import AugmentedImages, BadImage, ImageFolder, make_loader, micro_batches
 from sparse_fcmae.errors import Interrupted, UserError
 from sparse_fcmae.fcmae import FCMAE
@@ -214,7 +214,7 @@ def train(config: PretrainConfig, ranks: distributed.Ranks) -> Path:
                     raise Interrupted
         exported = run.path / "exported"
         if ranks.main:
-            export_encoder(model.encoder.cpu(), exported)
+            export_model(model.encoder.cpu(), exported)
             draw_curve(run.path, log)
             log.say(f"pretrained encoder in {exported}; use it with\n\n{usage_example(model.encoder, exported)}")
         ranks.barrier()

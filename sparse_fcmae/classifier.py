@@ -1,0 +1,57 @@
+"""Dense ConvNeXt V2 with a classification head, on the encoder's modules and kernels.
+
+ConvNeXt V2 (Woo et al., 2023), section 4 and appendix A. State-dict keys are the official ones.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from sparse_fcmae.encoder import SparseEncoder, init_weights
+from sparse_fcmae.errors import UserError
+
+HEAD_INIT = 0.001  # scale of a new head's weights, so that the first steps hardly move what was pretrained
+
+
+class Classifier(SparseEncoder):
+    """The encoder without a mask, mean over positions, LayerNorm, linear head.
+
+    num_classes: outputs. drop_path: probability with which an image skips the last block in training, rising from 0 in
+    the first; what is skipped is not computed. The other arguments are `SparseEncoder`'s.
+    """
+
+    def __init__(self, name: str, *, num_classes: int = 1000, drop_path: float = 0.0, **encoder_options) -> None:
+        super().__init__(name, **encoder_options)
+        if num_classes < 1:
+            raise UserError(f"{num_classes} classes: there must be at least 1")
+        if not 0 <= drop_path < 1:
+            raise UserError(f"--drop-path {drop_path} must be 0 or more and less than 1")
+        self.num_classes = num_classes
+        self.norm = nn.LayerNorm(self.num_features, eps=1e-6)
+        self.head = nn.Linear(self.num_features, num_classes)
+        blocks = [block for stage in self.stages for block in stage]
+        for i, block in enumerate(blocks):
+            block.drop_path = drop_path * i / (len(blocks) - 1)
+        self.new_head()
+
+    def new_head(self) -> None:
+        """Gives the head new weights: `init_weights`, times HEAD_INIT."""
+        init_weights(self.head)
+        with torch.no_grad():
+            self.head.weight *= HEAD_INIT
+
+    def forward(self, images: Tensor) -> Tensor:
+        """images [B, C, H, W] -> logits [B, num_classes]. Raises UserError for images of another shape."""
+        return self.head(self.norm(super().forward(images).mean((2, 3))))
+
+
+def create_classifier(
+    name: str,
+    *,
+    num_classes: int = 1000,
+    in_chans: int = 3,
+    drop_path: float = 0.0,
+    backend: str = "auto",
+    **options,
+) -> Classifier:
+    """A `Classifier` with new weights; options are its further arguments."""
+    return Classifier(name, num_classes=num_classes, in_chans=in_chans, drop_path=drop_path, backend=backend, **options)

@@ -1,0 +1,1 @@
+"""Checkpoints of this package and of others: names, shapes, files."""

@@ -1,0 +1,152 @@
+"""What other libraries need beside the weights, and how each of them runs what was written for it."""
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from sparse_fcmae.data import CROP_PCT, channel_stats
+from sparse_fcmae.encoder import SIZES
+from sparse_fcmae.errors import UserError
+from sparse_fcmae.formats.weights import CONFIG, Weights
+
+PROCESSOR, MMPRETRAIN_CONFIG = "preprocessor_config.json", "config.py"
+Run = Callable[[Tensor], tuple[Tensor, Tensor]]  # images -> features [B, D, H, W], and logits or, without a head, norm
+
+
+def official_configs(weights: Weights) -> dict[str, Any]:
+    """What `load_encoder` reads."""
+    mean, std = channel_stats(weights.architecture["in_chans"])
+    kind = "classifier" if weights.num_classes else "encoder"
+    config = {"format": f"sparse-fcmae {kind}", **weights.architecture, "mean": mean, "std": std}
+    if weights.num_classes:
+        config |= {"num_classes": weights.num_classes, "classes": weights.classes}
+    return {CONFIG: config}
+
+
+def timm_configs(weights: Weights) -> dict[str, Any]:
+    shape = weights.architecture
+    if shape["stem_stride"] == 2:  # timm would put a further downsampling before the first stage
+        raise UserError("timm's ConvNeXt V2 has no stem of stride 2: convert to huggingface or official")
+    mean, std = channel_stats(shape["in_chans"])
+    height, width = shape["image_size"]
+    patch = 8 * shape["stem_stride"]
+    pretrained = {
+        "input_size": [shape["in_chans"], height, width],
+        "pool_size": [height // patch, width // patch],
+        "num_classes": weights.num_classes,
+        "mean": mean,
+        "std": std,
+        "interpolation": "bicubic",
+        "crop_pct": CROP_PCT,
+        "first_conv": "stem.0",
+        "classifier": "head.fc",
+        "license": "other",
+    }
+    config = {
+        "architecture": f"convnextv2_{shape['name']}",
+        "num_classes": weights.num_classes,
+        "num_features": SIZES[shape["name"]][1][-1],
+        "model_args": {"in_chans": shape["in_chans"], "patch_size": shape["stem_stride"]},
+        "pretrained_cfg": pretrained,
+    }
+    if weights.classes:
+        config["label_names"] = weights.classes
+    return {CONFIG: config}
+
+
+def huggingface_configs(weights: Weights) -> dict[str, Any]:
+    shape = weights.architecture
+    depths, dims = SIZES[shape["name"]]
+    mean, std = channel_stats(shape["in_chans"])
+    side = min(shape["image_size"])
+    config = {
+        "model_type": "convnextv2",
+        "architectures": ["ConvNextV2ForImageClassification" if weights.num_classes else "ConvNextV2Model"],
+        "num_channels": shape["in_chans"],
+        "patch_size": shape["stem_stride"],
+        "num_stages": len(depths),
+        "hidden_sizes": dims,
+        "depths": depths,
+        "hidden_act": "gelu",
+        "initializer_range": 0.02,
+        "layer_norm_eps": 1e-6,
+        "drop_path_rate": 0.0,
+        "image_size": side,
+        "torch_dtype": "float32",
+    }
+    if weights.num_classes:
+        names = weights.classes or tuple(f"LABEL_{i}" for i in range(weights.num_classes))
+        config["id2label"] = {str(i): name for i, name in enumerate(names)}
+        config["label2id"] = {name: i for i, name in enumerate(names)}
+    processor = {
+        "image_processor_type": "ConvNextImageProcessor",
+        "do_resize": True,
+        "size": {"shortest_edge": side},
+        "crop_pct": CROP_PCT,
+        "resample": 3,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": mean,
+        "image_std": std,
+    }
+    return {CONFIG: config, PROCESSOR: processor}
+
+
+def mmpretrain_configs(weights: Weights) -> dict[str, Any]:
+    """The model's part of an mmpretrain config, to go on from with `_base_`."""
+    shape = weights.architecture
+    backbone = {"type": "ConvNeXt", "arch": shape["name"], "in_channels": shape["in_chans"]}
+    backbone |= {"stem_patch_size": shape["stem_stride"], "use_grn": True, "layer_scale_init_value": 0.0}
+    model: dict[str, Any] = {"type": "ImageClassifier", "backbone": backbone}
+    if weights.num_classes:
+        loss = {"type": "CrossEntropyLoss", "loss_weight": 1.0}
+        model["head"] = {"type": "LinearClsHead", "num_classes": weights.num_classes}
+        model["head"] |= {"in_channels": SIZES[shape["name"]][1][-1], "loss": loss}
+    mean, std = ([255 * value for value in values] for values in channel_stats(shape["in_chans"]))
+    preprocessor = {"num_classes": weights.num_classes or 1000, "mean": mean, "std": std, "to_rgb": True}
+    return {MMPRETRAIN_CONFIG: f"model = {model!r}\ndata_preprocessor = {preprocessor!r}\n"}
+
+
+def run_timm(folder: Path, weights: Weights) -> Run:
+    """The folder's model as timm's `create_model` makes it."""
+    model = importlib.import_module("timm").create_model(f"local-dir:{folder}", pretrained=True).eval()
+    return lambda images: ((features := model.forward_features(images)), model.forward_head(features))
+
+
+def run_huggingface(folder: Path, weights: Weights) -> Run:
+    """The folder's model as transformers' `from_pretrained` makes it."""
+    transformers = importlib.import_module("transformers")
+    if not weights.num_classes:
+        model = transformers.ConvNextV2Model.from_pretrained(folder).eval()
+        return lambda images: ((output := model(images)).last_hidden_state, output.pooler_output)
+    model = transformers.ConvNextV2ForImageClassification.from_pretrained(folder).eval()
+    return lambda images: (model.convnextv2(images).last_hidden_state, model(images).logits)
+
+
+@dataclass(frozen=True)
+class Library:
+    """configs: file name -> content, JSON or text. weights: the weights' file in a folder. drops: parts of the weights
+    that it has no place for. norm: whether its encoders end in a norm. wrapper: the key under which its .pt files hold
+    the weights. module, run: its Python module, and what makes its function of a folder, where it is run."""
+
+    configs: Callable[[Weights], dict[str, Any]]
+    weights: str = "model.safetensors"
+    drops: tuple[str, ...] = ("decoder",)
+    norm: bool = False
+    wrapper: str | None = None
+    module: str | None = None
+    run: Callable[[Path, Weights], Run] | None = None
+
+
+LIBRARIES = {
+    "official": Library(official_configs, wrapper="model"),
+    "timm": Library(timm_configs, norm=True, module="timm", run=run_timm),
+    "huggingface": Library(huggingface_configs, norm=True, module="transformers", run=run_huggingface),
+    "mmpretrain": Library(mmpretrain_configs, weights="model.pth", norm=True, wrapper="state_dict"),
+    "fcmae": Library(official_configs, weights="model.pt", drops=("norm", "head"), wrapper="model"),
+}
