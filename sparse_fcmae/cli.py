@@ -16,6 +16,8 @@ from sparse_fcmae import __version__
 from sparse_fcmae.config import (
     ConvertConfig,
     DemoConfig,
+    EvaluateConfig,
+    FinetuneConfig,
     GpuConfig,
     KernelsConfig,
     PretrainConfig,
@@ -38,6 +40,12 @@ def run_pretrain(options: dict[str, Any]) -> None:
     pretrain(**options)
 
 
+def run_finetune(options: dict[str, Any]) -> None:
+    from sparse_fcmae.training.finetune import finetune
+
+    finetune(**options)
+
+
 def run_convert(options: dict[str, Any]) -> None:
     from sparse_fcmae.convert import convert
 
@@ -48,6 +56,12 @@ def run_demo(options: dict[str, Any]) -> None:
     from sparse_fcmae.demo import demo
 
     demo(**options)
+
+
+def run_evaluate(options: dict[str, Any]) -> None:
+    from sparse_fcmae.evaluate import evaluate
+
+    evaluate(**options)
 
 
 def run_gpu(options: dict[str, Any]) -> None:
@@ -89,7 +103,9 @@ def run_info(options: dict[str, Any]) -> None:
 # name: what it does, config, run
 COMMANDS: dict[str, tuple[str, type | None, Callable[[dict[str, Any]], None]]] = {
     "pretrain": ("pretrain on a folder of images", PretrainConfig, run_pretrain),
+    "finetune": ("train a classifier on class folders, from pretrained weights", FinetuneConfig, run_finetune),
     "convert": ("write any checkpoint's weights for another library, verified", ConvertConfig, run_convert),
+    "evaluate": ("accuracy of a classifier, k-NN and linear probe of an encoder", EvaluateConfig, run_evaluate),
     "demo": ("draw images and pretrain on them, in about two minutes on a CPU", DemoConfig, run_demo),
     "bench gpu": ("training steps and kernels on a GPU, every backend, into a CSV file", GpuConfig, run_gpu),
     "bench kernels": (

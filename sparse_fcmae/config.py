@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field, fields
-from typing import Any
+from typing import Any, ClassVar
 
 from sparse_fcmae.errors import UserError
 
@@ -24,8 +24,12 @@ def option(
 class PretrainConfig:
     """Options of `sparse-fcmae pretrain`; the defaults are the paper's recipe (ConvNeXt V2, appendix A)."""
 
+    command: ClassVar[str] = "pretraining"
     data: str = option(help="folder of images, flat or nested", any_time=True)
     out: str = option("runs/pretrain", help="run folder to make", any_time=True)
+    init: str | None = option(
+        None, help="go on from these weights, of any layout: encoder, and decoder where it has one"
+    )
 
     model: str = option("atto", help="atto, femto, pico, nano, tiny, base, large or huge")
     image_size: str = option("224", help="pixels, as 224 or, height first, 224x320; a multiple of the patch")
@@ -59,6 +63,70 @@ class PretrainConfig:
     )
     max_bad_images: float = option(0.01, help="stop when a larger share of the files is unreadable", any_time=True)
 
+    knn: str | None = option(
+        None, help="labelled folder with train and val or test: k-NN on it meanwhile", any_time=True
+    )
+    every: int = option(10, help="epochs between the evaluations on --knn", any_time=True)
+    log_every: int = option(10, help="steps between updates of log and bar", any_time=True)
+    save_every: int | None = option(None, help="steps between checkpoints [one epoch]", any_time=True)
+    keep_checkpoints: int = option(3, help="newest checkpoints to keep", any_time=True)
+    resume: bool = option(False, help="go on from the newest checkpoint in --out", any_time=True)
+    overwrite: bool = option(False, help="delete the run that is in --out first", any_time=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneConfig:
+    """Options of `sparse-fcmae finetune`; what is None is the preset's (see `training.recipes`)."""
+
+    command: ClassVar[str] = "fine-tuning"
+    data: str = option(help="folder with train and val or test, each of class folders; see --val-split", any_time=True)
+    out: str = option("runs/finetune", help="run folder to make", any_time=True)
+    init: str | None = option(None, help="weights to fine-tune: run or other folder, or file, of any layout")
+    from_scratch: bool = option(False, help="start from random weights instead, the baseline")
+    preset: str | None = option(
+        None, help="recipe of this size, or probe [that of the model, probe with --freeze-encoder]"
+    )
+    val_split: float | None = option(None, help="share of each class to hold out, where there is no val or test")
+    labels_per_class: int | None = option(None, help="train on so many images of each class, chosen by --seed [all]")
+    freeze_encoder: bool = option(False, help="train the final norm and the head alone")
+
+    model: str = option("atto", help="with --from-scratch: atto, femto, pico, nano, tiny, base, large or huge")
+    image_size: str | None = option(None, help="pixels, as 224 or, height first, 224x320 [that of --init, or 224]")
+    in_chans: int = option(3, help="with --from-scratch: channels, 3 for colour, 1 for greyscale")
+    stem_stride: int = option(4, help="with --from-scratch: 4, 2 or 1; the patch is 8 times that")
+
+    epochs: int | None = option(None, help="passes over the images [preset]")
+    batch_size: int = option(1024, help="images an optimiser step, over all ranks and micro-batches")
+    micro_batch_size: int = option(64, help="images a rank takes through the model at once")
+    warmup_epochs: float | None = option(None, help="epochs of linear warm-up [preset]")
+    base_lr: float | None = option(None, help="peak learning rate for each 256 images of --batch-size [preset]")
+    lr: float | None = option(None, help="peak learning rate outright, instead of --base-lr")
+    min_lr: float = option(1e-6, help="learning rate at the end of the cosine")
+    weight_decay: float | None = option(None, help="of AdamW; none on biases and norms [preset]")
+    layer_decay: float | None = option(None, help="learning rate of a layer relative to the next one's [preset]")
+    layer_decay_type: str | None = option(
+        None, help="each block a layer, or groups of them [preset]", choices=("single", "group")
+    )
+    drop_path: float | None = option(None, help="stochastic depth of the last block [preset]")
+    clip_grad: float | None = option(None, help="clip the gradient to this norm [off]")
+    label_smoothing: float | None = option(None, help="share of the target spread over all classes [preset]")
+    mixup: float | None = option(None, help="alpha of MixUp's beta distribution, 0 for none [preset]")
+    cutmix: float | None = option(None, help="alpha of CutMix's beta distribution, 0 for none [preset]")
+    rand_augment: float | None = option(None, help="RandAugment's magnitude, below 10, 0 for none [preset]")
+    random_erasing: float | None = option(None, help="probability of erasing a box of an image [preset]")
+    min_crop: float = option(0.08, help="least share of the area in a random crop")
+    ema_decay: float | None = option(None, help="of the moving average of the weights, 0 for none [preset]")
+    seed: int = option(0, help="of new weights, data order, augmentation, --val-split and --labels-per-class")
+
+    backend: str = option("auto", help="auto, native, torch or masked; see `sparse-fcmae info`")
+    device: str = option("auto", help="auto, cpu, cuda, cuda:1, ...", any_time=True)
+    dtype: str = option("auto", help="auto is bf16 where the device has it", choices=("auto", "bf16", "fp32"))
+    num_workers: int | None = option(
+        None, help="processes loading images, a rank [one a core, up to 16]", any_time=True
+    )
+    max_bad_images: float = option(0.01, help="stop when a larger share of the files is unreadable", any_time=True)
+
+    every: int = option(1, help="epochs between evaluations", any_time=True)
     log_every: int = option(10, help="steps between updates of log and bar", any_time=True)
     save_every: int | None = option(None, help="steps between checkpoints [one epoch]", any_time=True)
     keep_checkpoints: int = option(3, help="newest checkpoints to keep", any_time=True)
@@ -75,6 +143,30 @@ class ConvertConfig:
     to: str = option(help="layout to write", choices=("official", "timm", "huggingface", "mmpretrain", "fcmae", "onnx"))
     overwrite: bool = option(False, help="replace the files of an earlier conversion")
     dry_run: bool = option(False, help="do and verify it all, print the report, leave nothing")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """Options of `sparse-fcmae evaluate`."""
+
+    data: str = option("", help="class folders, or a folder with these in val or test (and train, for the probes)")
+    init: str = option("", help="weights: run, checkpoint or exported folder, or a file, of any layout")
+    out: str | None = option(None, help="folder for evaluation.json, confusion.json and confusion.png")
+    knn: bool = option(False, help="nearest neighbours by the encoder's features instead")
+    linear_probe: bool = option(False, help="logistic regression on the encoder's features instead")
+    neighbours: int = option(20, help="of --knn")
+    val_split: float | None = option(None, help="share of each class to hold out, where there is no val or test")
+    labels_per_class: int | None = option(None, help="training images of each class for the probes [all]")
+    image_size: str | None = option(None, help="pixels, as 224 or, height first, 224x320 [the weights']")
+    crop_share: float | None = option(
+        None, help="share of the sides that is looked at [0.875; 1 up to 64 pixels, from 384 on, and on ImageNet-C]"
+    )
+    batch_size: int = option(64, help="images at once")
+    seed: int = option(0, help="of --val-split and --labels-per-class")
+    backend: str = option("auto", help="auto, native, torch or masked; see `sparse-fcmae info`")
+    device: str = option("auto", help="auto, cpu, cuda, cuda:1, ...")
+    dtype: str = option("auto", help="auto is bf16 where the device has it", choices=("auto", "bf16", "fp32"))
+    num_workers: int | None = option(None, help="processes loading images [one a core, up to 16]")
 
 
 @dataclass(frozen=True, kw_only=True)

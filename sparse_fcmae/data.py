@@ -4,7 +4,7 @@ import hashlib
 import math
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple, NoReturn
@@ -19,7 +19,6 @@ from sparse_fcmae.errors import UserError
 from sparse_fcmae.files import one_line
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-CROP_PCT = 0.875  # share of the sides that is looked at in evaluation, as in the paper
 TRIES = 10  # samples drawn in place of an unreadable one
 ORIENTATION = 0x0112  # EXIF tag
 NOT_IMAGES = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}  # formats that Pillow identifies but can't decode by itself
@@ -94,20 +93,32 @@ def random_crop_box(
     return left, top, left + w, top + h
 
 
-def centre_crop_box(width: int, height: int, aspect: float) -> tuple[int, int, int, int]:
-    """The largest centred box of width / height = `aspect`."""
-    w, h = min(width, round(height * aspect)), min(height, round(width / aspect))
+def centre_crop_box(width: int, height: int, aspect: float, share: float = 1.0) -> tuple[int, int, int, int]:
+    """The largest centred box of width / height = `aspect`, times a `share` of its sides."""
+    w, h = (round(share * side) for side in (min(width, height * aspect), min(height, width / aspect)))
     left, top = (width - w) // 2, (height - h) // 2
     return left, top, left + max(w, 1), top + max(h, 1)
 
 
+def crop_share(size: tuple[int, int]) -> float:
+    """The share of an image's sides that is looked at in evaluation: the paper's, and all of small images."""
+    return 0.875 if 64 < min(size) < 384 else 1.0
+
+
 def load_crop(
-    image: Image.Image, size: tuple[int, int], in_chans: int, rng: np.random.Generator | None = None
+    image: Image.Image,
+    size: tuple[int, int],
+    in_chans: int,
+    rng: np.random.Generator | None = None,
+    *,
+    least: float = 0.2,
+    share: float = 1.0,
 ) -> np.ndarray:
     """Decodes and crops an opened image: uint8 [H, W, in_chans] with (H, W) = `size`.
 
-    With `rng`, random resized crop and horizontal flip; without, the largest centred crop. Bicubic with antialiasing.
-    JPEGs are decoded at a reduced scale where the crop allows it.
+    With `rng`, random resized crop of at least the share `least` of the area, and horizontal flip; without, a `share`
+    of the sides of the largest centred crop. Bicubic with antialiasing. JPEGs are decoded at a reduced scale where the
+    crop allows it.
     """
     height, width = size
     reducible = image.format in ("JPEG", "MPO")
@@ -115,8 +126,10 @@ def load_crop(
         ImageOps.exif_transpose(image, in_place=True)
     turned = image.getexif().get(ORIENTATION, 1) >= 5
     full = image.size[::-1] if turned else image.size
-    box = random_crop_box(*full, rng) if rng is not None else centre_crop_box(*full, width / height)
-    flip = rng is not None and rng.random() < 0.5
+    if rng is not None:
+        box, flip = random_crop_box(*full, rng, (least, 1.0)), rng.random() < 0.5
+    else:
+        box, flip = centre_crop_box(*full, width / height, share), False
 
     shrink = min((box[2] - box[0]) / width, (box[3] - box[1]) / height)
     if reducible and shrink >= 2:
@@ -161,39 +174,69 @@ class BadImage(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """pixels: uint8 [B, H, W, C]. bad: the files that were found unreadable on the way."""
+    """pixels: uint8 [B, H, W, C]. index: int64 [B], the images in the folder that they show. bad: the files that were
+    found unreadable on the way."""
 
     pixels: Tensor
+    index: Tensor
     bad: list[BadImage]
 
 
+Sample = tuple[
+    np.ndarray | None, int, list[BadImage]
+]  # the pixels, None where unreadable, of what image, bad files met
+
+
 class AugmentedImages(Dataset):
-    """Crops of an `ImageFolder` under keys (epoch, index); unreadable files are replaced by random others."""
+    """Crops of an `ImageFolder` under keys (epoch, index); unreadable files are replaced by random others.
 
-    def __init__(self, folder: ImageFolder, size: tuple[int, int], in_chans: int, seed: int) -> None:
-        self.folder, self.size, self.in_chans, self.seed = folder, size, in_chans, seed
+    least: share of the area that a crop has at least.
+    """
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[np.ndarray | None, list[BadImage]]:
-        """The sample, None where TRIES files in a row could not be read, and the bad files met."""
+    def __init__(
+        self, folder: ImageFolder, size: tuple[int, int], in_chans: int, seed: int, *, least: float = 0.2
+    ) -> None:
+        self.folder, self.size, self.in_chans, self.seed, self.least = folder, size, in_chans, seed, least
+
+    def __getitem__(self, key: tuple[int, int]) -> Sample:
+        """The sample, without pixels where TRIES files in a row could not be read."""
         epoch, index = key
         rng = np.random.default_rng((self.seed, CROPS, epoch, index))
         bad = []
         for _ in range(TRIES):
             try:
                 with self.folder.open(index) as image:
-                    return load_crop(image, self.size, self.in_chans, rng), bad
+                    return load_crop(image, self.size, self.in_chans, rng, least=self.least), index, bad
             except Exception as error:  # Pillow's decoders raise nearly anything on a broken file
-                name = self.folder.files[index].encode(errors="backslashreplace").decode()
-                bad.append(BadImage(name, one_line(error)))
+                bad.append(_bad(self.folder, index, error))
                 index = int(rng.integers(len(self.folder)))
-        return None, bad
+        return None, index, bad
 
 
-def _collate(samples: list[tuple[np.ndarray | None, list[BadImage]]]) -> Batch:
-    bad = [entry for _, entries in samples for entry in entries]
-    if any(pixels is None for pixels, _ in samples):
-        return Batch(torch.empty(0, dtype=torch.uint8), bad)
-    return Batch(torch.from_numpy(np.stack([pixels for pixels, _ in samples])), bad)
+class CentredImages(Dataset):
+    """Centred crops of an `ImageFolder`, each a `share` of the sides of the largest; unreadable files are left out."""
+
+    def __init__(self, folder: ImageFolder, size: tuple[int, int], in_chans: int, share: float) -> None:
+        self.folder, self.size, self.in_chans, self.share = folder, size, in_chans, share
+
+    def __getitem__(self, index: int) -> Sample:
+        try:
+            with self.folder.open(index) as image:
+                return load_crop(image, self.size, self.in_chans, share=self.share), index, []
+        except Exception as error:
+            return None, index, [_bad(self.folder, index, error)]
+
+
+def _bad(folder: ImageFolder, index: int, error: Exception) -> BadImage:
+    return BadImage(folder.files[index].encode(errors="backslashreplace").decode(), one_line(error))
+
+
+def _collate(samples: list[Sample]) -> Batch:
+    """The readable ones of a batch."""
+    pixels = [pixels for pixels, _, _ in samples if pixels is not None]
+    index = torch.tensor([index for pixels, index, _ in samples if pixels is not None], dtype=torch.int64)
+    bad = [entry for _, _, entries in samples for entry in entries]
+    return Batch(torch.from_numpy(np.stack(pixels)) if pixels else torch.empty(0, dtype=torch.uint8), index, bad)
 
 
 def micro_batches(
@@ -216,7 +259,7 @@ def micro_batches(
             yield mine[start : start + micro_batch_size]
 
 
-def make_loader(dataset: AugmentedImages, batches: Iterator[list], workers: int, pin_memory: bool) -> DataLoader:
+def make_loader(dataset: Dataset, batches: Iterable[list], workers: int, pin_memory: bool) -> DataLoader:
     """A loader of `Batch`es on `workers` processes (0: in this one)."""
     return DataLoader(
         dataset,
@@ -241,8 +284,13 @@ def channel_stats(in_chans: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
 
 def normalise(pixels: Tensor) -> Tensor:
     """uint8 [B, H, W, C] -> float32 [B, C, H, W], normalised, on the same device."""
-    mean, std = _stats_on(pixels.device, pixels.shape[-1])
-    return (pixels.permute(0, 3, 1, 2).float() - mean) / std
+    return standardise(pixels.permute(0, 3, 1, 2).float())
+
+
+def standardise(images: Tensor) -> Tensor:
+    """Normalises images [B, C, H, W] of values between 0 and 255."""
+    mean, std = _stats_on(images.device, images.shape[1])
+    return (images - mean) / std
 
 
 @cache

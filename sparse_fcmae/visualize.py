@@ -3,6 +3,7 @@
 import contextlib
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -76,7 +77,46 @@ def save_picture(picture: Image.Image, path: Path) -> None:
     write_atomic(path, lambda p: picture.save(p, format="PNG"))
 
 
-def draw_loss(metrics: Path, path: Path) -> None:
+def draw_confusion(confusion: dict[str, Any], path: Path) -> None:
+    """The shares of each class's images that were taken for each class, as a PNG. Needs matplotlib."""
+    from matplotlib.figure import Figure
+
+    classes, counts = confusion["classes"], np.array(confusion["counts"], dtype=float)
+    shares = counts / counts.sum(1, keepdims=True).clip(1)
+    side = min(12, max(4, 0.35 * len(classes)))
+    figure = Figure(figsize=(side + 1, side), layout="constrained")
+    axes = figure.subplots()
+    picture = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    axes.set(xlabel="predicted", ylabel="true")
+    if len(classes) <= 40:
+        axes.set_xticks(range(len(classes)), classes, rotation=90)
+        axes.set_yticks(range(len(classes)), classes)
+    if len(classes) <= 20:
+        for (row, column), share in np.ndenumerate(shares):
+            if share >= 0.005:
+                colour = "white" if share > 0.5 else "black"
+                axes.text(column, row, f"{100 * share:.0f}", ha="center", va="center", color=colour, fontsize=7)
+    figure.colorbar(picture, label="share of the class")
+    write_atomic(path, lambda p: figure.savefig(p, format="png", dpi=120))
+
+
+def draw_accuracy(evaluations: Path, path: Path) -> None:
+    """The top-1 accuracies measured over the epochs, from evaluations.jsonl, as a PNG. Needs matplotlib."""
+    from matplotlib.figure import Figure
+
+    rows = [json.loads(line) for line in evaluations.read_text().splitlines()]
+    figure = Figure(figsize=(6, 3.5), layout="constrained")
+    axes = figure.subplots()
+    for name, label in (("top1", "weights"), ("ema_top1", "their moving average")):
+        if name in rows[-1]:
+            axes.plot([row["epoch"] for row in rows], [100 * row[name] for row in rows], marker=".", label=label)
+    axes.set(xlabel="epoch", ylabel="top-1 on held-out images, %")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    write_atomic(path, lambda p: figure.savefig(p, format="png", dpi=120))
+
+
+def draw_loss(metrics: Path, path: Path, what: str = "loss on masked patches") -> None:
     """The loss of each step and its mean over each epoch, from metrics.jsonl, as a PNG. Needs matplotlib."""
     from matplotlib.figure import Figure
 
@@ -89,7 +129,7 @@ def draw_loss(metrics: Path, path: Path) -> None:
     axes = figure.subplots()
     axes.plot(epochs, losses, color="0.75", linewidth=1, label="step")
     axes.plot(np.unique(whole) - 0.5, means, color="tab:blue", marker=".", label="mean of the epoch")
-    axes.set(xlabel="epoch", ylabel="loss on masked patches", xlim=(0, epochs[-1]))
+    axes.set(xlabel="epoch", ylabel=what, xlim=(0, epochs[-1]))
     axes.grid(alpha=0.3)
     axes.legend()
     write_atomic(path, lambda p: figure.savefig(p, format="png", dpi=120))

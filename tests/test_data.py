@@ -187,8 +187,9 @@ def test_unreadable_files_are_named_and_replaced(tmp_path, pictures):
     (tmp_path / "broken.png").write_text("no picture")
     save(tmp_path / "good.png", Image.fromarray(RAMP))
     dataset = AugmentedImages(ImageFolder(tmp_path), (16, 16), 3, 0)
-    pixels, bad = dataset[0, 0]
+    pixels, index, bad = dataset[0, 0]
     assert pixels.shape == (16, 16, 3)
+    assert dataset.folder.files[index] == "good.png"
     assert {entry.file for entry in bad} == {"broken.png"}
     (tmp_path / "good.png").write_text("no picture either")
     assert dataset[0, 0][0] is None

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sparse_fcmae.data import CROP_PCT, channel_stats
+from sparse_fcmae.data import channel_stats, crop_share
 from sparse_fcmae.encoder import SIZES
 from sparse_fcmae.errors import UserError
 from sparse_fcmae.formats.weights import CONFIG, Weights
@@ -41,7 +41,7 @@ def timm_configs(weights: Weights) -> dict[str, Any]:
         "mean": mean,
         "std": std,
         "interpolation": "bicubic",
-        "crop_pct": CROP_PCT,
+        "crop_pct": crop_share(shape["image_size"]),
         "first_conv": "stem.0",
         "classifier": "head.fc",
         "license": "other",
@@ -86,7 +86,7 @@ def huggingface_configs(weights: Weights) -> dict[str, Any]:
         "image_processor_type": "ConvNextImageProcessor",
         "do_resize": True,
         "size": {"shortest_edge": side},
-        "crop_pct": CROP_PCT,
+        "crop_pct": crop_share(shape["image_size"]),
         "resample": 3,
         "do_rescale": True,
         "rescale_factor": 1 / 255,

@@ -23,24 +23,23 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from sparse_fcmae.config import PretrainConfig, differences, flag
+from sparse_fcmae.config import FinetuneConfig, PretrainConfig, differences, flag
 from sparse_fcmae.errors import UserError
 from sparse_fcmae.files import new_folder, read_json, save_tensors, write_atomic, write_json, writing
 
 MODEL, TRAINER, META, LOCK = "model.safetensors", "trainer.pt", "meta.json", ".lock"
-FORMAT = "sparse-fcmae pretraining run"
 ENDS = ("tmp", "old")  # of the temporary names in `files`
 PARTS = (
-    *("metrics.jsonl", "train.log", "events.out.tfevents.*", "loss.png"),
-    *("checkpoints", "exported", "reconstructions", "config.json"),
+    *("metrics.jsonl", "evaluations.jsonl", "train.log", "events.out.tfevents.*", "loss.png", "accuracy.png"),
+    *("checkpoints", "exported", "exported-ema", "reconstructions", "config.json"),
 )
 
 
 class RunFolder:
-    """A run's folder on disk. Constructing it touches nothing."""
+    """A run's folder on disk, of pretraining or of what else `kind` configures. Constructing it touches nothing."""
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+    def __init__(self, path: str | Path, kind: type[PretrainConfig] | type[FinetuneConfig] = PretrainConfig) -> None:
+        self.path, self.format = Path(path), f"sparse-fcmae {kind.command} run"
         self.checkpoints = self.path / "checkpoints"
 
     def check(self, resume: bool, overwrite: bool) -> None:
@@ -63,12 +62,12 @@ class RunFolder:
         """The options that the run was started with; None where this is no run's folder."""
         path = self.path / "config.json"
         saved = read_json(path) if path.is_file() else None
-        if not isinstance(saved, dict) or saved.pop("format", None) != FORMAT:
+        if not isinstance(saved, dict) or saved.pop("format", None) != self.format:
             return None
         return saved
 
-    def begin(self, config: PretrainConfig) -> None:
-        """Makes the folder, keeps other processes out of it, and writes the config.
+    def begin(self, config: PretrainConfig | FinetuneConfig, **more: Any) -> None:
+        """Makes the folder, keeps other processes out of it, and writes the config, with `more` beside the options.
 
         An earlier run's files are deleted if so asked, else only what a killed process left half-written. Raises
         UserError where another process is training there.
@@ -81,10 +80,9 @@ class RunFolder:
                 for part in self.path.glob(pattern):
                     shutil.rmtree(part) if part.is_dir() else part.unlink()
         options = {k: v for k, v in asdict(config).items() if k not in ("resume", "overwrite")}
-        write_json(self.path / "config.json", {"format": FORMAT, **options})
+        write_json(self.path / "config.json", {"format": self.format, **options, **more})
         with writing(self.path):
-            for folder in ("checkpoints", "reconstructions"):
-                (self.path / folder).mkdir(exist_ok=True)
+            self.checkpoints.mkdir(exist_ok=True)
 
     def _lock(self) -> None:
         """Holds a lock until this object or the process is gone."""
@@ -159,7 +157,7 @@ def _earlier(folder: Path) -> str:
     return f"to go on from the one before, write {others[-1]} into {folder.parent / 'latest'}"
 
 
-def check_same(config: PretrainConfig, saved: PretrainConfig) -> None:
+def check_same(config: PretrainConfig | FinetuneConfig, saved: PretrainConfig | FinetuneConfig) -> None:
     """Raises UserError where a run would be resumed with another model, data order or recipe."""
     for name in differences(config, saved):
         raise UserError(

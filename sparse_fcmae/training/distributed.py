@@ -58,6 +58,22 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
     return device
 
 
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The autocast dtype of a --dtype flag: "auto" is bfloat16 where the device multiplies it in hardware."""
+    if name == "auto" and device.type == "cuda":
+        name = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    elif name == "auto":
+        capabilities = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
+        name = "bf16" if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else "fp32"
+    return {"bf16": torch.bfloat16, "fp32": torch.float32}[name]
+
+
+def cores_per_rank() -> int:
+    """The CPU cores there are for each process on this machine, up to 16."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(16, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+
+
 def start(device: str) -> Ranks:
     """Joins the process group when started by `torchrun` (NCCL on GPUs, gloo elsewhere)."""
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))

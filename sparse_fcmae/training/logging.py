@@ -1,8 +1,10 @@
-"""What a run tells while it goes on: progress bar, train.log, metrics.jsonl and, where installed, TensorBoard."""
+"""What a run tells while it goes on: progress bar, train.log, metrics.jsonl, evaluations.jsonl and, where installed,
+TensorBoard."""
 
 import json
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -14,16 +16,17 @@ from sparse_fcmae.files import write_atomic, writing
 
 
 class RunLog:
-    """Writes one line of metrics a step. Constructed on a rank that is not the main one it only keeps quiet.
+    """Writes one line of metrics a step, and one an evaluation. On a rank that is not the main one it only keeps quiet.
 
-    metrics.jsonl is cut to the first `step` steps, so that a resumed run goes on without a seam.
+    Both files are cut to the first `step` steps, so that a resumed run goes on without a seam.
     """
 
     def __init__(self, run: Path, step: int, steps: int, main: bool) -> None:
         self.run, self.main = run, main
         if main:
             with writing(run):
-                self.metrics = _open_metrics(run / "metrics.jsonl", step)
+                self.metrics = _open_rows(run / "metrics.jsonl", step)
+                self.evaluations = _open_rows(run / "evaluations.jsonl", step)
                 self.text = (run / "train.log").open("a", buffering=1, encoding="utf-8", errors="backslashreplace")
         self.tensorboard = _tensorboard(run, step) if main else None
         self.bar = tqdm(total=steps, initial=step, unit="step", disable=not main, dynamic_ncols=True, smoothing=0.05)
@@ -63,23 +66,41 @@ class RunLog:
         if self.main:
             self._note(f"step {last}, {status}")
 
+    def evaluation(self, step: int, epoch: float, values: dict[str, float]) -> None:
+        """Records what was measured after a step, shares between 0 and 1 but for losses."""
+        with writing(self.run):
+            self.evaluations.write(json.dumps({"step": step, "epoch": round(epoch, 4), **values}) + "\n")
+        for name, value in values.items() if self.tensorboard else ():
+            self.tensorboard.add_scalar(name, value, step)
+        shown = (f"{k} {v:.4f}" if "loss" in k else f"{k} {100 * v:.2f} %" for k, v in values.items())
+        self.say(f"step {step}, epoch {epoch:g}: {', '.join(shown)}")
+
+    def draw(self, picture: Callable[[], None]) -> None:
+        """Draws where matplotlib is installed."""
+        try:
+            picture()
+        except ImportError:
+            self.say("no curve is drawn, as matplotlib is not installed (extra: plots)")
+
     def sync(self) -> None:
         """Has the metrics reach the disk."""
         if self.main:
             with writing(self.run):
                 os.fsync(self.metrics.fileno())
+                os.fsync(self.evaluations.fileno())
 
     def close(self) -> None:
         """Closes bar and files."""
         self.bar.close()
         if self.main:
             self.metrics.close()
+            self.evaluations.close()
             self.text.close()
             if self.tensorboard:
                 self.tensorboard.close()
 
 
-def _open_metrics(path: Path, step: int) -> TextIO:
+def _open_rows(path: Path, step: int) -> TextIO:
     """The file to append to, without rows beyond `step`."""
     if path.exists():
         lines = path.read_text().splitlines(keepends=True)

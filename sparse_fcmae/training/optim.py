@@ -1,7 +1,8 @@
 """AdamW's parameter groups and the learning-rate schedule."""
 
 import math
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -9,45 +10,75 @@ from torch import Tensor, nn
 
 
 def adamw(
-    model: nn.Module, weight_decay: float, betas: tuple[float, float], *, capturable: bool = False
+    model: nn.Module,
+    weight_decay: float,
+    betas: tuple[float, float],
+    *,
+    scale: Callable[[str], float] = lambda name: 1.0,
+    capturable: bool = False,
 ) -> torch.optim.AdamW:
     """AdamW, without decay on vectors: biases, norms, GRN's gamma and beta, the mask token.
 
-    capturable: for CUDA graphs, which can replay the step if its rate is a tensor.
+    scale: of the rate, by parameter name. capturable: for CUDA graphs, which can replay the step if its rate is a
+    tensor.
     """
-    matrices, vectors = [], []
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = defaultdict(list)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             vector = parameter.ndim <= 1 or name.endswith((".gamma", ".beta", "mask_token"))
-            (vectors if vector else matrices).append(parameter)
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    device = matrices[0].device
+            groups[scale(name), vector].append(parameter)
+    options = [
+        {"params": parameters, "weight_decay": 0.0 if vector else weight_decay, "lr_scale": lr_scale}
+        for (lr_scale, vector), parameters in groups.items()
+    ]
+    device = options[0]["params"][0].device
     lr = torch.zeros((), device=device) if capturable else 0.0
-    return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=device.type in ("cpu", "cuda"), capturable=capturable)
+    return torch.optim.AdamW(options, lr=lr, betas=betas, fused=device.type in ("cpu", "cuda"), capturable=capturable)
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     """Loads the optimiser's moments, be they from a capturable one or not."""
-    own = [{name: group[name] for name in ("lr", "capturable")} for group in optimizer.param_groups]
+    own = [{name: group[name] for name in ("lr", "capturable", "lr_scale")} for group in optimizer.param_groups]
     optimizer.load_state_dict(state)
     for group, options in zip(optimizer.param_groups, own, strict=True):
         group.update(options)
 
 
-def cosine_lr(step: int, steps: int, warmup: int, peak: float) -> float:
-    """Rate of a step counted from 0: `warmup` equal increments up to `peak`, then half a cosine towards 0."""
+def layer_scale(decay: float, depths: tuple[int, ...], grouped: bool) -> Callable[[str], float]:
+    """Layer-wise decay of the rate: decay ** (layers between a parameter, by its official name, and the head).
+
+    Each block is a layer, the downsampling before a stage being one with its first block; or, grouped, each of the
+    first two stages, every three blocks of the third, and the last. The final norm and the head come behind the last.
+    """
+    last = 13 if grouped else sum(depths) + 1
+
+    def layer(name: str) -> int:
+        kind, stage, block = [*name.split("."), "0"][:3]
+        if kind not in ("downsample_layers", "stages"):
+            return last
+        stage, block = int(stage), int(block) if kind == "stages" else 0
+        if not grouped:
+            return sum(depths[:stage]) + block + 1
+        first = (0, 2, 3, 12)[stage] if kind == "downsample_layers" else (1, 2, 3, 12)[stage]
+        return first + block // 3 if stage == 2 else first
+
+    return lambda name: decay ** (last - layer(name))
+
+
+def cosine_lr(step: int, steps: int, warmup: int, peak: float, least: float = 0.0) -> float:
+    """Rate of a step counted from 0: `warmup` equal increments up to `peak`, then half a cosine towards `least`."""
     if step < warmup:
         return peak * (step + 1) / warmup
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+    return least + (peak - least) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Sets the rate of every group."""
+    """Sets the rate of every group, times its scale."""
     for group in optimizer.param_groups:
         if isinstance(group["lr"], Tensor):
-            group["lr"].fill_(lr)
+            group["lr"].fill_(lr * group["lr_scale"])
         else:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_scale"]
 
 
 def clip(parameters: Iterable[Tensor], norm: float | None) -> None:

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparse_fcmae.data import normalise
 from sparse_fcmae.training.optim import clip
 
 WARMUP = 3  # steps before the capture, in which kernels are compiled and timed, and libraries take their memory
@@ -17,38 +16,39 @@ WARMUP = 3  # steps before the capture, in which kernels are compiled and timed,
 class TrainStep:
     """Adds up the gradients of micro-batches, then has the optimiser step.
 
-    trained: the model as it is called, be it itself, compiled, or wrapped for several processes. kept: the patches that
-    each mask keeps. share: images of a step on this rank. The loss is the mean over them.
+    loss_of: a micro-batch's mean loss, given its tensors on the device. trained: the model that it calls, be it itself,
+    compiled, or wrapped for several processes. share: images of a step on this rank. The loss is the mean over them.
     """
 
     def __init__(
         self,
+        loss_of: Callable[..., Tensor],
         trained: nn.Module,
         optimizer: torch.optim.Optimizer,
         *,
-        kept: int,
         share: int,
         clip_grad: float | None = None,
         bf16: bool = False,
     ) -> None:
-        self.trained, self.optimizer, self.device = trained, optimizer, optimizer.param_groups[0]["params"][0].device
-        self.kept, self.share, self.clip_grad, self.bf16 = kept, share, clip_grad, bf16
+        self.loss_of, self.trained, self.optimizer = loss_of, trained, optimizer
+        self.share, self.clip_grad, self.bf16 = share, clip_grad, bf16
+        self.device = optimizer.param_groups[0]["params"][0].device
         self.loss = torch.zeros((), device=self.device)
 
-    def add(self, pixels: Tensor, mask: Tensor, last: bool) -> None:
-        """A micro-batch, uint8 [b, H, W, C] and bool [b, H/P, W/P], `last` of its step."""
-        pixels, mask = (t.to(self.device, non_blocking=True) for t in (pixels, mask))
+    def add(self, *tensors: Tensor, last: bool) -> None:
+        """A micro-batch as `loss_of` takes it, the images in the first dimension of each tensor; `last` of its step."""
+        tensors = tuple(t.to(self.device, non_blocking=True) for t in tensors)
         waiting = not last and isinstance(self.trained, nn.parallel.DistributedDataParallel)
         with self.trained.no_sync() if waiting else nullcontext():
-            self._differentiate(pixels, mask)
+            self._differentiate(*tensors)
 
     def finish(self) -> Tensor:
         """Changes the weights; returns the step's loss, float32 scalar on the device."""
         return self._update(keep_gradients=False)
 
-    def _differentiate(self, pixels: Tensor, mask: Tensor) -> None:
+    def _differentiate(self, *tensors: Tensor) -> None:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            loss = self.trained(normalise(pixels), mask, kept=self.kept).loss * (len(pixels) / self.share)
+            loss = self.loss_of(*tensors) * (len(tensors[0]) / self.share)
         loss.backward()
         self.loss += loss.detach()
 
@@ -71,20 +71,21 @@ class GraphedTrainStep(TrainStep):
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self.stream, self.pool, self.steps = torch.cuda.Stream(self.device), torch.cuda.graph_pool_handle(), 0
-        self.differentiate: dict[torch.Size, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
+        self.differentiate: dict[torch.Size, tuple[torch.cuda.CUDAGraph, list[Tensor]]] = {}
         self.update: tuple[torch.cuda.CUDAGraph, Tensor] | None = None
 
-    def add(self, pixels: Tensor, mask: Tensor, last: bool) -> None:
+    def add(self, *tensors: Tensor, last: bool) -> None:
         if self.steps < WARMUP:
-            self._warm_up(lambda: super(GraphedTrainStep, self).add(pixels, mask, last))
+            self._warm_up(lambda: super(GraphedTrainStep, self).add(*tensors, last=last))
             return
-        if pixels.shape not in self.differentiate:
-            held = [torch.empty(t.shape, dtype=t.dtype, device=self.device).copy_(t) for t in (pixels, mask)]
+        shape = tensors[0].shape
+        if shape not in self.differentiate:
+            held = [torch.empty(t.shape, dtype=t.dtype, device=self.device).copy_(t) for t in tensors]
             graph, _ = self._capture(lambda: self._differentiate(*held))
-            self.differentiate[pixels.shape] = (graph, *held)
-        graph, held_pixels, held_mask = self.differentiate[pixels.shape]
-        held_pixels.copy_(pixels, non_blocking=True)
-        held_mask.copy_(mask, non_blocking=True)
+            self.differentiate[shape] = (graph, held)
+        graph, held = self.differentiate[shape]
+        for mine, given in zip(held, tensors, strict=True):
+            mine.copy_(given, non_blocking=True)
         graph.replay()
 
     def finish(self) -> Tensor:

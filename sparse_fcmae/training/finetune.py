@@ -1,0 +1,255 @@
+"""Fine-tuning of a dense classifier, on the kernels of pretraining: images and labels -> loss -> weights."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from sparse_fcmae import visualize
+from sparse_fcmae.backends import resolve_backend
+from sparse_fcmae.classifier import Classifier
+from sparse_fcmae.config import FinetuneConfig, image_size_of
+from sparse_fcmae.convert import export_model
+from sparse_fcmae.data import AugmentedImages, crop_share, make_loader, micro_batches
+from sparse_fcmae.encoder import SIZES
+from sparse_fcmae.errors import Interrupted, UserError
+from sparse_fcmae.formats.weights import read_weights
+from sparse_fcmae.labelled import ClassFolder, open_splits
+from sparse_fcmae.probes import Viewing, run_over
+from sparse_fcmae.training import distributed
+from sparse_fcmae.training.augment import Augmentation
+from sparse_fcmae.training.checkpoint import RunFolder, load_model, load_trainer
+from sparse_fcmae.training.configure import configure
+from sparse_fcmae.training.logging import RunLog
+from sparse_fcmae.training.optim import adamw, layer_scale, load_optimizer, set_lr
+from sparse_fcmae.training.progress import Progress, Schedule, stop_signals
+from sparse_fcmae.training.recipes import complete
+from sparse_fcmae.training.step import TrainStep
+
+BETAS = (0.9, 0.999)
+AUGMENTATION = 6  # beside the numbers in data and labelled
+POSITIVE = (
+    *("epochs", "batch_size", "micro_batch_size", "log_every", "save_every", "keep_checkpoints", "base_lr", "lr"),
+    *("clip_grad", "every", "layer_decay", "min_crop", "labels_per_class"),
+)
+NOT_NEGATIVE = (
+    *("warmup_epochs", "weight_decay", "seed", "num_workers", "max_bad_images", "min_lr"),
+    *("label_smoothing", "mixup", "cutmix", "rand_augment", "random_erasing", "ema_decay", "drop_path"),
+)
+BELOW = {"min_crop": 1, "label_smoothing": 1, "random_erasing": 1, "ema_decay": 1, "rand_augment": 10}
+
+
+def finetune(**options: Any) -> Path:
+    """Fine-tunes and returns the folder of the exported classifier; options are those of `FinetuneConfig`.
+
+    With `resume=True` only `out` is needed: what is left out is as the run was started with. Raises UserError for what
+    the user can put right, and Interrupted, after saving a checkpoint, on Ctrl-C or SIGTERM.
+    """
+    config = configured(options)
+    ranks = distributed.start(config.device)
+    try:
+        return train(config, ranks)
+    finally:
+        distributed.stop(ranks)
+
+
+def configured(options: dict[str, Any]) -> FinetuneConfig:
+    """The config that options mean, checked; touches nothing on the disk."""
+    config = configure(FinetuneConfig, options, POSITIVE, NOT_NEGATIVE)
+    for name, limit in BELOW.items():
+        value = getattr(config, name)
+        if value is not None and value > limit:
+            raise UserError(f"--{name.replace('_', '-')} {value} must be at most {limit}")
+    if bool(config.init) == config.from_scratch:
+        raise UserError("give --init with the weights to fine-tune, or --from-scratch for none")
+    return config
+
+
+def build(config: FinetuneConfig, classes: tuple[str, ...]) -> tuple[Classifier, FinetuneConfig, list[str]]:
+    """The classifier to start with, the config without open ends, and what there is to say about the weights.
+
+    The head of the weights is kept where it is for these classes, or for as many whose names are not known.
+    """
+    torch.manual_seed(config.seed)
+    if config.from_scratch:
+        shape = {"name": config.model, "in_chans": config.in_chans, "stem_stride": config.stem_stride}
+        weights, size, notes = None, (224, 224), ["starting from random weights"]
+    else:
+        weights = read_weights(config.init)
+        shape = {**weights.architecture, "grn_scope": "image"}
+        size, notes = shape.pop("image_size"), list(weights.notes)
+    config = complete(config, shape["name"])
+    size = image_size_of(config.image_size) if config.image_size else size
+    config = replace(config, image_size="x".join(map(str, size)))
+    options = {"image_size": size, "backend": config.backend, "drop_path": config.drop_path}
+    model = Classifier(**shape, **options, num_classes=len(classes))
+    if weights:
+        fits = weights.num_classes == len(classes) and weights.classes in (None, classes)
+        model.load_state_dict(weights.without("decoder", *([] if fits else ["head"])), strict=False)
+        notes.insert(0, f"starting from the {'encoder and head' if fits else 'encoder'} of {config.init}")
+        notes += [] if fits else [f"new head for {len(classes)} classes"]
+    if config.freeze_encoder:
+        model.requires_grad_(False)
+        model.norm.requires_grad_(True)
+        model.head.requires_grad_(True)
+    return model, config, notes
+
+
+def train(config: FinetuneConfig, ranks: distributed.Ranks) -> Path:
+    """The run of a checked config, on this rank."""
+    device, run = ranks.device, RunFolder(config.out, FinetuneConfig)
+    folder, held = open_splits(config.data, config.val_split, config.seed, without=config.out)
+    if config.labels_per_class:
+        folder = folder.few(config.labels_per_class, config.seed)
+    given = config
+    model, config, notes = build(config, folder.classes)
+    size = image_size_of(config.image_size)
+    schedule = Schedule.of(config, len(folder), ranks.world, warmup_epochs=config.warmup_epochs, min_lr=config.min_lr)
+    share, steps = schedule.share, schedule.steps
+    augment = Augmentation(
+        len(folder.classes),
+        **{name: getattr(config, name) for name in ("rand_augment", "random_erasing", "mixup", "cutmix")},
+    )
+
+    model.to(device).train()
+    backend = resolve_backend(config.backend, device.type)
+    scale = layer_scale(config.layer_decay, SIZES[model.name][0], config.layer_decay_type == "group")
+    optimizer = adamw(model, config.weight_decay, BETAS, scale=scale)
+    ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay)) if config.ema_decay else None
+
+    start, bad = 0, {}
+    checkpoint = run.latest() if config.resume else None
+    if checkpoint:
+        load_model(checkpoint, model)
+        trainer = load_trainer(checkpoint)
+        load_optimizer(optimizer, trainer["optimizer"])
+        if ema:
+            ema.load_state_dict(trainer["ema"])
+        start, bad = trainer["step"], trainer["bad"]
+        if trainer["images"] != folder.fingerprint:
+            raise UserError(f"the images in {config.data} are not those that the run in {config.out} was started with")
+    bf16 = distributed.choose_dtype(config.dtype, device) == torch.bfloat16
+    ranks.barrier()  # every rank has found the folder in order before one writes to it
+    if ranks.main:
+        run.begin(replace(given, dtype="bf16" if bf16 else "fp32"), classes=folder.classes)
+    ranks.barrier()
+
+    workers = distributed.cores_per_rank() if config.num_workers is None else config.num_workers
+    dataset = AugmentedImages(folder, size, model.in_chans, config.seed, least=config.min_crop)
+    batches = micro_batches(
+        *(len(folder), config.batch_size, range(start, steps), config.seed),
+        *(ranks.rank, ranks.world, config.micro_batch_size),
+    )
+    loader = iter(make_loader(dataset, batches, workers, pin_memory=device.type == "cuda"))
+    view = Viewing(size, model.in_chans, crop_share(size), device, bf16, config.micro_batch_size, workers)
+    mine = held.take(range(ranks.rank, len(held), ranks.world))
+    trained: nn.Module = model
+    if ranks.world > 1:
+        trained = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
+
+    def loss_of(pixels: Tensor, labels: Tensor) -> Tensor:
+        with torch.autocast(device.type, enabled=False):
+            images, targets = augment(pixels, labels)
+        return F.cross_entropy(trained(images).float(), targets, label_smoothing=config.label_smoothing)
+
+    work = TrainStep(loss_of, trained, optimizer, share=share, clip_grad=config.clip_grad, bf16=bf16)
+
+    log = RunLog(run.path, start, steps, ranks.main)
+    parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    log.say(
+        f"{model.name} on {device}, backend {backend.name}, {'bf16' if bf16 else 'fp32'}, {parameters / 1e6:.1f} M "
+        f"parameters to train; {len(folder)} images of {len(folder.classes)} classes, {len(held)} held out, "
+        f"{schedule.describe(config.batch_size)}"
+    )
+    if config.resume:
+        log.say(f"resumed from {checkpoint}" if checkpoint else "no checkpoint to resume from yet: starting at step 0")
+    for note in [] if checkpoint else notes:
+        log.say(note)
+    progress = Progress(config, schedule, folder, log, ranks, bad)
+
+    def look(step: int) -> None:
+        values = measure(model, mine, view, ranks)
+        if ema:
+            values |= {f"ema_{name}": value for name, value in measure(ema.module, mine, view, ranks).items()}
+        if ranks.main:
+            log.evaluation(step, step / schedule.per_epoch, values)
+
+    def save(step: int) -> None:
+        if not all(p.isfinite().all() for p in model.parameters()):
+            raise UserError(f"the weights are not finite after step {step}: lower --lr or give --clip-grad 1")
+        log.sync()
+        state = {"step": step, "optimizer": optimizer.state_dict(), "bad": bad, "images": folder.fingerprint}
+        state |= {"ema": ema.state_dict()} if ema else {}
+        run.save(step, model.state_dict(), state, config.keep_checkpoints)
+
+    try:
+        with stop_signals(ranks.world) as stopped:
+            for step in range(start, steps):
+                set_lr(optimizer, lr := schedule.lr(step))
+                sizes = [min(config.micro_batch_size, share - i) for i in range(0, share, config.micro_batch_size)]
+                for i, images in enumerate(sizes, 1):
+                    batch = next(loader)
+                    progress.take(batch, images)
+                    # whatever is drawn for a micro-batch follows from its place alone
+                    torch.manual_seed(_seed(config.seed, step, ranks.rank, i))
+                    work.add(batch.pixels, folder.labels[batch.index], last=i == len(sizes))
+                progress.done(work.finish(), lr)
+                if ema:
+                    ema.update_parameters(model)
+                done, stopping = step + 1, stopped()
+                saving = done % schedule.save_every == 0 or done == steps or stopping
+                looking = done % (config.every * schedule.per_epoch) == 0 or done == steps
+                if saving or looking or done % config.log_every == 0 or step == start:
+                    progress.flush(done)
+                if looking:
+                    look(done)
+                if saving and ranks.main:
+                    save(done)
+                if stopping:
+                    log.say(f"stopped at step {done}; go on with --out {config.out} --resume")
+                    raise Interrupted
+        exported = run.path / "exported"
+        if ranks.main:
+            export_model(model.cpu(), exported, folder.classes)
+            if ema:
+                export_model(ema.module.cpu(), run.path / "exported-ema", folder.classes)
+            log.draw(lambda: visualize.draw_loss(run.path / "metrics.jsonl", run.path / "loss.png", "loss"))
+            log.draw(lambda: visualize.draw_accuracy(run.path / "evaluations.jsonl", run.path / "accuracy.png"))
+            average = ", the moving average of its weights in exported-ema beside it" if ema else ""
+            log.say(
+                f"classifier in {exported}{average}; use it with\n\n"
+                f"    sparse-fcmae evaluate --init {exported} --data {config.data}\n"
+                f"    sparse-fcmae convert {exported} {exported}-huggingface --to huggingface\n"
+            )
+        ranks.barrier()
+    finally:
+        log.close()
+    return exported
+
+
+def measure(
+    model: Callable[[Tensor], Tensor], folder: ClassFolder, view: Viewing, ranks: distributed.Ranks
+) -> dict[str, float]:
+    """top1, top5 and the cross-entropy on all ranks' images together, of which `folder` holds this rank's."""
+    sums = torch.zeros(4, dtype=torch.float64)
+    if len(folder):
+        model.eval()
+        logits, index, _ = run_over(folder, model, view)
+        model.train()
+        labels = folder.labels[index]
+        right = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+        loss = F.cross_entropy(logits, labels, reduction="sum")
+        sums += torch.tensor([right[:, 0].sum(), right.sum(), loss, len(labels)], dtype=torch.float64)
+    top1, top5, loss, images = torch.stack(ranks.gather(sums)).sum(0).tolist()
+    return {"top1": top1 / images, "top5": top5 / images, "loss": loss / images}
+
+
+def _seed(seed: int, *place: int) -> int:
+    return int(np.random.SeedSequence((seed, AUGMENTATION, *place)).generate_state(1, np.uint64)[0]) >> 1

@@ -1,0 +1,187 @@
+import json
+import sys
+
+import pytest
+import torch
+from helpers import randomise
+from PIL import Image
+
+from sparse_fcmae import UserError, convert, create_classifier, create_encoder, evaluate
+from sparse_fcmae.cli import main
+from sparse_fcmae.convert import export_model
+from sparse_fcmae.encoder import SparseEncoder
+from sparse_fcmae.evaluate import ALEXNET, accuracy
+from sparse_fcmae.labelled import ClassFolder, wordnet_ids
+from sparse_fcmae.probes import Viewing, linear_probe, nearest_neighbours, run_over
+
+
+@pytest.fixture(scope="module")
+def colours(tmp_path_factory):
+    """Class folders of plain red, green and blue pictures in train and val, and an encoder that tells them apart."""
+    root = tmp_path_factory.mktemp("colours")
+    for split, count in (("train", 8), ("val", 4)):
+        for channel, name in enumerate(("blue", "green", "red")):
+            folder = root / "data" / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                colour = [20 + 5 * i] * 3
+                colour[2 - channel] = 200 + 5 * i
+                Image.new("RGB", (32, 32), tuple(colour)).save(folder / f"{i}.png")
+    encoder = randomise(create_encoder("atto", image_size=32, stem_stride=1))
+    export_model(encoder, root / "encoder")
+    return root
+
+
+def trained(colours, folder, outputs=("blue", "green", "red"), classes=None):
+    """Exports a classifier whose head is fitted to the colours; outputs: the colour that each output stands for,
+    None for no colour."""
+    model = randomise(create_classifier("atto", num_classes=len(outputs), image_size=32, stem_stride=1)).eval()
+    data = ClassFolder(colours / "data" / "train")
+    view = Viewing((32, 32), 3, 1.0, torch.device("cpu"))
+    x, index, _ = run_over(data, lambda images: model.norm(create_features(model, images)), view)
+    centre = x.mean(0)
+    with torch.no_grad():
+        model.head.weight.zero_()
+        model.head.bias.fill_(-1e6)
+        for place, colour in enumerate(outputs):
+            if colour:
+                away = x[data.labels[index] == data.classes.index(colour)].mean(0) - centre
+                model.head.weight[place] = 100 * away / away.norm()
+                model.head.bias[place] = -model.head.weight[place] @ centre
+    export_model(model, folder, classes)
+
+
+def create_features(model, images):
+    return SparseEncoder.forward(model, images).mean((2, 3))
+
+
+def test_accuracy_by_hand():
+    logits = torch.tensor([[3.0, 2, 1], [0, 2, 1], [0, 1, 2], [1, 3, 2]])
+    found = accuracy(logits, torch.tensor([0, 1, 1, 2]), ("a", "b", "c"))
+    assert (found["images"], found["top1"], found["top5"]) == (4, 0.5, 1)
+    assert found["by_class"] == {"a": 1, "b": 0.5, "c": 0}
+    assert found["confusion"]["counts"] == [[1, 0, 0], [0, 1, 1], [0, 1, 0]]
+
+
+def test_neighbours_against_brute_force():
+    generator = torch.Generator().manual_seed(0)
+    known, asked = torch.randn(50, 6, generator=generator), torch.randn(9, 6, generator=generator)
+    labels = torch.randint(4, (50,), generator=generator)
+    mean = known.mean(0)
+    expected = []
+    for query in asked:
+        cosine = torch.nn.functional.cosine_similarity(known - mean, query - mean)
+        votes = torch.zeros(4)
+        for i in cosine.argsort(descending=True)[:7]:
+            votes[labels[i]] += torch.exp(cosine[i] / 0.07)
+        expected.append(int(votes.argmax()))
+    assert nearest_neighbours(known, labels, asked, k=7).tolist() == expected
+    assert len(nearest_neighbours(known[:3], labels[:3], asked)) == 9
+
+
+def test_linear_probe_separates_what_a_line_can():
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(300) % 3
+    x = torch.randn(300, 10, generator=generator) + 4 * torch.nn.functional.one_hot(labels, 10)
+    assert (linear_probe(x[:200], labels[:200], x[200:]) == labels[200:]).float().mean() > 0.95
+
+
+def test_encoder_without_head_by_both_probes(colours, tmp_path, capsys):
+    found = evaluate(
+        data=colours / "data", init=colours / "encoder", knn=True, linear_probe=True, out=tmp_path / "out", neighbours=5
+    )
+    assert (found["knn_top1"], found["linear_probe_top1"], found["images"]) == (1, 1, 12)
+    assert json.loads((tmp_path / "out" / "evaluation.json").read_text()) == found
+    assert "knn top-1 100.00 %" in capsys.readouterr().out
+    few = evaluate(data=colours / "data", init=colours / "encoder", knn=True, labels_per_class=2)
+    assert few["train_images"] == 6
+
+
+def test_classifier_in_every_layout(colours, tmp_path, capsys):
+    trained(colours, tmp_path / "ours", ("red", "blue", "green"), ("red", "blue", "green"))
+    for to in ("timm", "huggingface"):
+        convert(tmp_path / "ours", tmp_path / to, to=to)
+    for name in ("ours", "timm", "huggingface"):
+        arguments = ["--data", str(colours / "data"), "--init", str(tmp_path / name), "--out", str(tmp_path / "out")]
+        main(["evaluate", *arguments])
+        found = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+        assert (found["top1"], found["top5"], found["images"]) == (1, 1, 12)
+        assert found["by_class"] == {"blue": 1, "green": 1, "red": 1}
+    confusion = json.loads((tmp_path / "out" / "confusion.json").read_text())
+    assert confusion == {"classes": ["blue", "green", "red"], "counts": [[4, 0, 0], [0, 4, 0], [0, 0, 4]]}
+    assert Image.open(tmp_path / "out" / "confusion.png").size[0] > 300
+    assert "top-1 100.00 %" in capsys.readouterr().out
+
+
+def test_imagenet_subsets_and_corruptions(colours, tmp_path):
+    """A head of 1000 outputs, looked at on folders of some WordNet ids, of numbers, and of ImageNet-C's layout."""
+    places = {3: "blue", 500: "green", 999: "red"}
+    trained(colours, tmp_path / "ours", [places.get(i) for i in range(1000)])
+    ids = wordnet_ids()
+    for folder, names in (("a", [ids[p] for p in places]), ("v2", [str(p) for p in places])):
+        for name, colour in zip(names, ("blue", "green", "red"), strict=True):
+            target = tmp_path / folder / name
+            target.parent.mkdir(exist_ok=True)
+            target.symlink_to(colours / "data" / "val" / colour)
+        found = evaluate(data=tmp_path / folder, init=tmp_path / "ours", device="cpu")
+        assert (found["top1"], found["images"]) == (1, 12)
+    for corruption in list(ALEXNET):
+        for severity in "12345":
+            target = tmp_path / "c" / "group" / corruption / severity
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.symlink_to(tmp_path / "a")
+    wrong = tmp_path / "c" / "group" / "snow" / "5"
+    wrong.unlink()
+    for name, colour in zip([ids[p] for p in places], ("green", "red", "blue"), strict=True):
+        wrong.mkdir(exist_ok=True)
+        (wrong / name).symlink_to(colours / "data" / "val" / colour)
+    found = evaluate(data=tmp_path / "c", init=tmp_path / "ours")
+    assert found["errors"]["snow"] == {"1": 0, "2": 0, "3": 0, "4": 0, "5": 1}
+    assert found["mean_error"] == pytest.approx(0.2 / 15)
+    assert found["mCE"] == pytest.approx(0.2 / ALEXNET["snow"] / 15)
+    assert found["images"] == 12 * 75
+
+
+def test_unreadable_images_are_left_out_and_named(colours, tmp_path, capsys):
+    trained(colours, tmp_path / "ours", classes=("blue", "green", "red"))
+    data = tmp_path / "data"
+    for name in ("blue", "green", "red"):
+        (data / name).mkdir(parents=True)
+        (data / name / "0.png").symlink_to(colours / "data" / "val" / name / "0.png")
+    (data / "red" / "broken.png").write_text("no picture")
+    found = evaluate(data=data, init=tmp_path / "ours")
+    assert (found["images"], found["top1"], found["unreadable"]) == (3, 1, ["red/broken.png"])
+    assert "1 more are unreadable, such as red/broken.png" in capsys.readouterr().out
+
+
+def test_mistakes_are_one_line(colours, tmp_path, capsys, monkeypatch):
+    data, encoder = colours / "data", colours / "encoder"
+    trained(colours, tmp_path / "ours", classes=("blue", "green", "red"))
+    (tmp_path / "other" / "cyan").mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(tmp_path / "other" / "cyan" / "x.png")
+    (tmp_path / "file").write_text("x")
+    for arguments, message in (
+        ({"init": encoder}, "--data is missing"),
+        ({"data": data}, "--init is missing"),
+        ({"data": data, "init": encoder}, "has no classification head: give --knn or --linear-probe"),
+        ({"data": tmp_path / "none", "init": tmp_path / "ours"}, "no such folder"),
+        ({"data": tmp_path / "other", "init": tmp_path / "ours"}, "class folder cyan is none of the head's 3"),
+        ({"data": data, "init": tmp_path / "ours", "out": tmp_path / "file"}, "is a file"),
+        ({"data": data, "init": tmp_path / "ours", "image-size": "33"}, "not a multiple"),
+        ({"data": data / "val", "init": encoder, "knn": ""}, "has no folder train"),
+    ):
+        flags = [part for k, v in arguments.items() for part in (f"--{k}", str(v)) if part]
+        with pytest.raises(SystemExit) as stop:
+            main(["evaluate", *flags])
+        error = capsys.readouterr().err.strip()
+        assert (stop.value.code, len(error.splitlines())) == (2, 1)
+        assert message in error
+    with pytest.raises(TypeError, match="unexpected option"):
+        evaluate(dat=data)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    evaluate(data=data, init=tmp_path / "ours", out=tmp_path / "out")
+    assert "confusion.png is not drawn" in capsys.readouterr().out
+    (tmp_path / "bad" / "red").mkdir(parents=True)
+    (tmp_path / "bad" / "red" / "x.png").write_text("x")
+    with pytest.raises(UserError, match="no image is readable"):
+        evaluate(data=tmp_path / "bad", init=tmp_path / "ours")
