@@ -47,7 +47,7 @@ clean:
 	touch $@
 
 .venv/installed: .venv/torch $(SOURCES)
-	$(PIP) install --editable '.[plots]'
+	$(PIP) install --editable '.[finetune,plots]'
 	touch $@
 
 .venv/installed-for-tests: .venv/installed

@@ -14,6 +14,7 @@ import torch
 
 from sparse_fcmae import __version__
 from sparse_fcmae.config import (
+    CompareConfig,
     ConvertConfig,
     DemoConfig,
     EvaluateConfig,
@@ -64,6 +65,12 @@ def run_evaluate(options: dict[str, Any]) -> None:
     evaluate(**options)
 
 
+def run_compare(options: dict[str, Any]) -> None:
+    from sparse_fcmae.benchmarks.compare import compare
+
+    compare(**options)
+
+
 def run_gpu(options: dict[str, Any]) -> None:
     from sparse_fcmae.benchmarks.gpu import gpu
 
@@ -107,6 +114,7 @@ COMMANDS: dict[str, tuple[str, type | None, Callable[[dict[str, Any]], None]]] =
     "convert": ("write any checkpoint's weights for another library, verified", ConvertConfig, run_convert),
     "evaluate": ("accuracy of a classifier, k-NN and linear probe of an encoder", EvaluateConfig, run_evaluate),
     "demo": ("draw images and pretrain on them, in about two minutes on a CPU", DemoConfig, run_demo),
+    "bench compare": ("a fine-tuning step against timm's and transformers'", CompareConfig, run_compare),
     "bench gpu": ("training steps and kernels on a GPU, every backend, into a CSV file", GpuConfig, run_gpu),
     "bench kernels": (
         "each CPU kernel against its reference and against this CPU's bounds",

@@ -201,6 +201,20 @@ class ThroughputConfig(KernelsConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class CompareConfig:
+    """Options of `sparse-fcmae bench compare`."""
+
+    model: str = option("atto", help="atto, femto, pico, nano, tiny, base, large or huge")
+    batch_size: int = option(32, help="images a step")
+    image_size: str = option("224", help="pixels, as 224 or, height first, 224x320")
+    dtype: str = option("fp32", help="fp32, or bf16 for autocast", choices=("fp32", "bf16"))
+    drop_path: float = option(0.0, help="stochastic depth of the last block")
+    rounds: int = option(5, help="timed rounds, all candidates taking turns")
+    json: str | None = option(None, help="also write the rows to this file")
+    device: str = option("auto", help="auto, cpu, cuda, cuda:1, ...")
+
+
+@dataclass(frozen=True, kw_only=True)
 class GpuConfig:
     """Options of `sparse-fcmae bench gpu`."""
 

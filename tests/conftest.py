@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from PIL import Image
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which deterministic algorithms may ask for
 if not torch.cuda.is_available():
@@ -45,3 +46,18 @@ def pictures(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pictures") / "images"
     draw_images(folder, 40, seed=0)
     return folder
+
+
+@pytest.fixture(scope="session")
+def colours(tmp_path_factory):
+    """A folder with train and val, each of 8 and 4 plain pictures in folders blue, green and red."""
+    root = tmp_path_factory.mktemp("colours")
+    for split, count in (("train", 8), ("val", 4)):
+        for channel, name in enumerate(("blue", "green", "red")):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                colour = [20 + 5 * i] * 3
+                colour[2 - channel] = 200 + 5 * i
+                Image.new("RGB", (32, 32), tuple(colour)).save(folder / f"{i}.png")
+    return root

@@ -1,5 +1,6 @@
 import csv
 import json
+import sys
 from dataclasses import MISSING, fields
 
 import pytest
@@ -82,6 +83,27 @@ def test_bench_kernels_refuses_wrong_results(capsys, monkeypatch):
     with pytest.raises(SystemExit) as stop:
         main(["bench", "kernels", "--model", "nano2"])
     assert stop.value.code == 2
+
+
+def test_bench_compare_gates_and_writes_rows(capsys, monkeypatch, tmp_path):
+    from sparse_fcmae.benchmarks import compare
+
+    options = ["--batch-size", "2", "--image-size", "64", "--rounds", "1", "--drop-path", "0.1"]
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    wrong = {
+        "wrong": (
+            lambda *a: torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 64 * 64, 1000)),
+            torch.channels_last,
+        )
+    }
+    monkeypatch.setattr(compare, "CANDIDATES", compare.CANDIDATES | wrong)
+    main(["bench", "compare", *options, "--json", str(tmp_path / "rows.json")])
+    rows = {row["candidate"]: row for row in json.loads((tmp_path / "rows.json").read_text())["rows"]}
+    assert rows["sparse-fcmae"]["ours_over_it"] == 1
+    assert rows["timm, channels last"]["ours_over_it"] > 0
+    assert "can't be imported" in rows["transformers"]["refused"]
+    assert "its logits differ" in rows["wrong"]["refused"]
+    assert "images/s" in capsys.readouterr().out
 
 
 def test_bench_gpu_appends_rows(capsys, tmp_path):

@@ -16,27 +16,17 @@ from sparse_fcmae.probes import Viewing, linear_probe, nearest_neighbours, run_o
 
 
 @pytest.fixture(scope="module")
-def colours(tmp_path_factory):
-    """Class folders of plain red, green and blue pictures in train and val, and an encoder that tells them apart."""
-    root = tmp_path_factory.mktemp("colours")
-    for split, count in (("train", 8), ("val", 4)):
-        for channel, name in enumerate(("blue", "green", "red")):
-            folder = root / "data" / split / name
-            folder.mkdir(parents=True)
-            for i in range(count):
-                colour = [20 + 5 * i] * 3
-                colour[2 - channel] = 200 + 5 * i
-                Image.new("RGB", (32, 32), tuple(colour)).save(folder / f"{i}.png")
-    encoder = randomise(create_encoder("atto", image_size=32, stem_stride=1))
-    export_model(encoder, root / "encoder")
-    return root
+def encoder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("encoder") / "exported"
+    export_model(randomise(create_encoder("atto", image_size=32, stem_stride=1)), folder)
+    return folder
 
 
 def trained(colours, folder, outputs=("blue", "green", "red"), classes=None):
     """Exports a classifier whose head is fitted to the colours; outputs: the colour that each output stands for,
     None for no colour."""
     model = randomise(create_classifier("atto", num_classes=len(outputs), image_size=32, stem_stride=1)).eval()
-    data = ClassFolder(colours / "data" / "train")
+    data = ClassFolder(colours / "train")
     view = Viewing((32, 32), 3, 1.0, torch.device("cpu"))
     x, index, _ = run_over(data, lambda images: model.norm(create_features(model, images)), view)
     centre = x.mean(0)
@@ -86,14 +76,12 @@ def test_linear_probe_separates_what_a_line_can():
     assert (linear_probe(x[:200], labels[:200], x[200:]) == labels[200:]).float().mean() > 0.95
 
 
-def test_encoder_without_head_by_both_probes(colours, tmp_path, capsys):
-    found = evaluate(
-        data=colours / "data", init=colours / "encoder", knn=True, linear_probe=True, out=tmp_path / "out", neighbours=5
-    )
+def test_encoder_without_head_by_both_probes(colours, encoder, tmp_path, capsys):
+    found = evaluate(data=colours, init=encoder, knn=True, linear_probe=True, out=tmp_path / "out", neighbours=5)
     assert (found["knn_top1"], found["linear_probe_top1"], found["images"]) == (1, 1, 12)
     assert json.loads((tmp_path / "out" / "evaluation.json").read_text()) == found
     assert "knn top-1 100.00 %" in capsys.readouterr().out
-    few = evaluate(data=colours / "data", init=colours / "encoder", knn=True, labels_per_class=2)
+    few = evaluate(data=colours, init=encoder, knn=True, labels_per_class=2)
     assert few["train_images"] == 6
 
 
@@ -102,7 +90,7 @@ def test_classifier_in_every_layout(colours, tmp_path, capsys):
     for to in ("timm", "huggingface"):
         convert(tmp_path / "ours", tmp_path / to, to=to)
     for name in ("ours", "timm", "huggingface"):
-        arguments = ["--data", str(colours / "data"), "--init", str(tmp_path / name), "--out", str(tmp_path / "out")]
+        arguments = ["--data", str(colours), "--init", str(tmp_path / name), "--out", str(tmp_path / "out")]
         main(["evaluate", *arguments])
         found = json.loads((tmp_path / "out" / "evaluation.json").read_text())
         assert (found["top1"], found["top5"], found["images"]) == (1, 1, 12)
@@ -122,7 +110,7 @@ def test_imagenet_subsets_and_corruptions(colours, tmp_path):
         for name, colour in zip(names, ("blue", "green", "red"), strict=True):
             target = tmp_path / folder / name
             target.parent.mkdir(exist_ok=True)
-            target.symlink_to(colours / "data" / "val" / colour)
+            target.symlink_to(colours / "val" / colour)
         found = evaluate(data=tmp_path / folder, init=tmp_path / "ours", device="cpu")
         assert (found["top1"], found["images"]) == (1, 12)
     for corruption in list(ALEXNET):
@@ -134,7 +122,7 @@ def test_imagenet_subsets_and_corruptions(colours, tmp_path):
     wrong.unlink()
     for name, colour in zip([ids[p] for p in places], ("green", "red", "blue"), strict=True):
         wrong.mkdir(exist_ok=True)
-        (wrong / name).symlink_to(colours / "data" / "val" / colour)
+        (wrong / name).symlink_to(colours / "val" / colour)
     found = evaluate(data=tmp_path / "c", init=tmp_path / "ours")
     assert found["errors"]["snow"] == {"1": 0, "2": 0, "3": 0, "4": 0, "5": 1}
     assert found["mean_error"] == pytest.approx(0.2 / 15)
@@ -147,15 +135,15 @@ def test_unreadable_images_are_left_out_and_named(colours, tmp_path, capsys):
     data = tmp_path / "data"
     for name in ("blue", "green", "red"):
         (data / name).mkdir(parents=True)
-        (data / name / "0.png").symlink_to(colours / "data" / "val" / name / "0.png")
+        (data / name / "0.png").symlink_to(colours / "val" / name / "0.png")
     (data / "red" / "broken.png").write_text("no picture")
     found = evaluate(data=data, init=tmp_path / "ours")
     assert (found["images"], found["top1"], found["unreadable"]) == (3, 1, ["red/broken.png"])
     assert "1 more are unreadable, such as red/broken.png" in capsys.readouterr().out
 
 
-def test_mistakes_are_one_line(colours, tmp_path, capsys, monkeypatch):
-    data, encoder = colours / "data", colours / "encoder"
+def test_mistakes_are_one_line(colours, encoder, tmp_path, capsys, monkeypatch):
+    data = colours
     trained(colours, tmp_path / "ours", classes=("blue", "green", "red"))
     (tmp_path / "other" / "cyan").mkdir(parents=True)
     Image.new("RGB", (8, 8)).save(tmp_path / "other" / "cyan" / "x.png")
