@@ -16,6 +16,7 @@ from sparse_fcmae.config import FinetuneConfig
 from sparse_fcmae.convert import export_model
 from sparse_fcmae.data import AugmentedImages, make_loader, normalise
 from sparse_fcmae.encoder import SIZES
+from sparse_fcmae.formats.weights import read_weights
 from sparse_fcmae.labelled import ClassFolder
 from sparse_fcmae.training.augment import Augmentation
 from sparse_fcmae.training.finetune import build
@@ -65,6 +66,12 @@ def test_run_folder(whole):
     assert [row["step"] for row in evaluations] == [3, 6, 9]
     assert evaluations[-1].keys() >= {"top1", "top5", "loss", "ema_top1", "ema_top5", "ema_loss"}
     assert "new head for 10 classes" in (whole / "train.log").read_text()
+
+
+def test_a_checkpoint_by_itself_is_read_whole(whole, pictures):
+    weights = read_weights(whole / "checkpoints" / "step-00000009")
+    assert weights.architecture["image_size"] == (32, 32)
+    assert weights.classes == tuple(sorted(p.name for p in pictures.iterdir()))
 
 
 def test_export_is_the_trained_classifier_and_its_average(whole, pictures, capsys):
@@ -133,7 +140,7 @@ def test_loaded_weights_are_not_initialised_again(encoder, tmp_path):
     assert all(torch.equal(model.state_dict()[key], value) for key, value in state.items())
     assert model.head.weight.abs().max() < 1e-3
     assert any("new head for 3 classes" in note for note in notes)
-    assert complete_config.image_size == "32x32"
+    assert complete_config.image_size == "32"
 
     trained = randomise(create_classifier("atto", num_classes=3, image_size=32, stem_stride=1))
     for known, names, kept in ((None, classes, True), (classes, classes, True), (("x", "y", "z"), classes, False)):
@@ -277,7 +284,7 @@ def test_pretraining_goes_on_from_weights_and_looks_at_neighbours(pictures, enco
             (data / split / folder.name / first.name).symlink_to(first)
     run = tmp_path / "run"
     pretrain(data=pictures, out=run, init=encoder, knn=data, every=1, epochs=2, lr=1e-9, **small)
-    assert [row["step"] for row in rows(run, "evaluations")] == [4, 8]
+    assert [row["step"] for row in rows(run, "evaluations")] == [0, 4, 8]
     assert all(0 <= row["knn_top1"] <= 1 for row in rows(run, "evaluations"))
     assert "going on from the encoder, with a new decoder" in (run / "train.log").read_text()
     state, after = load_file(encoder / "model.safetensors"), load_file(run / "exported" / "model.safetensors")

@@ -173,7 +173,7 @@ def read_options(file: Path) -> dict[str, Any]:
         elif found.get("model_type") == "convnextv2":  # Hugging Face
             names = [name for _, name in sorted(found.get("id2label", {}).items(), key=lambda item: int(item[0]))]
             names = None if names[:1] == ["LABEL_0"] else names
-        elif "grn_scope" not in found:
+        elif not str(found.get("format")).startswith("sparse-fcmae"):
             continue
         options["grn_scope"] = found.get("grn_scope", "image")
         options["image_size"] = image_size_of(size) if size else options["image_size"]

@@ -27,7 +27,7 @@ def configure(
         raise TypeError(f"{name!r} is an unexpected option of {kind.command}")
     options = {k: os.fspath(v) if isinstance(v, os.PathLike) else v for k, v in options.items()}
     if options.get("image_size") is not None:
-        options["image_size"] = "x".join(map(str, dict.fromkeys(image_size_of(options["image_size"]))))
+        options["image_size"] = shown(image_size_of(options["image_size"]))
     options |= {name: os.path.abspath(options[name]) for name in PATHS if options.get(name)}
     resume = options.get("resume", False)
     run = RunFolder(options.get("out", kind.out), kind)
@@ -51,3 +51,8 @@ def configure(
         if value is not None and not 0 <= value < 2**32:
             raise UserError(f"{flag(name)} must be 0 or more, not {value}")
     return config
+
+
+def shown(size: tuple[int, int]) -> str:
+    """(height, width) as the flag has it: "224", or "224x320"."""
+    return "x".join(map(str, dict.fromkeys(size)))

@@ -1,6 +1,5 @@
 """Fine-tuning of a dense classifier, on the kernels of pretraining: images and labels -> loss -> weights."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from sparse_fcmae.probes import Viewing, run_over
 from sparse_fcmae.training import distributed
 from sparse_fcmae.training.augment import Augmentation
 from sparse_fcmae.training.checkpoint import RunFolder, load_model, load_trainer
-from sparse_fcmae.training.configure import configure
+from sparse_fcmae.training.configure import configure, shown
 from sparse_fcmae.training.logging import RunLog
 from sparse_fcmae.training.optim import adamw, layer_scale, load_optimizer, set_lr
 from sparse_fcmae.training.progress import Progress, Schedule, stop_signals
@@ -87,7 +86,7 @@ def build(config: FinetuneConfig, classes: tuple[str, ...]) -> tuple[Classifier,
         size, notes = shape.pop("image_size"), list(weights.notes)
     config = complete(config, shape["name"])
     size = image_size_of(config.image_size) if config.image_size else size
-    config = replace(config, image_size="x".join(map(str, size)))
+    config = replace(config, image_size=shown(size))
     options = {"image_size": size, "backend": config.backend, "drop_path": config.drop_path}
     model = Classifier(**shape, **options, num_classes=len(classes))
     if weights:
@@ -138,7 +137,9 @@ def train(config: FinetuneConfig, ranks: distributed.Ranks) -> Path:
     bf16 = distributed.choose_dtype(config.dtype, device) == torch.bfloat16
     ranks.barrier()  # every rank has found the folder in order before one writes to it
     if ranks.main:
-        run.begin(replace(given, dtype="bf16" if bf16 else "fp32"), classes=folder.classes)
+        # with what the weights, once they are a checkpoint's, do not tell
+        given = replace(given, dtype="bf16" if bf16 else "fp32", image_size=config.image_size)
+        run.begin(given, classes=folder.classes)
     ranks.barrier()
 
     workers = distributed.cores_per_rank() if config.num_workers is None else config.num_workers
@@ -175,9 +176,7 @@ def train(config: FinetuneConfig, ranks: distributed.Ranks) -> Path:
     progress = Progress(config, schedule, folder, log, ranks, bad)
 
     def look(step: int) -> None:
-        values = measure(model, mine, view, ranks)
-        if ema:
-            values |= {f"ema_{name}": value for name, value in measure(ema.module, mine, view, ranks).items()}
+        values = measure({"": model} | ({"ema_": ema.module} if ema else {}), mine, view, ranks)
         if ranks.main:
             log.evaluation(step, step / schedule.per_epoch, values)
 
@@ -235,20 +234,26 @@ def train(config: FinetuneConfig, ranks: distributed.Ranks) -> Path:
 
 
 def measure(
-    model: Callable[[Tensor], Tensor], folder: ClassFolder, view: Viewing, ranks: distributed.Ranks
+    models: dict[str, nn.Module], folder: ClassFolder, view: Viewing, ranks: distributed.Ranks
 ) -> dict[str, float]:
-    """top1, top5 and the cross-entropy on all ranks' images together, of which `folder` holds this rank's."""
-    sums = torch.zeros(4, dtype=torch.float64)
+    """top1, top5 and loss, the cross-entropy, of models, each after its name, in one pass over all ranks' images
+    together, of which `folder` holds this rank's."""
+    sums = torch.zeros(len(models), 4, dtype=torch.float64)
     if len(folder):
-        model.eval()
-        logits, index, _ = run_over(folder, model, view)
-        model.train()
+        for model in models.values():
+            model.eval()
+        outputs, index, _ = run_over(folder, lambda x: torch.stack([model(x) for model in models.values()], 1), view)
+        for model in models.values():
+            model.train()
         labels = folder.labels[index]
-        right = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
-        loss = F.cross_entropy(logits, labels, reduction="sum")
-        sums += torch.tensor([right[:, 0].sum(), right.sum(), loss, len(labels)], dtype=torch.float64)
-    top1, top5, loss, images = torch.stack(ranks.gather(sums)).sum(0).tolist()
-    return {"top1": top1 / images, "top5": top5 / images, "loss": loss / images}
+        for i, logits in enumerate(outputs.unbind(1)):
+            right = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+            loss = F.cross_entropy(logits, labels, reduction="sum")
+            sums[i] = torch.tensor([right[:, 0].sum(), right.sum(), loss, len(labels)])
+    values = {}
+    for name, (top1, top5, loss, images) in zip(models, torch.stack(ranks.gather(sums)).sum(0).tolist(), strict=True):
+        values |= {f"{name}top1": top1 / images, f"{name}top5": top5 / images, f"{name}loss": loss / images}
+    return values
 
 
 def _seed(seed: int, *place: int) -> int:

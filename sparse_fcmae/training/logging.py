@@ -74,6 +74,7 @@ class RunLog:
             self.tensorboard.add_scalar(name, value, step)
         shown = (f"{k} {v:.4f}" if "loss" in k else f"{k} {100 * v:.2f} %" for k, v in values.items())
         self.say(f"step {step}, epoch {epoch:g}: {', '.join(shown)}")
+        self.since = time.perf_counter()  # evaluating is not training
 
     def draw(self, picture: Callable[[], None]) -> None:
         """Draws where matplotlib is installed."""

@@ -134,6 +134,10 @@ def train(config: PretrainConfig, ranks: distributed.Ranks) -> Path:
     drawn = visualize.sample_images(folder, DRAWN if ranks.main else 0, size, config.in_chans).to(device)
     progress = Progress(config, schedule, folder, log, ranks, bad)
 
+    def look(step: int) -> None:
+        if neighbours and ranks.main:
+            log.evaluation(step, step / schedule.per_epoch, {"knn_top1": neighbours.top1(model.encoder)})
+
     def save(step: int) -> None:
         if not all(p.isfinite().all() for p in model.parameters()):
             raise UserError(f"the weights are not finite after step {step}: lower --lr or give --clip-grad 1")
@@ -146,6 +150,8 @@ def train(config: PretrainConfig, ranks: distributed.Ranks) -> Path:
             visualize.save_picture(picture, run.path / "reconstructions" / f"step-{step:08d}.png")
 
     try:
+        if not start:
+            look(0)  # what there is to be better than
         with stop_signals(ranks.world) as stopped:
             for step in range(start, steps):
                 set_lr(optimizer, lr := schedule.lr(step))
@@ -159,11 +165,11 @@ def train(config: PretrainConfig, ranks: distributed.Ranks) -> Path:
                 progress.done(work.finish(), lr)
                 done, stopping = step + 1, stopped()
                 saving = done % schedule.save_every == 0 or done == steps or stopping
-                looking = neighbours and (done % (config.every * schedule.per_epoch) == 0 or done == steps)
+                looking = done % (config.every * schedule.per_epoch) == 0 or done == steps
                 if saving or looking or done % config.log_every == 0 or step == start:
                     progress.flush(done)
-                if looking and ranks.main:
-                    log.evaluation(done, done / schedule.per_epoch, {"knn_top1": neighbours.top1(model.encoder)})
+                if looking:
+                    look(done)
                 if saving and ranks.main:
                     save(done)
                 if stopping:
