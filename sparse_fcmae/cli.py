@@ -128,9 +128,9 @@ COMMANDS: dict[str, tuple[str, type | None, Callable[[dict[str, Any]], None]]] =
 
 
 def add_options(parser: argparse.ArgumentParser, config: type) -> None:
-    """A flag or positional argument for every field; what is not given is left out of the namespace."""
+    """A flag or positional argument a field, inherited ones last; what is not given is left out of the namespace."""
     types_of = typing.get_type_hints(config)
-    for f in fields(config):
+    for f in sorted(fields(config), key=lambda f: f.name not in config.__annotations__):
         kind = types_of[f.name]
         if isinstance(kind, types.UnionType):
             kind = next(k for k in typing.get_args(kind) if k is not type(None))

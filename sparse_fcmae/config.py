@@ -21,7 +21,26 @@ def option(
 
 
 @dataclass(frozen=True, kw_only=True)
-class PretrainConfig:
+class RunConfig:
+    """What `sparse-fcmae pretrain` and `finetune` have in common."""
+
+    command: ClassVar[str]
+    backend: str = option("auto", help="auto, native, torch or masked; see `sparse-fcmae info`")
+    device: str = option("auto", help="auto, cpu, cuda, cuda:1, ...", any_time=True)
+    dtype: str = option("auto", help="auto is bf16 where the device has it", choices=("auto", "bf16", "fp32"))
+    num_workers: int | None = option(
+        None, help="processes loading images, a rank [one a core, up to 16]", any_time=True
+    )
+    max_bad_images: float = option(0.01, help="stop when a larger share of the files is unreadable", any_time=True)
+    log_every: int = option(10, help="steps between updates of log and bar", any_time=True)
+    save_every: int | None = option(None, help="steps between checkpoints [one epoch]", any_time=True)
+    keep_checkpoints: int = option(3, help="newest checkpoints to keep", any_time=True)
+    resume: bool = option(False, help="go on from the newest checkpoint in --out", any_time=True)
+    overwrite: bool = option(False, help="delete the run that is in --out first", any_time=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig(RunConfig):
     """Options of `sparse-fcmae pretrain`; the defaults are the paper's recipe (ConvNeXt V2, appendix A)."""
 
     command: ClassVar[str] = "pretraining"
@@ -53,29 +72,17 @@ class PretrainConfig:
     clip_grad: float | None = option(None, help="clip the gradient to this norm [off]")
     seed: int = option(0, help="of weights, data order, augmentation and masks")
 
-    backend: str = option("auto", help="auto, native, torch or masked; see `sparse-fcmae info`")
-    device: str = option("auto", help="auto, cpu, cuda, cuda:1, ...", any_time=True)
-    dtype: str = option("auto", help="auto is bf16 where the device has it", choices=("auto", "bf16", "fp32"))
     compile: bool = option(False, help="compile the model with torch.compile", any_time=True)
     cuda_graphs: bool = option(False, help="replay the training step from CUDA graphs (GPU only)", any_time=True)
-    num_workers: int | None = option(
-        None, help="processes loading images, a rank [one a core, up to 16]", any_time=True
-    )
-    max_bad_images: float = option(0.01, help="stop when a larger share of the files is unreadable", any_time=True)
 
     knn: str | None = option(
         None, help="labelled folder with train and val or test: k-NN on it meanwhile", any_time=True
     )
     every: int = option(10, help="epochs between the evaluations on --knn", any_time=True)
-    log_every: int = option(10, help="steps between updates of log and bar", any_time=True)
-    save_every: int | None = option(None, help="steps between checkpoints [one epoch]", any_time=True)
-    keep_checkpoints: int = option(3, help="newest checkpoints to keep", any_time=True)
-    resume: bool = option(False, help="go on from the newest checkpoint in --out", any_time=True)
-    overwrite: bool = option(False, help="delete the run that is in --out first", any_time=True)
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinetuneConfig:
+class FinetuneConfig(RunConfig):
     """Options of `sparse-fcmae finetune`; what is None is the preset's (see `training.recipes`)."""
 
     command: ClassVar[str] = "fine-tuning"
@@ -118,20 +125,7 @@ class FinetuneConfig:
     ema_decay: float | None = option(None, help="of the moving average of the weights, 0 for none [preset]")
     seed: int = option(0, help="of new weights, data order, augmentation, --val-split and --labels-per-class")
 
-    backend: str = option("auto", help="auto, native, torch or masked; see `sparse-fcmae info`")
-    device: str = option("auto", help="auto, cpu, cuda, cuda:1, ...", any_time=True)
-    dtype: str = option("auto", help="auto is bf16 where the device has it", choices=("auto", "bf16", "fp32"))
-    num_workers: int | None = option(
-        None, help="processes loading images, a rank [one a core, up to 16]", any_time=True
-    )
-    max_bad_images: float = option(0.01, help="stop when a larger share of the files is unreadable", any_time=True)
-
     every: int = option(1, help="epochs between evaluations", any_time=True)
-    log_every: int = option(10, help="steps between updates of log and bar", any_time=True)
-    save_every: int | None = option(None, help="steps between checkpoints [one epoch]", any_time=True)
-    keep_checkpoints: int = option(3, help="newest checkpoints to keep", any_time=True)
-    resume: bool = option(False, help="go on from the newest checkpoint in --out", any_time=True)
-    overwrite: bool = option(False, help="delete the run that is in --out first", any_time=True)
 
 
 @dataclass(frozen=True, kw_only=True)

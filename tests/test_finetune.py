@@ -262,6 +262,7 @@ def test_mistakes_are_one_line(pictures, encoder, whole, tmp_path, capsys, monke
     assert "has no folder train" in fails(val_split=None)
     assert "no such file or folder" in fails(init=tmp_path / "none")
     assert "choose 30 or less" in fails(batch_size=64)
+    assert "--model goes with --from-scratch alone" in fails(model="tiny")
     assert "unknown preset" in fails(preset="giant")
     assert "must be at most 10" in fails(rand_augment=11)
     assert "--labels-per-class 9" in fails(labels_per_class=9)

@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from sparse_fcmae.config import FinetuneConfig, PretrainConfig, differences, flag
+from sparse_fcmae.config import PretrainConfig, RunConfig, differences, flag
 from sparse_fcmae.errors import UserError
 from sparse_fcmae.files import new_folder, read_json, save_tensors, write_atomic, write_json, writing
 
@@ -38,7 +38,7 @@ PARTS = (
 class RunFolder:
     """A run's folder on disk, of pretraining or of what else `kind` configures. Constructing it touches nothing."""
 
-    def __init__(self, path: str | Path, kind: type[PretrainConfig] | type[FinetuneConfig] = PretrainConfig) -> None:
+    def __init__(self, path: str | Path, kind: type[RunConfig] = PretrainConfig) -> None:
         self.path, self.format = Path(path), f"sparse-fcmae {kind.command} run"
         self.checkpoints = self.path / "checkpoints"
 
@@ -66,7 +66,7 @@ class RunFolder:
             return None
         return saved
 
-    def begin(self, config: PretrainConfig | FinetuneConfig, **more: Any) -> None:
+    def begin(self, config: RunConfig, **more: Any) -> None:
         """Makes the folder, keeps other processes out of it, and writes the config, with `more` beside the options.
 
         An earlier run's files are deleted if so asked, else only what a killed process left half-written. Raises
@@ -157,7 +157,7 @@ def _earlier(folder: Path) -> str:
     return f"to go on from the one before, write {others[-1]} into {folder.parent / 'latest'}"
 
 
-def check_same(config: PretrainConfig | FinetuneConfig, saved: PretrainConfig | FinetuneConfig) -> None:
+def check_same(config: RunConfig, saved: RunConfig) -> None:
     """Raises UserError where a run would be resumed with another model, data order or recipe."""
     for name in differences(config, saved):
         raise UserError(

@@ -6,11 +6,11 @@ from collections.abc import Iterable
 from dataclasses import fields, replace
 from typing import Any, TypeVar
 
-from sparse_fcmae.config import FinetuneConfig, PretrainConfig, flag, image_size_of
+from sparse_fcmae.config import RunConfig, flag, image_size_of
 from sparse_fcmae.errors import UserError
 from sparse_fcmae.training.checkpoint import RunFolder, check_same
 
-Config = TypeVar("Config", PretrainConfig, FinetuneConfig)
+Config = TypeVar("Config", bound=RunConfig)
 PATHS = ("data", "init", "knn")  # made absolute, so that a run can be resumed from any folder
 
 

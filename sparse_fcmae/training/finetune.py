@@ -14,7 +14,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from sparse_fcmae import visualize
 from sparse_fcmae.backends import resolve_backend
 from sparse_fcmae.classifier import Classifier
-from sparse_fcmae.config import FinetuneConfig, image_size_of
+from sparse_fcmae.config import FinetuneConfig, flag, image_size_of
 from sparse_fcmae.convert import export_model
 from sparse_fcmae.data import AugmentedImages, crop_share, make_loader, micro_batches
 from sparse_fcmae.encoder import SIZES
@@ -65,9 +65,12 @@ def configured(options: dict[str, Any]) -> FinetuneConfig:
     for name, limit in BELOW.items():
         value = getattr(config, name)
         if value is not None and value > limit:
-            raise UserError(f"--{name.replace('_', '-')} {value} must be at most {limit}")
+            raise UserError(f"{flag(name)} {value} must be at most {limit}")
     if bool(config.init) == config.from_scratch:
         raise UserError("give --init with the weights to fine-tune, or --from-scratch for none")
+    for name in ("model", "in_chans", "stem_stride"):
+        if config.init and name in options:
+            raise UserError(f"{flag(name)} goes with --from-scratch alone: the weights of --init have their own")
     return config
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse_fcmae.config import FinetuneConfig, PretrainConfig
+from sparse_fcmae.config import RunConfig
 from sparse_fcmae.data import Batch, ImageFolder
 from sparse_fcmae.errors import UserError
 from sparse_fcmae.training.distributed import Ranks
@@ -36,7 +36,7 @@ class Schedule:
     @classmethod
     def of(
         cls,
-        config: PretrainConfig | FinetuneConfig,
+        config: RunConfig,
         images: int,
         world: int,
         *,
@@ -76,7 +76,7 @@ class Progress:
 
     def __init__(
         self,
-        config: PretrainConfig | FinetuneConfig,
+        config: RunConfig,
         schedule: Schedule,
         folder: ImageFolder,
         log: RunLog,
