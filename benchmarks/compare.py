@@ -4,7 +4,6 @@ All candidates have the same weights and images and take turns. One whose logits
 library that can't be imported is named with the reason.
 """
 
-import importlib
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -18,9 +17,9 @@ from sparse_fcmae.benchmarks.timing import relative, take_turns
 from sparse_fcmae.classifier import Classifier
 from sparse_fcmae.config import CompareConfig, image_size_of
 from sparse_fcmae.errors import UserError
-from sparse_fcmae.files import one_line, write_json
+from sparse_fcmae.files import write_json
 from sparse_fcmae.formats.layouts import LAYOUTS
-from sparse_fcmae.formats.libraries import CONFIG, huggingface_configs
+from sparse_fcmae.formats.libraries import CONFIG, entry, huggingface_configs
 from sparse_fcmae.formats.weights import Weights
 from sparse_fcmae.training.distributed import choose_device
 from sparse_fcmae.training.optim import adamw, set_lr
@@ -51,8 +50,8 @@ def compare(**options: Any) -> list[dict[str, Any]]:
     for name, (make, memory_format) in CANDIDATES.items():
         try:
             model = make(weights, config.drop_path)
-        except Exception as error:  # not installed, or, like torchvision beside another torch, unusable
-            rows[name] = {"refused": f"can't be imported: {one_line(error)}"}
+        except UserError as error:
+            rows[name] = {"refused": str(error)}
             continue
         model, given = (x.to(device).to(memory_format=memory_format) for x in (model, images))
         error = relative(logits_of(model, given), expected)
@@ -87,15 +86,15 @@ def compare(**options: Any) -> list[dict[str, Any]]:
 
 def from_timm(weights: Weights, drop_path: float) -> nn.Module:
     name = f"convnextv2_{weights.architecture['name']}"
-    model = importlib.import_module("timm").create_model(name, num_classes=CLASSES, drop_path_rate=drop_path)
+    model = entry("timm", "create_model")(name, num_classes=CLASSES, drop_path_rate=drop_path)
     model.load_state_dict(LAYOUTS["timm"].convert(weights.state))
     return model
 
 
 def from_transformers(weights: Weights, drop_path: float) -> nn.Module:
-    transformers = importlib.import_module("transformers")
     options = huggingface_configs(weights)[CONFIG] | {"drop_path_rate": drop_path}
-    model = transformers.ConvNextV2ForImageClassification(transformers.ConvNextV2Config(**options))
+    config = entry("transformers", "ConvNextV2Config")(**options)
+    model = entry("transformers", "ConvNextV2ForImageClassification")(config)
     model.load_state_dict(LAYOUTS["huggingface"].convert(weights.state))
     return model
 

@@ -166,7 +166,7 @@ def make_parser() -> Parser:
         command = groups[key].add_parser(leaf, help=what, description=what[0].upper() + what[1:] + ".")
         if config:
             add_options(command, config)
-        command.set_defaults(run=run)
+        command.set_defaults(run=run, parser=command)
     return parser
 
 
@@ -179,7 +179,11 @@ def stop(message: str) -> NoReturn:
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point; a UserError ends in its one line and exit code 2."""
-    options = vars(make_parser().parse_args(arguments))
+    namespace, unknown = make_parser().parse_known_args(arguments)
+    options = vars(namespace)
+    command = options.pop("parser")
+    if unknown:
+        command.error(f"unknown arguments: {' '.join(unknown)}")
     try:
         options.pop("run")(options)
     except UserError as error:

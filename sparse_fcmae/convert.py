@@ -1,6 +1,5 @@
 """Any checkpoint -> any layout: read, renamed, written beside its destination, run against its source, put in place."""
 
-import importlib
 import os
 import tempfile
 from collections.abc import Callable, Iterator
@@ -13,21 +12,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sparse_fcmae.classifier import Classifier
 from sparse_fcmae.config import ConvertConfig
 from sparse_fcmae.encoder import SparseEncoder
 from sparse_fcmae.errors import UserError
 from sparse_fcmae.files import new_folder, one_line, save_tensors, write_atomic, write_json, writing
 from sparse_fcmae.formats.layouts import LAYOUTS
-from sparse_fcmae.formats.libraries import LIBRARIES, MMPRETRAIN_CONFIG, PROCESSOR, Library, Run
+from sparse_fcmae.formats.libraries import LIBRARIES, MMPRETRAIN_CONFIG, Library, Run, entry
 from sparse_fcmae.formats.onnx import export_onnx, run_onnx
-from sparse_fcmae.formats.weights import CONFIG, FILES, Weights, read_weights
+from sparse_fcmae.formats.weights import CONFIG, PROCESSOR, Weights, read_weights
 from sparse_fcmae.masking import random_mask
 
 TOLERANCE = 1e-5  # relative Frobenius error in float32
 TARGETS = (*LIBRARIES, "onnx")
 SUFFIXES = (".safetensors", ".pt", ".pth")
 ONNX = "model.onnx"
-OURS = {*FILES, CONFIG, PROCESSOR, MMPRETRAIN_CONFIG, ONNX, f"{ONNX}.data"}  # what a conversion's folder may hold
+DATA = ".data"  # behind the name of an ONNX graph whose weights lie beside it
+WRITTEN = {library.weights for library in LIBRARIES.values()}
+OURS = WRITTEN | {CONFIG, PROCESSOR, MMPRETRAIN_CONFIG, ONNX, ONNX + DATA}  # what a conversion's folder may hold
 
 
 def convert(
@@ -47,9 +49,10 @@ def convert(
         raise UserError(f"unknown layout {config.to!r}: choose --to {', '.join(TARGETS)}")
     target = Path(config.destination)
     name = _file_name(target, config.to)
-    _check_destination(target, config.overwrite, single=name is not None)
-    weights = read_weights(config.source)
+    _check_destination(target, Path(config.source), config.overwrite, single=name is not None)
+    weights = read_weights(config.source, whole=config.to == "fcmae")
     lines = [_what_was_read(weights, config.source), *weights.notes]
+    lines += _lost(weights, config.to, single=name is not None)
     with _destination(target, name, config.dry_run) as folder:
         with writing(target):
             lines += write(weights, folder, config.to, name)
@@ -83,7 +86,8 @@ def write(weights: Weights, folder: Path, to: str, name: str | None = None) -> l
         lines.append("added the final norm as the identity, as the source has none")
     tensors = LAYOUTS[to].convert(state)
     _save(tensors, folder / (name or library.weights), library)
-    for file, content in {} if name else library.configs(weights).items():
+    kept = replace(weights, state=state, classes=weights.classes if "head.weight" in state else None)
+    for file, content in {} if name else library.configs(kept).items():
         if isinstance(content, str):
             (folder / file).write_text(content)
         else:
@@ -106,8 +110,7 @@ def verify(weights: Weights, folder: Path, to: str, name: str | None = None) -> 
 
     Raises UserError where features, or logits, differ by more than TOLERANCE.
     """
-    # a pooling over the whole batch is pretraining's alone
-    weights = replace(weights, architecture=weights.architecture | {"grn_scope": "image"})
+    weights = weights.per_image()
     patch = 8 * weights.architecture["stem_stride"]
     generator = torch.Generator().manual_seed(0)
     size = weights.architecture["image_size"] if to == "onnx" else (2 * patch, 3 * patch)
@@ -118,9 +121,10 @@ def verify(weights: Weights, folder: Path, to: str, name: str | None = None) -> 
     if weights.original and own and own.module:
         with tempfile.TemporaryDirectory() as temporary:
             source = Path(temporary)
-            _save(weights.original, source / own.weights, own)
-            for file, content in own.configs(weights).items():
-                write_json(source / file, content)
+            with writing(source):
+                _save(weights.original, source / own.weights, own)
+                for file, content in own.configs(weights).items():
+                    write_json(source / file, content)
             lines += _by_library(own, source, weights, images, expected, "source")
     if to == "onnx":
         for batch in (images, images[:1]):
@@ -128,8 +132,7 @@ def verify(weights: Weights, folder: Path, to: str, name: str | None = None) -> 
             _compare((expected[1 if weights.num_classes else 0][: len(batch)],), (result,), "result run by onnxruntime")
         return [*lines, "verified: result run by onnxruntime on batches of 2 and 1, equal"]
     library = LIBRARIES[to]
-    result = read_weights(folder / name if name else folder)
-    result = replace(result, architecture=weights.architecture)
+    result = read_weights(folder / name if name else folder).per_image()
     how = "result read back by sparse-fcmae"
     compared = slice(0, 1) if "head" in library.drops else slice(0, 2)
     lines.append(_compare(expected[compared], _ours(result, "masked")(images)[compared], how))
@@ -158,18 +161,26 @@ def _ours(weights: Weights, backend: str = "auto") -> Run:
 def _by_library(
     library: Library, folder: Path, weights: Weights, images: Tensor, expected: tuple[Tensor, ...], what: str
 ) -> list[str]:
-    assert library.module
     assert library.run
     try:
-        importlib.import_module(library.module)
-    except Exception as error:  # not installed, or, like torchvision beside another torch, unusable
-        return [f"not run by {library.module}, which can't be imported ({one_line(error)})"]
-    return [_compare(expected, library.run(folder, weights)(images), f"{what} run by {library.module}")]
+        loaded = entry(library.module, library.name)
+    except UserError as error:
+        return [f"{what} not run by the library: {error}"]
+    try:
+        found = library.run(loaded, folder, weights)(images)
+    except Exception as error:
+        reason = f"{library.module} does not take the {what}: {one_line(error)[:200]}"
+        if what == "source":  # say an encoder without the norm that the library's always has
+            return [reason]
+        raise UserError(f"not written: {reason}") from None
+    return [_compare(expected, found, f"{what} run by {library.module}")]
 
 
 def _compare(expected: tuple[Tensor, ...], found: tuple[Tensor, ...], how: str) -> str:
-    errors = [((b - a).norm() / a.norm()).item() for a, b in zip(expected, found, strict=True)]
-    if not all(error < TOLERANCE for error in errors):
+    if not all(x.isfinite().all() for x in (*expected, *found)):
+        raise UserError(f"not written: features or logits are not finite ({how})")
+    errors = [((b - a).norm() / a.norm().clamp_min(1e-30)).item() for a, b in zip(expected, found, strict=True)]
+    if max(errors) >= TOLERANCE:
         raise UserError(f"not written: the result differs from the source by {max(errors):.1e} ({how})")
     return f"verified: {how}, equal within {max(*errors, 1e-9):.0e}"
 
@@ -185,9 +196,36 @@ def _what_was_read(weights: Weights, source: str) -> str:
     )
 
 
+def _lost(weights: Weights, to: str, single: bool) -> list[str]:
+    """What the target can't express, a line each."""
+    lines, (height, width) = [], weights.architecture["image_size"]
+    if weights.architecture["grn_scope"] == "batch" and (single or to not in ("official", "fcmae")):
+        lines.append("the response norm pools over each image there, not over the batch as in pretraining")
+    if single and to != "onnx":
+        lines.append("image size, class names and normalisation are not in such a file: a folder has them")
+    elif to == "huggingface" and height != width:
+        lines.append(f"the image size becomes {min(height, width)}, as it knows squares only")
+    return lines
+
+
 def _left_out(part: str) -> str:
     reason = "pretraining alone uses it" if part == "decoder" else "a model for pretraining has none"
     return f"left out the {part}: {reason}"
+
+
+def classifier_example(model: Classifier, folder: Path, data: str) -> str:
+    """Commands and code to paste that use an exported classifier."""
+    height, width = model.image_size
+    return (
+        f"    sparse-fcmae evaluate --init {quote(str(folder))} --data {quote(data)}\n"
+        f"    sparse-fcmae convert {quote(str(folder))} {quote(f'{folder}-huggingface')} --to huggingface\n\n"
+        "or\n\n"
+        "    import torch\n"
+        "    from sparse_fcmae import load_classifier\n\n"
+        f"    classifier = load_classifier({str(folder)!r})\n"
+        f"    images = torch.randn(1, {model.in_chans}, {height}, {width})  # normalised as in config.json\n"
+        f"    logits = classifier(images)  # [1, {model.num_classes}], the classes as in config.json\n"
+    )
 
 
 def usage_example(encoder: SparseEncoder, folder: Path) -> str:
@@ -221,8 +259,11 @@ def _destination(target: Path, name: str | None, dry_run: bool) -> Iterator[Path
             temporary = tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent)
         with temporary as folder:
             yield Path(folder)
-            for file in sorted(Path(folder).iterdir(), reverse=True):  # an ONNX graph after its data
-                write_atomic(target.parent / file.name, _mover(file))
+            files = sorted(Path(folder).iterdir(), reverse=True)  # an ONNX graph after its data
+            for file in files:
+                write_atomic(target.with_name(file.name), _mover(file))
+            for stale in set(_files(target)) - {target.with_name(file.name) for file in files}:
+                stale.unlink(missing_ok=True)
 
 
 def _mover(file: Path) -> Callable[[Path], None]:
@@ -239,12 +280,20 @@ def _file_name(target: Path, to: str) -> str | None:
     return None
 
 
-def _check_destination(target: Path, overwrite: bool, single: bool) -> None:
+def _files(target: Path) -> list[Path]:
+    """The target's file, and where that is an ONNX graph, the one that may have to lie beside it."""
+    return [target, target.with_name(target.name + DATA)] if target.suffix == ".onnx" else [target]
+
+
+def _check_destination(target: Path, source: Path, overwrite: bool, single: bool) -> None:
+    if source.exists() and source.resolve().is_relative_to(target.resolve()):
+        raise UserError(f"{source} would be replaced by its own conversion: choose another destination than {target}")
     if single:
         if target.is_dir():
             raise UserError(f"{target} is a folder: name another")
-        if target.exists() and not overwrite:
-            raise UserError(f"{target} is there already: choose another or give --overwrite")
+        for file in _files(target):
+            if file.exists() and not overwrite:
+                raise UserError(f"{file} is there already: choose another or give --overwrite")
         return
     if target.exists() and not target.is_dir():
         raise UserError(f"{target} is a file: name a folder")

@@ -4,7 +4,7 @@ import hashlib
 import math
 import os
 import signal
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple, NoReturn
@@ -112,13 +112,14 @@ def load_crop(
     rng: np.random.Generator | None = None,
     *,
     least: float = 0.2,
+    augment: Callable[[Image.Image, np.random.Generator], Image.Image] | None = None,
     share: float = 1.0,
 ) -> np.ndarray:
     """Decodes and crops an opened image: uint8 [H, W, in_chans] with (H, W) = `size`.
 
-    With `rng`, random resized crop of at least the share `least` of the area, and horizontal flip; without, a `share`
-    of the sides of the largest centred crop. Bicubic with antialiasing. JPEGs are decoded at a reduced scale where the
-    crop allows it.
+    With `rng`, random resized crop of at least the share `least` of the area, horizontal flip, and what `augment` makes
+    of the result; without, a `share` of the sides of the largest centred crop. Bicubic with antialiasing. JPEGs are
+    decoded at a reduced scale where the crop allows it.
     """
     height, width = size
     reducible = image.format in ("JPEG", "MPO")
@@ -140,6 +141,8 @@ def load_crop(
     across, down = image.size[0] / full[0], image.size[1] / full[1]
     box = (box[0] * across, box[1] * down, box[2] * across, box[3] * down)
     image = image.resize((width, height), Image.Resampling.BICUBIC, box=box)
+    if augment and rng is not None:
+        image = augment(image, rng)
     pixels = np.asarray(image).reshape(height, width, in_chans)
     return np.ascontiguousarray(pixels[:, ::-1] if flip else pixels)
 
@@ -190,13 +193,21 @@ Sample = tuple[
 class AugmentedImages(Dataset):
     """Crops of an `ImageFolder` under keys (epoch, index); unreadable files are replaced by random others.
 
-    least: share of the area that a crop has at least.
+    least, augment: as in `load_crop`.
     """
 
     def __init__(
-        self, folder: ImageFolder, size: tuple[int, int], in_chans: int, seed: int, *, least: float = 0.2
+        self,
+        folder: ImageFolder,
+        size: tuple[int, int],
+        in_chans: int,
+        seed: int,
+        *,
+        least: float = 0.2,
+        augment: Callable[[Image.Image, np.random.Generator], Image.Image] | None = None,
     ) -> None:
-        self.folder, self.size, self.in_chans, self.seed, self.least = folder, size, in_chans, seed, least
+        self.folder, self.size, self.in_chans, self.seed = folder, size, in_chans, seed
+        self.least, self.augment = least, augment
 
     def __getitem__(self, key: tuple[int, int]) -> Sample:
         """The sample, without pixels where TRIES files in a row could not be read."""
@@ -206,7 +217,8 @@ class AugmentedImages(Dataset):
         for _ in range(TRIES):
             try:
                 with self.folder.open(index) as image:
-                    return load_crop(image, self.size, self.in_chans, rng, least=self.least), index, bad
+                    crop = load_crop(image, self.size, self.in_chans, rng, least=self.least, augment=self.augment)
+                    return crop, index, bad
             except Exception as error:  # Pillow's decoders raise nearly anything on a broken file
                 bad.append(_bad(self.folder, index, error))
                 index = int(rng.integers(len(self.folder)))
@@ -284,13 +296,8 @@ def channel_stats(in_chans: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
 
 def normalise(pixels: Tensor) -> Tensor:
     """uint8 [B, H, W, C] -> float32 [B, C, H, W], normalised, on the same device."""
-    return standardise(pixels.permute(0, 3, 1, 2).float())
-
-
-def standardise(images: Tensor) -> Tensor:
-    """Normalises images [B, C, H, W] of values between 0 and 255."""
-    mean, std = _stats_on(images.device, images.shape[1])
-    return (images - mean) / std
+    mean, std = _stats_on(pixels.device, pixels.shape[-1])
+    return (pixels.permute(0, 3, 1, 2).float() - mean) / std
 
 
 @cache

@@ -2,24 +2,26 @@
 
 import json
 import os
-from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparse_fcmae import visualize
-from sparse_fcmae.config import EvaluateConfig, image_size_of
+from sparse_fcmae.config import EvaluateConfig, flag, image_size_of
 from sparse_fcmae.data import BadImage, crop_share
+from sparse_fcmae.encoder import SparseEncoder
 from sparse_fcmae.errors import UserError
 from sparse_fcmae.files import write_atomic, write_json, writing
 from sparse_fcmae.formats.weights import Weights, read_weights
-from sparse_fcmae.labelled import HELD_OUT, ClassFolder, open_splits, outputs_of
+from sparse_fcmae.labelled import HELD_OUT, ClassFolder, open_splits, outputs_of, wordnet_ids
 from sparse_fcmae.probes import Viewing, features_of, linear_probe, nearest_neighbours, run_over
 from sparse_fcmae.training import distributed
+from sparse_fcmae.training.configure import check_values
 
+EXTRA = ("gaussian_blur", "saturate", "spatter", "speckle_noise")  # ImageNet-C's further ones, not in mCE
 EVALUATION, CONFUSION, PICTURE = "evaluation.json", "confusion.json", "confusion.png"
 ALEXNET = {  # its error rates on ImageNet-C, which mCE is relative to (Hendrycks and Dietterich, 2019, section 4)
     **{"gaussian_noise": 0.886428, "shot_noise": 0.894468, "impulse_noise": 0.922640, "defocus_blur": 0.819880},
@@ -38,46 +40,65 @@ def evaluate(**options: Any) -> dict[str, Any]:
     for name in options.keys() - known:
         raise TypeError(f"evaluate() got an unexpected option {name!r}")
     config = EvaluateConfig(**{k: os.fspath(v) if isinstance(v, os.PathLike) else v for k, v in options.items()})
-    for name in ("data", "init"):
-        if not getattr(config, name):
-            raise UserError(f"--{name} is missing: name {'the images' if name == 'data' else 'the weights'}")
-    out = Path(config.out) if config.out else None
-    if out and out.exists() and not out.is_dir():
-        raise UserError(f"--out {out} is a file: choose another")
-    if config.batch_size < 1 or config.neighbours < 1:
-        raise UserError("--batch-size and --neighbours must be at least 1")
-    weights = read_weights(config.init)
+    out = _check(config)
+    weights = read_weights(config.init).per_image()
+    weights.check_usable(config.init)
     device = distributed.choose_device(config.device)
     size = image_size_of(config.image_size or weights.architecture["image_size"])
+    with torch.device("meta"):
+        SparseEncoder(**weights.architecture).grid(*size)
     view = Viewing(
         size,
         weights.architecture["in_chans"],
-        config.crop_share if config.crop_share is not None else crop_share(size),
+        config.crop_share or crop_share(size),
         device,
         distributed.choose_dtype(config.dtype, device) == torch.bfloat16,
         config.batch_size,
         distributed.cores_per_rank() if config.num_workers is None else config.num_workers,
     )
-    weights.encoder().grid(*size)
     if config.knn or config.linear_probe:
-        found = _probe(config, weights, view)
+        measured = _probe(config, weights, view)
     elif not weights.num_classes:
         raise UserError(
             f"{config.init} has no classification head: give --knn or --linear-probe, or fine-tune it first"
         )
     elif corruptions := corruption_folders(Path(config.data)):
-        found = _corrupted(config, weights, view, corruptions)
+        measured = _corrupted(config, weights, view, corruptions)
     else:
-        found = _classify(config, weights, view)
+        measured = _classify(config, weights, view)
+    found = {"weights": config.init, **measured}
+    print(report(found))
     confusion = found.pop("confusion", None)
     if out:
-        with writing(out):
-            out.mkdir(parents=True, exist_ok=True)
         write_json(out / EVALUATION, found)
         if confusion is not None:
             _write_confusion(out, confusion)
-    print(report(found))
     return found | ({"confusion": confusion} if confusion is not None else {})
+
+
+def _check(config: EvaluateConfig) -> Path | None:
+    """Raises UserError for options that can't be; returns the folder to write to, made, where there is to be one."""
+    for name in ("data", "init"):
+        if not getattr(config, name):
+            raise UserError(f"--{name} is missing: name {'the images' if name == 'data' else 'the weights'}")
+    check_values(config, ("batch_size", "neighbours", "crop_share", "labels_per_class"), ("seed", "num_workers"))
+    if config.crop_share and config.crop_share > 1:
+        raise UserError(f"--crop-share {config.crop_share} must be at most 1")
+    for name in ("val_split", "labels_per_class"):
+        if getattr(config, name) is not None and not (config.knn or config.linear_probe):
+            raise UserError(f"{flag(name)} goes with --knn or --linear-probe alone")
+    if not config.out:
+        return None
+    out = Path(config.out)
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out} is a file: choose another")
+    if (out / EVALUATION).exists() and not config.overwrite:
+        raise UserError(f"--out {out} holds an evaluation: choose another or give --overwrite")
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+        (out / CONFUSION).unlink(missing_ok=True)
+        (out / PICTURE).unlink(missing_ok=True)
+    return out
 
 
 def accuracy(logits: Tensor, labels: Tensor, classes: tuple[str, ...]) -> dict[str, Any]:
@@ -102,12 +123,8 @@ def corruption_folders(root: Path) -> dict[str, list[Path]]:
         raise UserError(f"--data {root}: no such folder")
     above = [p for p in sorted(root.iterdir()) if p.is_dir()]
     above += [q for p in above for q in sorted(p.iterdir()) if q.is_dir()]
-    found = {}
-    for folder in above:
-        severities = [p for p in sorted(folder.glob("[1-5]")) if p.is_dir() and any(q.is_dir() for q in p.iterdir())]
-        if severities:
-            found[folder.name] = severities
-    return found
+    folders = {folder.name: sorted(folder.glob("[1-5]")) for folder in above if folder.name in (*ALEXNET, *EXTRA)}
+    return {name: severities for name, severities in folders.items() if severities}
 
 
 def _held_out(root: Path) -> ClassFolder:
@@ -122,16 +139,25 @@ def _classify(config: EvaluateConfig, weights: Weights, view: Viewing) -> dict[s
     folder = _held_out(Path(config.data))
     model = weights.classifier(config.backend).to(view.device)
     found, bad = _accuracy_on(folder, model, weights, view, "evaluating")
-    return {**_head(config, folder, bad), **found}
+    return {"data": str(folder.root), "unreadable": [b.file for b in bad], **found}
 
 
 def _accuracy_on(
-    folder: ClassFolder, model: Callable[[Tensor], Tensor], weights: Weights, view: Viewing, what: str
+    folder: ClassFolder, model: nn.Module, weights: Weights, view: Viewing, what: str
 ) -> tuple[dict[str, Any], list[BadImage]]:
-    """Accuracy among the classes that the folder has."""
+    """Accuracy among all outputs; but for folders of some WordNet ids, as ImageNet-A's and -R's, among these alone."""
     outputs = outputs_of(folder, weights.num_classes, weights.classes)
     logits, index, bad = run_over(folder, model, view, what)
-    return accuracy(logits[:, outputs], folder.labels[index], folder.classes), bad
+    labels = folder.labels[index]
+    subset = len(outputs) < weights.num_classes == 1000 and set(folder.classes) <= set(wordnet_ids())
+    if subset:
+        found = accuracy(logits[:, outputs], labels, folder.classes)
+    else:
+        names = list(weights.classes or map(str, range(weights.num_classes)))
+        for output, name in zip(outputs.tolist(), folder.classes, strict=True):
+            names[output] = name
+        found = accuracy(logits, outputs[labels], tuple(names))
+    return {"outputs": weights.num_classes, "among": len(outputs) if subset else weights.num_classes, **found}, bad
 
 
 def _corrupted(
@@ -139,7 +165,7 @@ def _corrupted(
 ) -> dict[str, Any]:
     """Error by corruption and severity; their mean; and mCE where all of ImageNet-C's are there."""
     if config.crop_share is None:  # these images are cropped already
-        view = Viewing(**{**vars(view), "share": 1.0})
+        view = replace(view, share=1.0)
     model = weights.classifier(config.backend).to(view.device)
     errors: dict[str, dict[str, float]] = {}
     images, bad = 0, []
@@ -151,7 +177,7 @@ def _corrupted(
             images, bad = images + found["images"], bad + unreadable
     means = {name: sum(values.values()) / len(values) for name, values in errors.items()}
     result = {
-        **{"data": config.data, "weights": config.init, "images": images, "unreadable": [b.file for b in bad]},
+        **{"data": config.data, "images": images, "unreadable": [b.file for b in bad]},
         **{"errors": errors, "mean_error": sum(means.values()) / len(means)},
     }
     if weights.num_classes == 1000 and set(ALEXNET) <= set(means) and all(len(errors[name]) == 5 for name in ALEXNET):
@@ -164,19 +190,16 @@ def _probe(config: EvaluateConfig, weights: Weights, view: Viewing) -> dict[str,
     if config.labels_per_class:
         train = train.few(config.labels_per_class, config.seed)
     encoder = weights.encoder(config.backend).to(view.device)
-    features, labels = features_of(train, encoder, view, "training images")
-    queries, truth = features_of(held, encoder, view, "held-out images")
-    result = {"data": config.data, "weights": config.init, "train_images": len(labels), "images": len(truth)}
+    features, labels, bad = features_of(train, encoder, view, "training images")
+    queries, truth, more = features_of(held, encoder, view, "held-out images")
+    result = {"data": config.data, "train_images": len(labels), "images": len(truth)}
+    result["unreadable"] = [entry.file for entry in bad + more]
     if config.knn:
         predicted = nearest_neighbours(features, labels, queries, config.neighbours)
         result["knn_top1"] = (predicted == truth).float().mean().item()
     if config.linear_probe:
         result["linear_probe_top1"] = (linear_probe(features, labels, queries) == truth).float().mean().item()
     return result
-
-
-def _head(config: EvaluateConfig, folder: ClassFolder, bad: list[BadImage]) -> dict[str, Any]:
-    return {"data": str(folder.root), "weights": config.init, "unreadable": [b.file for b in bad]}
 
 
 def report(found: dict[str, Any]) -> str:
@@ -187,9 +210,13 @@ def report(found: dict[str, Any]) -> str:
     for name in ("top1", "top5", "knn_top1", "linear_probe_top1"):
         if name in found:
             lines.append(f"{name.replace('_', ' ').replace('top', 'top-')} {100 * found[name]:.2f} %")
+    if found.get("among", 0) < found.get("outputs", 0):
+        lines.append(f"among the {found['among']} of {found['outputs']} classes that the folder has")
     if "by_class" in found:
-        ordered = sorted(found["by_class"].items(), key=lambda item: item[1])
-        lines.append("worst classes: " + ", ".join(f"{name} {100 * share:.1f} %" for name, share in ordered[:5]))
+        ordered = sorted(found["by_class"].items(), key=lambda item: item[1])[:20]
+        lines.append(
+            "by class, the worst first: " + ", ".join(f"{name} {100 * share:.1f} %" for name, share in ordered)
+        )
     for name, errors in found.get("errors", {}).items():
         lines.append(f"{name:20} error " + "  ".join(f"{100 * error:5.1f}" for error in errors.values()) + " %")
     if "mean_error" in found:

@@ -58,7 +58,7 @@ def new_folder(path: Path) -> Iterator[Path]:
 
     `path` may exist: it is replaced, and comes back if the move fails.
     """
-    path = Path(os.path.abspath(path))
+    path = Path(os.path.realpath(path))  # what a link names is replaced, not the link
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     old = path.with_name(f".{path.name}.{os.getpid()}.old")
     try:

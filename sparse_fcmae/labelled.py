@@ -25,8 +25,8 @@ class ClassFolder(ImageFolder):
     Raises UserError, beside those of `ImageFolder`, for images outside of the class folders and for empty ones.
     """
 
-    def __init__(self, root: str | os.PathLike, without: str | os.PathLike | None = None) -> None:
-        super().__init__(root, without)
+    def __init__(self, root: str | os.PathLike) -> None:
+        super().__init__(root)
         self.classes = tuple(sorted(p.name for p in self.root.iterdir() if p.is_dir() and not p.name.startswith(".")))
         names = [Path(file).parts[0] for file in self.files]
         for file, name in zip(self.files, names, strict=True):
@@ -70,9 +70,7 @@ class ClassFolder(ImageFolder):
         return self.take(np.flatnonzero(~held)), self.take(np.flatnonzero(held))
 
 
-def open_splits(
-    root: str | os.PathLike, val_split: float | None, seed: int, without: str | os.PathLike | None = None
-) -> tuple[ClassFolder, ClassFolder]:
+def open_splits(root: str | os.PathLike, val_split: float | None, seed: int) -> tuple[ClassFolder, ClassFolder]:
     """Training and held-out images: of ROOT/train and ROOT/val or ROOT/test, or a `val_split` of the one folder ROOT.
 
     Raises UserError where neither is there, or a class lacks in one of them.
@@ -84,13 +82,13 @@ def open_splits(
             raise UserError(f"--val-split {val_split} must be between 0 and 1")
         if (root / "train").is_dir() and held:
             raise UserError(f"--data {root} has {held.name} already: leave --val-split out")
-        return ClassFolder(root / "train" if (root / "train").is_dir() else root, without).split(val_split, seed)
+        return ClassFolder(root / "train" if (root / "train").is_dir() else root).split(val_split, seed)
     if not root.is_dir():
         raise UserError(f"--data {root}: no such folder")
     if not (root / "train").is_dir() or held is None:
         missing = "train" if not (root / "train").is_dir() else " or ".join(HELD_OUT)
         raise UserError(f"--data {root} has no folder {missing}: make one, or hold images out with --val-split 0.1")
-    train, val = ClassFolder(root / "train", without), ClassFolder(held, without)
+    train, val = ClassFolder(root / "train"), ClassFolder(held)
     for here, there in ((train, val), (val, train)):
         lacking = sorted(set(here.classes) - set(there.classes))
         if lacking:
@@ -103,23 +101,24 @@ def open_splits(
 def outputs_of(folder: ClassFolder, num_classes: int, names: Sequence[str] | None) -> Tensor:
     """int64: the head's output that each of the folder's classes is.
 
-    By the outputs' names, where they are known and hold the folders'. Else folders named by numbers from 0
-    (ImageNet-V2) are these outputs, folders named by ImageNet's WordNet ids, be it some only (ImageNet-A, -R), those of
-    a head with 1000, and any others, where no names are known, the outputs in sorted order. Raises UserError where
-    nothing fits.
+    By the outputs' names, where they are known. Where they are not, or are ImageNet's, folders named by numbers from 0
+    (ImageNet-V2) are these outputs, and folders named by WordNet ids, be it some only (ImageNet-A, -R), those of a head
+    with 1000. Any others, where no names are known, are the outputs in sorted order. Raises UserError where nothing
+    fits.
     """
-    candidates = [tuple(names or ()), tuple(map(str, range(num_classes)))]
-    candidates += [wordnet_ids()] * (num_classes == 1000)
+    imagenet = names is None or tuple(names) == wordnet_ids() or names[0].lower().startswith("tench")
+    candidates = [tuple(names or ())]
+    candidates += [tuple(map(str, range(num_classes)))] * imagenet
+    candidates += [wordnet_ids()] * (imagenet and num_classes == 1000)
     candidates += [folder.classes] * (not names and len(folder.classes) == num_classes)
     for outputs in candidates:
         if set(folder.classes) <= set(outputs):
             places = {name: i for i, name in enumerate(outputs)}
             return torch.tensor([places[name] for name in folder.classes])
     if names:
-        unknown = min(set(folder.classes) - set(names))
-        raise UserError(
-            f"{folder.root}: class folder {unknown} is none of the head's {num_classes}, such as {names[0]}"
-        )
+        unknown, known = min(set(folder.classes) - set(names)), ", ".join(names[:10])
+        known += ", ..." if len(names) > 10 else ""
+        raise UserError(f"{folder.root}: class folder {unknown} is none of the head's {num_classes} classes: {known}")
     raise UserError(
         f"{folder.root} has {len(folder.classes)} class folders but the head {num_classes} outputs, whose names are "
         "not known: give data with the head's classes"

@@ -26,7 +26,10 @@ def kept_patches(grid: tuple[int, int], ratio: float) -> int:
     kept = int(total * (1 - ratio))
     if not 0 < kept < total:
         what = "keeps no patch" if kept <= 0 else "masks no patch"
-        raise UserError(f"mask ratio {ratio} {what} of {grid[0]}x{grid[1]}: choose another --mask-ratio or image size")
+        raise UserError(
+            f"mask ratio {ratio} {what} of {grid[0]}x{grid[1]}: choose another --mask-ratio or image size, or a "
+            "smaller --stem-stride"
+        )
     return kept
 
 

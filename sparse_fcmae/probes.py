@@ -59,10 +59,11 @@ def run_over(
 
 def features_of(
     folder: ClassFolder, encoder: SparseEncoder, view: Viewing, what: str | None = None
-) -> tuple[Tensor, Tensor]:
-    """The mean over positions of an encoder's dense features, float32 [N, D], and the labels of a folder's images."""
-    outputs, index, _ = run_over(folder, lambda images: encoder(images).float().mean((2, 3)), view, what)
-    return outputs, folder.labels[index]
+) -> tuple[Tensor, Tensor, list[BadImage]]:
+    """The mean over positions of an encoder's dense features, float32 [N, D], the labels of a folder's images, and the
+    unreadable ones, which are left out."""
+    outputs, index, bad = run_over(folder, lambda images: encoder(images).float().mean((2, 3)), view, what)
+    return outputs, folder.labels[index], bad
 
 
 def nearest_neighbours(

@@ -1,5 +1,6 @@
 import argparse
 import json
+import subprocess
 import sys
 from dataclasses import replace
 
@@ -20,6 +21,7 @@ from sparse_fcmae import (
     create_fcmae,
     load_classifier,
     load_encoder,
+    pretrain,
 )
 from sparse_fcmae.convert import export_model
 from sparse_fcmae.encoder import SIZES
@@ -312,9 +314,9 @@ def test_reads_back_itself_where_the_library_is_missing(tmp_path, monkeypatch):
         monkeypatch.setitem(sys.modules, library, None)
         report = convert(tmp_path / "ours", tmp_path / to, to=to)
         assert "verified: result read back by sparse-fcmae" in report
-        assert f"not run by {library}, which can't be imported" in report
+        assert f"result not run by the library: {library} can't be imported" in report
     monkeypatch.setitem(sys.modules, "onnxscript", None)
-    with pytest.raises(UserError, match=r"pip install 'sparse-fcmae\[onnx\]'"):
+    with pytest.raises(UserError, match="needs onnxscript: pip install"):
         convert(tmp_path / "ours", tmp_path / "x.onnx", to="onnx")
 
 
@@ -362,9 +364,18 @@ def test_mistakes_leave_the_destination_untouched(tmp_path, capsys):
     nan = {"stages.0.0.norm.bias": torch.full((40,), torch.nan)}
     fails(file("f.safetensors", lambda s: s.update(nan)), "not finite")
     fails("ours", "unknown layout", to="keras")
-    fails("ours", "not empty", destination="ours")
+    fails("ours", "would be replaced by its own conversion", destination="ours")
+    fails("whole.pt", "would be replaced by its own conversion", destination="whole.pt", overwrite=True, to="official")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "model.pt").write_bytes(b"x")
+    fails("ours", "not empty", destination="full")
+    fails("full", "can't be read as a PyTorch file")
+    for number, content in enumerate(({"model": {1: torch.zeros(1)}}, {"model": {}}, [1])):
+        torch.save(content, tmp_path / f"odd{number}.pt")
+        fails(f"odd{number}.pt", "holds no state_dict")
+    fails(file("g.safetensors", lambda s: s.update({"head.weight": torch.zeros(())})), "no head of any classes")
     fails("ours", "name a folder, or a file that ends in .onnx", destination="x.pt", to="onnx")
-    fails("ours", "there is none|is there already", destination="whole.pt")
+    fails("ours", "is there already", destination="whole.pt")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "precious.txt").write_text("x")
     fails("ours", "holds more than a conversion", destination="other", overwrite=True)
@@ -372,6 +383,97 @@ def test_mistakes_leave_the_destination_untouched(tmp_path, capsys):
     fails("ours", "is a file", destination="ours/config.json")
     with pytest.raises(UserError, match="no classification head"):
         load_classifier(tmp_path / "ours")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        *(
+            {"pretrained_cfg": None},
+            {"pretrained_cfg": {"input_size": None}},
+            {"model_type": "convnextv2", "id2label": []},
+        ),
+        *({"model_type": "convnextv2", "id2label": {"a": "b"}}, {"format": "sparse-fcmae x", "classes": 3}),
+        {"format": "sparse-fcmae x", "image_size": {"height": 3}},
+    ],
+)
+def test_odd_configs_are_named(tmp_path, config):
+    exported(tmp_path / "ours")
+    (tmp_path / "ours" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"config.json can't be understood"):
+        read_weights(tmp_path / "ours")
+
+
+def test_normalisation_and_size_of_the_source_are_kept(tmp_path):
+    model = classifier(tmp_path / "ours", image_size=(64, 96))
+    config = json.loads((tmp_path / "ours" / "config.json").read_text())
+    (tmp_path / "ours" / "config.json").write_text(json.dumps(config | {"mean": [0.5] * 3, "std": [0.25] * 3}))
+    for source, to in (("ours", "timm"), ("timm", "huggingface"), ("huggingface", "official")):
+        report = convert(tmp_path / source, tmp_path / to, to=to)
+        assert ("knows squares only" in report) is (to == "huggingface")
+    assert timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True).pretrained_cfg["mean"] == [0.5] * 3
+    assert list(AutoImageProcessor.from_pretrained(tmp_path / "huggingface").image_std) == [0.25] * 3
+    weights = read_weights(tmp_path / "official")
+    assert (weights.stats, weights.classes) == (((0.5,) * 3, (0.25,) * 3), NAMES)
+    with pytest.raises(UserError, match=r"normalised with mean \(0.5"):
+        weights.check_usable("x")
+    assert "are not in such a file" in convert(tmp_path / "ours", tmp_path / "x.pt", to="official")
+    assert model.image_size == (64, 96)
+
+
+def test_a_runs_folder_gives_its_decoder_to_fcmae(tmp_path, pictures):
+    options = {"image_size": 32, "stem_stride": 1, "batch_size": 20, "epochs": 1, "num_workers": 0}
+    pretrain(data=pictures, out=tmp_path / "run", **options)
+    assert "encoder with decoder" in convert(tmp_path / "run", tmp_path / "fcmae", to="fcmae")
+    assert read_weights(tmp_path / "fcmae").has_decoder
+    assert not read_weights(tmp_path / "run").has_decoder
+
+
+def test_headless_and_pooled_sources(tmp_path):
+    """timm's names without its final norm; a classifier to fcmae; a pooled encoder to onnx; a head of zeros."""
+    model = classifier(tmp_path / "ours")
+    state = LAYOUTS["timm"].convert(model.state_dict())
+    torch.save({k: v for k, v in state.items() if not k.startswith("head.")}, tmp_path / "headless.pt")
+    assert "timm does not take the source" in convert(tmp_path / "headless.pt", tmp_path / "a", to="official")
+    convert(tmp_path / "ours", tmp_path / "fcmae", to="fcmae")
+    assert "encoder" in json.loads((tmp_path / "fcmae" / "config.json").read_text())["format"]
+    exported(tmp_path / "pooled", image_size=64, grn_scope="batch")
+    assert "pools over each image" in convert(tmp_path / "pooled", tmp_path / "x.onnx", to="onnx")
+    torch.nn.init.zeros_(model.head.weight)
+    torch.nn.init.zeros_(model.head.bias)
+    export_model(model, tmp_path / "zero")
+
+
+def test_converts_where_torchvision_is_unusable(tmp_path):
+    """In a process without what these tests put right: libraries may fail to import, and be said to."""
+    exported(tmp_path / "ours")
+    for to in ("timm", "huggingface"):
+        command = [sys.executable, "-m", "sparse_fcmae", "convert", tmp_path / "ours", tmp_path / to, "--to", to]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert "result run by" in done.stdout or "result not run by the library" in done.stdout
+
+
+def test_link_to_a_folder_has_what_it_names_replaced(tmp_path):
+    exported(tmp_path / "ours")
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    convert(tmp_path / "ours", tmp_path / "link", to="timm")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "real" / "model.safetensors").exists()
+
+
+def test_onnx_data_beside_a_graph_is_guarded(tmp_path, monkeypatch):
+    exported(tmp_path / "ours", image_size=64)
+    (tmp_path / "m.onnx.data").write_text("precious")
+    with pytest.raises(UserError, match=r"m.onnx.data is there already"):
+        convert(tmp_path / "ours", tmp_path / "m.onnx", to="onnx")
+    monkeypatch.setattr("sparse_fcmae.formats.onnx.ONE_FILE", 0)
+    convert(tmp_path / "ours", tmp_path / "m.onnx", to="onnx", overwrite=True)
+    assert (tmp_path / "m.onnx.data").stat().st_size > 1e6
+    monkeypatch.setattr("sparse_fcmae.formats.onnx.ONE_FILE", 1e9)
+    convert(tmp_path / "ours", tmp_path / "m.onnx", to="onnx", overwrite=True)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["m.onnx", "ours"]
 
 
 def test_overwrite_replaces_an_earlier_conversion(tmp_path):

@@ -91,12 +91,13 @@ def test_classifier_in_every_layout(colours, tmp_path, capsys):
         convert(tmp_path / "ours", tmp_path / to, to=to)
     for name in ("ours", "timm", "huggingface"):
         arguments = ["--data", str(colours), "--init", str(tmp_path / name), "--out", str(tmp_path / "out")]
+        arguments += ["--overwrite"]
         main(["evaluate", *arguments])
         found = json.loads((tmp_path / "out" / "evaluation.json").read_text())
         assert (found["top1"], found["top5"], found["images"]) == (1, 1, 12)
         assert found["by_class"] == {"blue": 1, "green": 1, "red": 1}
     confusion = json.loads((tmp_path / "out" / "confusion.json").read_text())
-    assert confusion == {"classes": ["blue", "green", "red"], "counts": [[4, 0, 0], [0, 4, 0], [0, 0, 4]]}
+    assert confusion == {"classes": ["red", "blue", "green"], "counts": [[4, 0, 0], [0, 4, 0], [0, 0, 4]]}
     assert Image.open(tmp_path / "out" / "confusion.png").size[0] > 300
     assert "top-1 100.00 %" in capsys.readouterr().out
 
@@ -112,7 +113,8 @@ def test_imagenet_subsets_and_corruptions(colours, tmp_path):
             target.parent.mkdir(exist_ok=True)
             target.symlink_to(colours / "val" / colour)
         found = evaluate(data=tmp_path / folder, init=tmp_path / "ours", device="cpu")
-        assert (found["top1"], found["images"]) == (1, 12)
+        assert (found["top1"], found["images"], found["outputs"]) == (1, 12, 1000)
+        assert found["among"] == (3 if folder == "a" else 1000)
     for corruption in list(ALEXNET):
         for severity in "12345":
             target = tmp_path / "c" / "group" / corruption / severity
@@ -128,6 +130,18 @@ def test_imagenet_subsets_and_corruptions(colours, tmp_path):
     assert found["mean_error"] == pytest.approx(0.2 / 15)
     assert found["mCE"] == pytest.approx(0.2 / ALEXNET["snow"] / 15)
     assert found["images"] == 12 * 75
+
+
+def test_fewer_folders_than_classes_are_still_judged_among_all(colours, tmp_path):
+    trained(colours, tmp_path / "ours", classes=("blue", "green", "red"))
+    for name, colour in (("red", "blue"), ("green", "green")):  # what lies in red is blue
+        (tmp_path / "some").mkdir(exist_ok=True)
+        (tmp_path / "some" / name).symlink_to(colours / "val" / colour)
+    found = evaluate(data=tmp_path / "some", init=tmp_path / "ours", out=tmp_path / "out")
+    assert (found["top1"], found["by_class"], found["among"]) == (0.5, {"green": 1, "red": 0}, 3)
+    assert found["confusion"]["counts"] == [[0, 0, 0], [0, 4, 0], [4, 0, 0]]
+    with pytest.raises(UserError, match="holds an evaluation: choose another or give --overwrite"):
+        evaluate(data=tmp_path / "some", init=tmp_path / "ours", out=tmp_path / "out")
 
 
 def test_unreadable_images_are_left_out_and_named(colours, tmp_path, capsys):
@@ -153,7 +167,15 @@ def test_mistakes_are_one_line(colours, encoder, tmp_path, capsys, monkeypatch):
         ({"data": data}, "--init is missing"),
         ({"data": data, "init": encoder}, "has no classification head: give --knn or --linear-probe"),
         ({"data": tmp_path / "none", "init": tmp_path / "ours"}, "no such folder"),
-        ({"data": tmp_path / "other", "init": tmp_path / "ours"}, "class folder cyan is none of the head's 3"),
+        (
+            {"data": tmp_path / "other", "init": tmp_path / "ours"},
+            "class folder cyan is none of the head's 3 classes: blue, green, red",
+        ),
+        ({"data": data, "init": tmp_path / "ours", "labels-per-class": 3}, "goes with --knn or --linear-probe alone"),
+        ({"data": data, "init": tmp_path / "ours", "crop-share": 0}, "--crop-share must be greater than 0"),
+        ({"data": data, "init": tmp_path / "ours", "crop-share": 2}, "--crop-share 2.0 must be at most 1"),
+        ({"data": data, "init": tmp_path / "ours", "seed": -1}, "--seed must be 0 or more"),
+        ({"data": data, "init": tmp_path / "ours", "out": "/proc/none"}, "can't write /proc/none"),
         ({"data": data, "init": tmp_path / "ours", "out": tmp_path / "file"}, "is a file"),
         ({"data": data, "init": tmp_path / "ours", "image-size": "33"}, "not a multiple"),
         ({"data": data / "val", "init": encoder, "knn": ""}, "has no folder train"),

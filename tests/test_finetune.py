@@ -1,9 +1,11 @@
 import json
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 from helpers import randomise
@@ -18,9 +20,9 @@ from sparse_fcmae.data import AugmentedImages, make_loader, normalise
 from sparse_fcmae.encoder import SIZES
 from sparse_fcmae.formats.weights import read_weights
 from sparse_fcmae.labelled import ClassFolder
-from sparse_fcmae.training.augment import Augmentation
-from sparse_fcmae.training.finetune import build
-from sparse_fcmae.training.optim import adamw, layer_scale
+from sparse_fcmae.training.augment import OPERATIONS, Mixing, RandAugment
+from sparse_fcmae.training.finetune import RECIPE, build
+from sparse_fcmae.training.optim import adamw, cosine_lr, layer_scale
 from sparse_fcmae.training.recipes import PRESETS, complete
 
 SMALL = {  # 30 of 40 images to train on, 3 steps of 10 an epoch
@@ -107,9 +109,10 @@ def test_killed_and_resumed_run_ends_with_the_same_weights(pictures, encoder, wh
 
 
 def test_two_ranks_give_one_ranks_losses(pictures, encoder, tmp_path, monkeypatch):
-    plain = {"mixup": 0, "cutmix": 0, "rand_augment": 0, "random_erasing": 0, "drop_path": 0}
-    finetune(data=pictures, out=tmp_path / "one", init=encoder, **SMALL | plain)
-    arguments = command(pictures, encoder, tmp_path / "two", **plain)
+    """With everything on: what is drawn follows from a micro-batch's place in the global batch."""
+    options = {"micro_batch_size": 5, "epochs": 2}
+    finetune(data=pictures, out=tmp_path / "one", init=encoder, **SMALL | options)
+    arguments = command(pictures, encoder, tmp_path / "two", **options)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *arguments[1:]]
     subprocess.run(torchrun, check=True, capture_output=True)
@@ -218,31 +221,115 @@ def test_mixing_shares_labels_as_it_shares_pixels(mixup, cutmix):
     """Plain images, one of each class: their mean gives away the shares."""
     labels = torch.arange(8)
     pixels = (labels * 20).to(torch.uint8)[:, None, None, None].expand(8, 16, 24, 3)
-    augment = Augmentation(8, rand_augment=0, random_erasing=0, mixup=mixup, cutmix=cutmix)
+    mix = Mixing(8, random_erasing=0, mixup=mixup, cutmix=cutmix)
     for _ in range(5):
-        images, targets = augment(pixels, labels)
+        images, targets = mix(pixels, labels)
         shares = targets @ normalise(pixels)[:, 0, 0, 0]
         torch.testing.assert_close(images[:, 0].mean((1, 2)), shares, atol=1e-5, rtol=1e-5)
         assert ((targets > 0).sum(1) <= 2).all()
 
 
-def test_augmentation_is_seeded_and_varied():
-    augment = Augmentation(3, rand_augment=9, random_erasing=0.5, mixup=0, cutmix=0)
+def test_erasing_puts_noise_into_boxes():
+    mix = Mixing(3, random_erasing=0.5, mixup=0, cutmix=0)
     for channels in (3, 1):
-        pixels = torch.randint(0, 256, (20, 32, 48, channels), dtype=torch.uint8)
-        labels = torch.arange(20) % 3
+        pixels = torch.full((60, 32, 48, channels), 77, dtype=torch.uint8)
+        labels = torch.arange(60) % 3
         torch.manual_seed(1)
-        first, same = augment(pixels, labels)
+        images, same = mix(pixels, labels)
         torch.manual_seed(1)
-        assert torch.equal(augment(pixels, labels)[0], first)
-        assert not torch.equal(augment(pixels, labels)[0], first)
+        assert torch.equal(mix(pixels, labels)[0], images)
         assert same is labels
-        assert first.shape == (20, channels, 32, 48)
-        assert first.isfinite().all()
-        changed = (first != normalise(pixels)).flatten(1).any(1)
-        assert changed.float().mean() > 0.7
-    plain, _ = Augmentation(3, rand_augment=0, random_erasing=0, mixup=0, cutmix=0)(pixels, labels)
+        changed = (images != normalise(pixels)).any(1).flatten(1).float().mean(1)
+        assert 0.3 < (changed > 0).float().mean() < 0.7
+        assert changed[changed > 0].min() > 0.01
+        assert changed.max() < 0.4
+        noise = images[images != normalise(pixels)]
+        assert noise.std() == pytest.approx(1, abs=0.1)
+    plain, _ = Mixing(3, random_erasing=0, mixup=0, cutmix=0)(pixels, labels)
     assert torch.equal(plain, normalise(pixels))
+
+
+GREYS = np.tile(np.arange(256, dtype=np.uint8), (256, 1))
+
+
+def operated(name, m, pixels=GREYS):
+    image = Image.fromarray(np.stack([pixels] * 3, -1))
+    return np.asarray(OPERATIONS[name][0](image, m)).astype(int)[..., 0]
+
+
+def test_operations_of_rand_augment_at_the_recipes_magnitude():
+    """Against what each does to a value by definition, at magnitude 9 of 10."""
+    x = GREYS.astype(int)
+    assert np.array_equal(operated("invert", 0.9), 255 - x)
+    assert np.array_equal(operated("posterize", 0.9), x & 0x80)
+    assert np.array_equal(operated("solarize", 0.9), np.where(x >= 26, 255 - x, x))
+    assert np.array_equal(operated("solarize_add", 0.9), np.where(x < 128, np.minimum(255, x + 99), x))
+    assert np.abs(operated("brightness", 0.9) - np.minimum(255, x * 1.81)).max() <= 1
+    assert np.abs(operated("brightness", -0.9) - x * 0.19).max() <= 1
+    assert np.abs(operated("contrast", -0.9) - (128 + (x - 128) * 0.19)).max() <= 1
+    assert np.array_equal(operated("color", 0.9), x)
+    half = GREYS // 2 + 20
+    assert np.abs(operated("auto_contrast", 0.9, half) - (half.astype(int) - 20) * 255 / 127).max() <= 1
+    assert np.abs(operated("equalize", 0.9) - x).max() <= 2
+    assert (
+        np.array_equal(operated("translate_x", 0.9)[:, : 256 - 104], x[:, 104:])
+        or np.abs(operated("translate_x", 0.9)[:, :150] - x[:, 104:254]).max() <= 1
+    )
+    down = operated("translate_y", -0.9, GREYS.T.copy())
+    assert np.abs(down[106:, :] - GREYS.T.astype(int)[:150]).max() <= 4
+    centre = operated("rotate", 0.9)[128]
+    assert np.abs(np.diff(centre[60:196].astype(float)).mean() - np.cos(np.deg2rad(27))) < 0.02
+    sheared = operated("shear_x", 0.9)
+    assert sheared[100, 100] == pytest.approx(100 + 0.27 * 100, abs=2)
+
+
+def test_rand_augment_is_seeded_and_varied():
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 32, 3), dtype=np.uint8))
+    augment = RandAugment(9)
+    for mode in ("RGB", "L"):
+        picture = image.convert(mode)
+        results = [np.asarray(augment(picture.copy(), np.random.default_rng(i))) for i in range(60)]
+        again = np.asarray(augment(picture.copy(), np.random.default_rng(7)))
+        assert np.array_equal(again, results[7])
+        assert all(result.shape == np.asarray(picture).shape for result in results)
+        same = sum(np.array_equal(result, np.asarray(picture)) for result in results)
+        assert 5 < same < 35  # each of two operations happens with probability 0.5
+        assert len({result.tobytes() for result in results}) > 20
+
+
+def test_average_is_the_decayed_sum_of_the_weights(pictures, encoder, tmp_path):
+    options = {k: v for k, v in SMALL.items() if k not in ("mixup", "cutmix")}
+    options |= {"epochs": 1, "save_every": 1, "keep_checkpoints": 9, "ema_decay": 0.7}
+    finetune(data=pictures, out=tmp_path / "run", init=encoder, **options)
+    steps = [load_file(tmp_path / f"run/checkpoints/step-{i:08d}/model.safetensors") for i in (1, 2, 3)]
+    average = load_file(tmp_path / "run" / "exported-ema" / "model.safetensors")
+    for key, value in average.items():
+        expected = 0.7 * (0.7 * steps[0][key] + 0.3 * steps[1][key]) + 0.3 * steps[2][key]
+        torch.testing.assert_close(value, expected, atol=1e-6, rtol=1e-5)
+
+
+def test_cosine_ends_at_the_least_rate():
+    assert cosine_lr(9, 10, 5, 1.0, 0.1) == pytest.approx(0.1 + 0.9 * 0.5 * (1 + np.cos(np.pi * 0.8)))
+    assert cosine_lr(10, 10, 5, 1.0, 0.1) == pytest.approx(0.1)
+    assert cosine_lr(2, 10, 5, 1.0, 0.1) == pytest.approx(0.6)
+    assert cosine_lr(9, 10, 0, 1e-7, 1e-6) == pytest.approx(1e-7)
+
+
+def test_run_records_its_recipe_and_needs_its_start_no_more(pictures, encoder, tmp_path):
+    copy, run = tmp_path / "copy", tmp_path / "run"
+    shutil.copytree(encoder, copy)
+    options = {k: v for k, v in SMALL.items() if k != "ema_decay"} | {"epochs": 2, "save_every": 1}
+    finetune(data=pictures, out=run, init=copy, **options)
+    saved = json.loads((run / "config.json").read_text())
+    assert all(saved[name] is not None for name in RECIPE)
+    assert (saved["weight_decay"], saved["ema_decay"], saved["image_size"]) == (0.3, 0.9999, "32")
+    assert "--weight-decay 0.3" in (run / "train.log").read_text()
+    shutil.rmtree(copy)
+    (run / "checkpoints" / "latest").write_text("step-00000005\n")
+    before = load_file(run / "exported" / "model.safetensors")
+    finetune(out=run, resume=True)
+    after = load_file(run / "exported" / "model.safetensors")
+    assert all(torch.equal(after[key], value) for key, value in before.items())
 
 
 def test_mistakes_are_one_line(pictures, encoder, whole, tmp_path, capsys, monkeypatch):
@@ -265,12 +352,16 @@ def test_mistakes_are_one_line(pictures, encoder, whole, tmp_path, capsys, monke
     assert "--model goes with --from-scratch alone" in fails(model="tiny")
     assert "unknown preset" in fails(preset="giant")
     assert "must be at most 10" in fails(rand_augment=11)
+    assert "--ema-decay 1.0 must be less than 1" in fails(ema_decay=1)
+    assert "unknown model 'attto'" in fails("--from-scratch", init=None, model="attto")
+    assert "lies among the class folders" in fails(out=pictures / "run")
+    assert "which --overwrite deletes" in fails("--overwrite", init=whole / "exported-ema", out=whole)
     assert "--labels-per-class 9" in fails(labels_per_class=9)
     assert "not a multiple of the 8-pixel patch" in fails(image_size=33)
     assert "holds a run: give --resume to go on or --overwrite" in fails(out=whole)
     assert "--lr is 0.5 but the run in" in fails("--resume", out=whole, lr=0.5)
     monkeypatch.setitem(sys.modules, "kornia.augmentation", None)
-    assert "pip install 'sparse-fcmae[finetune]'" in fails()
+    assert "pip install kornia (the extra finetune)" in fails()
     with pytest.raises(TypeError, match="unexpected option"):
         finetune(dat=pictures)
 
@@ -287,12 +378,12 @@ def test_pretraining_goes_on_from_weights_and_looks_at_neighbours(pictures, enco
     pretrain(data=pictures, out=run, init=encoder, knn=data, every=1, epochs=2, lr=1e-9, **small)
     assert [row["step"] for row in rows(run, "evaluations")] == [0, 4, 8]
     assert all(0 <= row["knn_top1"] <= 1 for row in rows(run, "evaluations"))
-    assert "going on from the encoder, with a new decoder" in (run / "train.log").read_text()
+    assert "new decoder" in (run / "train.log").read_text()
     state, after = load_file(encoder / "model.safetensors"), load_file(run / "exported" / "model.safetensors")
     assert all((after[key] - value).abs().max() < 1e-6 for key, value in state.items())
 
     again = tmp_path / "again"
-    pretrain(data=pictures, out=again, init=run / "checkpoints" / "step-00000008", epochs=1, lr=1e-9, **small)
+    pretrain(data=pictures, out=again, init=run, epochs=1, lr=1e-9, batch_size=10, dtype="fp32", num_workers=0)
     assert "going on from the encoder and decoder" in (again / "train.log").read_text()
     models = [load_file(r / "checkpoints" / f"step-{s:08d}" / "model.safetensors") for r, s in ((run, 8), (again, 4))]
     assert all((models[1][key] - value).abs().max() < 1e-6 for key, value in models[0].items())

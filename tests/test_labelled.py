@@ -78,17 +78,20 @@ def test_outputs_of_folders(tmp_path):
     assert list(ids) == sorted(ids)
     some = ClassFolder(make(tmp_path / "r", **{ids[7]: 1, ids[300]: 1}))
     assert outputs_of(some, 1000, None).tolist() == [7, 300]
-    assert outputs_of(some, 1000, [f"word {i}" for i in range(1000)]).tolist() == [7, 300]
+    assert outputs_of(some, 1000, ["tench, Tinca tinca", *(f"word {i}" for i in range(999))]).tolist() == [7, 300]
     assert outputs_of(some, 3, ["a", ids[300], ids[7]]).tolist() == [2, 1]
     assert outputs_of(some, 2, None).tolist() == [0, 1]
     numbers = ClassFolder(make(tmp_path / "v2", **{"10": 1, "9": 1}))
     assert outputs_of(numbers, 1000, None).tolist() == [10, 9]
     for classes, names, message in (
         (5, None, "has 2 class folders but the head 5 outputs"),
-        (2, ["a", "b"], f"class folder {ids[7]} is none of the head's 2, such as a"),
+        (2, ["a", "b"], f"class folder {ids[7]} is none of the head's 2 classes: a, b"),
+        (1000, [f"word {i}" for i in range(1000)], "is none of the head's 1000 classes: word 0, "),
     ):
         with pytest.raises(UserError, match=message):
             outputs_of(some, classes, names)
+    with pytest.raises(UserError, match="class folder 10 is none"):
+        outputs_of(numbers, 11, [f"word {i}" for i in range(11)])
 
 
 def test_class_folder_of_every_image_is_its_own(pictures):

@@ -287,16 +287,16 @@ def test_mistakes_end_in_one_line(pictures, tmp_path, capsys):
     assert "is a file" in wrong(out=tmp_path / "file")
     assert "can't write" in wrong(out=tmp_path / "file" / "run")
     (empty / "thesis.pdf").write_text("x")
-    assert "holds no run: choose another" in wrong(out=empty)
-    assert "holds no run to resume" in fails(capsys, "pretrain", "--out", empty, "--resume")
+    assert "holds no pretraining run: choose another" in wrong(out=empty)
+    assert "holds no pretraining run to resume" in fails(capsys, "pretrain", "--out", empty, "--resume")
     assert (empty / "thesis.pdf").exists()
     other = tmp_path / "another-project"
     other.mkdir()
     (other / "config.json").write_text('{"model_type": "bert"}')
-    assert "holds no run: choose another" in fails(
+    assert "holds no pretraining run: choose another" in fails(
         capsys, "pretrain", "--data", pictures, "--out", other, "--overwrite"
     )
-    assert "holds no run to resume" in fails(capsys, "pretrain", "--out", other, "--resume")
+    assert "holds no pretraining run to resume" in fails(capsys, "pretrain", "--out", other, "--resume")
 
 
 def test_mistakes_with_an_existing_run(pictures, whole, tmp_path, capsys):

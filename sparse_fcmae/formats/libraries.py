@@ -11,15 +11,21 @@ from torch import Tensor
 from sparse_fcmae.data import channel_stats, crop_share
 from sparse_fcmae.encoder import SIZES
 from sparse_fcmae.errors import UserError
-from sparse_fcmae.formats.weights import CONFIG, Weights
+from sparse_fcmae.files import one_line
+from sparse_fcmae.formats.weights import CONFIG, PROCESSOR, Weights
 
-PROCESSOR, MMPRETRAIN_CONFIG = "preprocessor_config.json", "config.py"
+MMPRETRAIN_CONFIG = "config.py"
 Run = Callable[[Tensor], tuple[Tensor, Tensor]]  # images -> features [B, D, H, W], and logits or, without a head, norm
+
+
+def stats_of(weights: Weights) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of each channel that the weights' images are normalised with."""
+    return weights.stats or channel_stats(weights.architecture["in_chans"])
 
 
 def official_configs(weights: Weights) -> dict[str, Any]:
     """What `load_encoder` reads."""
-    mean, std = channel_stats(weights.architecture["in_chans"])
+    mean, std = stats_of(weights)
     kind = "classifier" if weights.num_classes else "encoder"
     config = {"format": f"sparse-fcmae {kind}", **weights.architecture, "mean": mean, "std": std}
     if weights.num_classes:
@@ -31,7 +37,7 @@ def timm_configs(weights: Weights) -> dict[str, Any]:
     shape = weights.architecture
     if shape["stem_stride"] == 2:  # timm would put a further downsampling before the first stage
         raise UserError("timm's ConvNeXt V2 has no stem of stride 2: convert to huggingface or official")
-    mean, std = channel_stats(shape["in_chans"])
+    mean, std = stats_of(weights)
     height, width = shape["image_size"]
     patch = 8 * shape["stem_stride"]
     pretrained = {
@@ -61,7 +67,7 @@ def timm_configs(weights: Weights) -> dict[str, Any]:
 def huggingface_configs(weights: Weights) -> dict[str, Any]:
     shape = weights.architecture
     depths, dims = SIZES[shape["name"]]
-    mean, std = channel_stats(shape["in_chans"])
+    mean, std = stats_of(weights)
     side = min(shape["image_size"])
     config = {
         "model_type": "convnextv2",
@@ -81,7 +87,6 @@ def huggingface_configs(weights: Weights) -> dict[str, Any]:
     if weights.num_classes:
         names = weights.classes or tuple(f"LABEL_{i}" for i in range(weights.num_classes))
         config["id2label"] = {str(i): name for i, name in enumerate(names)}
-        config["label2id"] = {name: i for i, name in enumerate(names)}
     processor = {
         "image_processor_type": "ConvNextImageProcessor",
         "do_resize": True,
@@ -107,46 +112,62 @@ def mmpretrain_configs(weights: Weights) -> dict[str, Any]:
         loss = {"type": "CrossEntropyLoss", "loss_weight": 1.0}
         model["head"] = {"type": "LinearClsHead", "num_classes": weights.num_classes}
         model["head"] |= {"in_channels": SIZES[shape["name"]][1][-1], "loss": loss}
-    mean, std = ([255 * value for value in values] for values in channel_stats(shape["in_chans"]))
-    preprocessor = {"num_classes": weights.num_classes or 1000, "mean": mean, "std": std, "to_rgb": True}
+    mean, std = ([255 * value for value in values] for values in stats_of(weights))
+    preprocessor = {"mean": mean, "std": std, "to_rgb": shape["in_chans"] == 3}
+    preprocessor |= {"num_classes": weights.num_classes} if weights.num_classes else {}
     return {MMPRETRAIN_CONFIG: f"model = {model!r}\ndata_preprocessor = {preprocessor!r}\n"}
 
 
-def run_timm(folder: Path, weights: Weights) -> Run:
+def run_timm(create_model: Any, folder: Path, weights: Weights) -> Run:
     """The folder's model as timm's `create_model` makes it."""
-    model = importlib.import_module("timm").create_model(f"local-dir:{folder}", pretrained=True).eval()
+    model = create_model(f"local-dir:{folder}", pretrained=True).eval()
     return lambda images: ((features := model.forward_features(images)), model.forward_head(features))
 
 
-def run_huggingface(folder: Path, weights: Weights) -> Run:
+def run_huggingface(model_class: Any, folder: Path, weights: Weights) -> Run:
     """The folder's model as transformers' `from_pretrained` makes it."""
-    transformers = importlib.import_module("transformers")
     if not weights.num_classes:
-        model = transformers.ConvNextV2Model.from_pretrained(folder).eval()
-        return lambda images: ((output := model(images)).last_hidden_state, output.pooler_output)
-    model = transformers.ConvNextV2ForImageClassification.from_pretrained(folder).eval()
+        encoder = entry("transformers", "ConvNextV2Model").from_pretrained(folder).eval()
+        return lambda images: ((output := encoder(images)).last_hidden_state, output.pooler_output)
+    model = model_class.from_pretrained(folder).eval()
     return lambda images: (model.convnextv2(images).last_hidden_state, model(images).logits)
+
+
+def entry(module: str, name: str) -> Any:
+    """What a library offers under a name. Raises UserError with the reason where it can't be imported."""
+    try:
+        return getattr(importlib.import_module(module), name)  # some libraries import themselves at that point only
+    except Exception as error:  # not installed, or, like torchvision beside another torch, unusable
+        raise UserError(f"{module} can't be imported ({one_line(error)})") from None
 
 
 @dataclass(frozen=True)
 class Library:
     """configs: file name -> content, JSON or text. weights: the weights' file in a folder. drops: parts of the weights
     that it has no place for. norm: whether its encoders end in a norm. wrapper: the key under which its .pt files hold
-    the weights. module, run: its Python module, and what makes its function of a folder, where it is run."""
+    the weights. module, name, run: its Python module, a name in it, and what makes its function of what has that name
+    and a folder, where it is run."""
 
     configs: Callable[[Weights], dict[str, Any]]
     weights: str = "model.safetensors"
     drops: tuple[str, ...] = ("decoder",)
     norm: bool = False
     wrapper: str | None = None
-    module: str | None = None
-    run: Callable[[Path, Weights], Run] | None = None
+    module: str = ""
+    name: str = ""
+    run: Callable[[Any, Path, Weights], Run] | None = None
 
 
 LIBRARIES = {
     "official": Library(official_configs, wrapper="model"),
-    "timm": Library(timm_configs, norm=True, module="timm", run=run_timm),
-    "huggingface": Library(huggingface_configs, norm=True, module="transformers", run=run_huggingface),
+    "timm": Library(timm_configs, norm=True, module="timm", name="create_model", run=run_timm),
+    "huggingface": Library(
+        huggingface_configs,
+        norm=True,
+        module="transformers",
+        name="ConvNextV2ForImageClassification",
+        run=run_huggingface,
+    ),
     "mmpretrain": Library(mmpretrain_configs, weights="model.pth", norm=True, wrapper="state_dict"),
     "fcmae": Library(official_configs, weights="model.pt", drops=("norm", "head"), wrapper="model"),
 }

@@ -22,8 +22,8 @@ def export_onnx(weights: Weights, file: Path) -> None:
         try:
             importlib.import_module(name)
         except ImportError:
-            raise UserError(f"--to onnx needs {name}: pip install 'sparse-fcmae[onnx]'") from None
-    classifies = weights.num_classes > 0
+            raise UserError(f"--to onnx needs {name}: pip install onnx onnxscript onnxruntime, extra onnx") from None
+    weights, classifies = weights.per_image(), weights.num_classes > 0
     # plain PyTorch where nothing is masked
     model = weights.classifier("masked") if classifies else weights.encoder("masked")
     images = torch.zeros(2, model.in_chans, *model.image_size)

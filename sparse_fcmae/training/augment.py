@@ -1,94 +1,127 @@
-"""Augmentation of a whole micro-batch on its device, by kornia: RandAugment, random erasing, MixUp, CutMix.
+"""Augmentation beyond crops and flips: RandAugment an image, by Pillow in the loader's processes; random erasing, MixUp
+and CutMix a micro-batch, by kornia on its device.
 
-All random numbers come from torch's global generator.
+kornia's RandAugment gives a whole batch the same operations, and other ones than the recipes': its brightness adds, its
+solarize weakens with the magnitude, and its enhancements know no sign.
 """
 
-import math
+from collections.abc import Callable
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageEnhance, ImageOps
 from torch import Tensor
 
-from sparse_fcmae.data import standardise
+from sparse_fcmae.data import IMAGENET_MEAN, normalise
 from sparse_fcmae.errors import UserError
 
-ALIKE = 8  # images that get the same operations of RandAugment, though with signs of their own
-SHEAR = math.degrees(math.atan(0.3)) / 180  # kornia takes half turns
-OPERATIONS = [  # with the ranges of the recipe that the paper follows
-    [("auto_contrast", 0, 1)],
-    [("equalize", 0, 1)],
-    [("invert", 0, 1)],
-    [("rotate", -30.0, 30.0)],
-    [("posterize", 4.0, 8.0)],
-    [("solarize", 0.0, 1.0)],
-    [("solarize_add", 0.0, 0.43)],
-    [("color", 0.1, 1.9)],
-    [("contrast", 0.1, 1.9)],
-    [("brightness", 0.1, 1.9)],
-    [("sharpness", 0.1, 1.9)],
-    [("shear_x", -SHEAR, SHEAR)],
-    [("shear_y", -SHEAR, SHEAR)],
-    [("translate_x", -0.45, 0.45)],
-    [("translate_y", -0.45, 0.45)],
-]
+FILL = tuple(round(255 * value) for value in IMAGENET_MEAN)  # what moves into the picture
 
 
-class Augmentation:
-    """uint8 images and labels -> normalised images and targets.
+def _move(image: Image.Image, *coefficients: float) -> Image.Image:
+    fill = FILL if image.mode == "RGB" else FILL[1]
+    return image.transform(image.size, Image.Transform.AFFINE, coefficients, Image.Resampling.BILINEAR, fillcolor=fill)
 
-    rand_augment: magnitude between 0 and 10, 0 for none; two operations an image, the magnitude varied by a normal
-    number of standard deviation 0.5. random_erasing: probability of a grey box. mixup, cutmix: alpha of their beta
-    distribution, 0 for none; of both, each micro-batch gets one. Raises UserError where kornia is needed but missing.
+
+def _rotate(image: Image.Image, degrees: float) -> Image.Image:
+    fill = FILL if image.mode == "RGB" else FILL[1]
+    return image.rotate(degrees, Image.Resampling.BILINEAR, fillcolor=fill)
+
+
+def _solarize_add(image: Image.Image, m: float) -> Image.Image:
+    added = int(110 * m)
+    return image.point([min(255, v + added) if v < 128 else v for v in range(256)] * len(image.getbands()))
+
+
+def _enhance(kind: type) -> Callable[[Image.Image, float], Image.Image]:
+    return lambda image, m: kind(image).enhance(max(0.1, 1 + 0.9 * m))
+
+
+# name: operation on an image, given a magnitude between 0 and 1, and whether that takes a random sign
+OPERATIONS: dict[str, tuple[Callable[[Image.Image, float], Image.Image], bool]] = {
+    "auto_contrast": (lambda image, m: ImageOps.autocontrast(image), False),
+    "equalize": (lambda image, m: ImageOps.equalize(image), False),
+    "invert": (lambda image, m: ImageOps.invert(image), False),
+    "posterize": (lambda image, m: ImageOps.posterize(image, max(1, 4 - int(4 * m))), False),
+    "solarize": (lambda image, m: ImageOps.solarize(image, 256 - int(256 * m)), False),
+    "solarize_add": (_solarize_add, False),
+    "color": (_enhance(ImageEnhance.Color), True),
+    "contrast": (_enhance(ImageEnhance.Contrast), True),
+    "brightness": (_enhance(ImageEnhance.Brightness), True),
+    "sharpness": (_enhance(ImageEnhance.Sharpness), True),
+    "rotate": (lambda image, m: _rotate(image, 30 * m), True),
+    "shear_x": (lambda image, m: _move(image, 1, 0.3 * m, 0, 0, 1, 0), True),
+    "shear_y": (lambda image, m: _move(image, 1, 0, 0, 0.3 * m, 1, 0), True),
+    "translate_x": (lambda image, m: _move(image, 1, 0, 0.45 * m * image.width, 0, 1, 0), True),
+    "translate_y": (lambda image, m: _move(image, 1, 0, 0, 0, 1, 0.45 * m * image.height), True),
+}
+
+
+class RandAugment:
+    """Two random operations an image (Cubuk et al., 2019), as the published recipes have it (rand-m9-mstd0.5-inc1).
+
+    magnitude: 0 to 10, to which each operation adds a normal number of standard deviation 0.5. Each happens with
+    probability 0.5, and is the stronger the greater its magnitude.
     """
 
-    def __init__(
-        self, classes: int, *, rand_augment: float, random_erasing: float, mixup: float, cutmix: float
-    ) -> None:
-        self.classes, self.magnitude, self.alpha = classes, rand_augment, mixup
-        self.operations = self.erasing = self.mixup = self.cutmix = None
-        if not (rand_augment or random_erasing or mixup or cutmix):
+    def __init__(self, magnitude: float) -> None:
+        self.magnitude = magnitude
+
+    def __call__(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
+        for name in rng.choice(list(OPERATIONS), 2):
+            operation, signed = OPERATIONS[name]
+            m = float(np.clip(rng.normal(self.magnitude, 0.5), 0, 10)) / 10
+            happens, negative = rng.random(2) < 0.5
+            if happens:
+                image = operation(image, -m if signed and negative else m)
+        return image
+
+
+class Mixing:
+    """uint8 images and labels -> normalised images and targets, with boxes of noise and other images mixed in.
+
+    random_erasing: probability of a box of normal noise. mixup, cutmix: alpha of the beta distribution of the share,
+    0 for none; of both, each micro-batch gets one. Random numbers come from torch's global generator. Raises UserError
+    where kornia is needed but missing.
+    """
+
+    def __init__(self, classes: int, *, random_erasing: float, mixup: float, cutmix: float) -> None:
+        self.classes, self.alpha = classes, mixup
+        self.erasing = self.mixup = self.cutmix = None
+        if not (random_erasing or mixup or cutmix):
             return
         try:
             import kornia.augmentation as K
-            from kornia.augmentation.auto import RandAugment
         except ImportError:
             raise UserError(
-                "augmentation needs kornia: pip install 'sparse-fcmae[finetune]', or give --rand-augment 0 "
-                "--random-erasing 0 --mixup 0 --cutmix 0"
+                "augmentation needs kornia: pip install kornia (the extra finetune), or give --random-erasing 0 "
+                "--mixup 0 --cutmix 0"
             ) from None
-        if rand_augment:
-            self.operations = RandAugment(n=2, m=27, policy=OPERATIONS)
+        labelled = {"data_keys": ["input", "class"], "same_on_batch": True}
         if random_erasing:
             self.erasing = K.RandomErasing(p=random_erasing, scale=(0.02, 1 / 3), ratio=(0.3, 1 / 0.3))
         if mixup:
-            self.mixup = K.RandomMixUpV2(data_keys=["input", "class"])
+            self.mixup = K.RandomMixUpV2(**labelled)
         if cutmix:
-            self.cutmix = K.RandomCutMixV2(data_keys=["input", "class"], beta=cutmix, use_correct_lambda=True)
+            self.cutmix = K.RandomCutMixV2(**labelled, beta=cutmix, use_correct_lambda=True)
 
     def __call__(self, pixels: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """uint8 [B, H, W, C], int64 [B] -> float32 [B, C, H, W], and the labels or shares of the classes [B, K]."""
-        images = pixels.permute(0, 3, 1, 2).float()
-        if self.operations is not None:
-            images = torch.cat([self._operate(part) for part in (images / 255).split(ALIKE)]) * 255
-        images = standardise(images)
+        images = normalise(pixels)
         if self.erasing is not None:
-            images = self.erasing(images)
+            kept = self.erasing(torch.ones_like(images[:, :1]))
+            images = torch.where(kept > 0, images, torch.randn_like(images))
         mixing = [mix for mix in (self.mixup, self.cutmix) if mix is not None]
         if not mixing:
             return images, labels
         return self._mix(mixing[torch.randint(len(mixing), ()).item()], images, labels)
 
-    def _operate(self, images: Tensor) -> Tensor:
-        magnitude = 3 * (self.magnitude + 0.5 * torch.randn(()).item())  # kornia's goes to 30
-        self.operations.m = min(max(magnitude, 0.1), 29.9)
-        coloured = self.operations(images.expand(-1, 3, -1, -1)).clamp(0, 1)  # some operations want colours
-        return coloured[:, : images.shape[1]]
-
-    def _mix(self, mix, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def _mix(self, mix: Callable, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         parameters = mix.forward_parameters(images.shape)
         if mix is self.mixup:  # kornia draws uniform shares
-            shares = torch.distributions.Beta(self.alpha, self.alpha).sample((len(images),))
-            parameters["mixup_lambdas"] = shares.to(parameters["mixup_lambdas"])
+            share = torch.distributions.Beta(self.alpha, self.alpha).sample()
+            parameters["mixup_lambdas"] = torch.full_like(parameters["mixup_lambdas"], share.item())
         images, mixed = mix(images, labels, params=parameters)
         own, other, share = mixed.reshape(-1, 3).unbind(1)  # the share is the other's in MixUp, the own in CutMix
         share = (share if mix is self.cutmix else 1 - share)[:, None]

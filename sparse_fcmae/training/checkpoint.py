@@ -39,7 +39,7 @@ class RunFolder:
     """A run's folder on disk, of pretraining or of what else `kind` configures. Constructing it touches nothing."""
 
     def __init__(self, path: str | Path, kind: type[RunConfig] = PretrainConfig) -> None:
-        self.path, self.format = Path(path), f"sparse-fcmae {kind.command} run"
+        self.path, self.kind, self.format = Path(path), kind.command, f"sparse-fcmae {kind.command} run"
         self.checkpoints = self.path / "checkpoints"
 
     def check(self, resume: bool, overwrite: bool) -> None:
@@ -52,9 +52,9 @@ class RunFolder:
             empty = not self.path.exists() or not {p.name for p in self.path.iterdir()} - {LOCK}
         is_run = not empty and self.saved_config() is not None
         if resume and not is_run:
-            raise UserError(f"--out {self.path} holds no run to resume: leave --resume out to start one")
+            raise UserError(f"--out {self.path} holds no {self.kind} run to resume: leave --resume out to start one")
         if not empty and not is_run:
-            raise UserError(f"--out {self.path} is not empty and holds no run: choose another")
+            raise UserError(f"--out {self.path} is not empty and holds no {self.kind} run: choose another")
         if not empty and not (resume or overwrite):
             raise UserError(f"--out {self.path} holds a run: give --resume to go on or --overwrite to delete it")
 

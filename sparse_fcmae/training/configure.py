@@ -4,6 +4,7 @@ import math
 import os
 from collections.abc import Iterable
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any, TypeVar
 
 from sparse_fcmae.config import RunConfig, flag, image_size_of
@@ -42,6 +43,15 @@ def configure(
         raise UserError("--data is missing: name the folder with the images")
     else:
         config = kind(**options)
+    source = Path(config.init or "").resolve()
+    if config.init and config.overwrite and source.is_relative_to(Path(config.out).resolve()):
+        raise UserError(f"--init {config.init} lies in --out, which --overwrite deletes: choose another --out")
+    check_values(config, positive, not_negative)
+    return config
+
+
+def check_values(config: Any, positive: Iterable[str], not_negative: Iterable[str]) -> None:
+    """Raises UserError where an option of these is given but not so."""
     for name in positive:
         value = getattr(config, name)
         if value is not None and not 0 < value < math.inf:
@@ -50,7 +60,6 @@ def configure(
         value = getattr(config, name)
         if value is not None and not 0 <= value < 2**32:
             raise UserError(f"{flag(name)} must be 0 or more, not {value}")
-    return config
 
 
 def shown(size: tuple[int, int]) -> str:

@@ -47,12 +47,14 @@ class Ranks:
 
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:
-    """The device that a --device flag means. Raises UserError where it can't be used."""
+    """The device that a --device flag means, made the current one. Raises UserError where it can't be used."""
     try:
         device = default_device() if name == "auto" else torch.device(name)
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", local_rank)
         torch.zeros(1, device=device).item()  # "meta" has no values
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name} can't be used: {str(error).splitlines()[0]}") from None
     return device
@@ -78,8 +80,6 @@ def start(device: str) -> Ranks:
     """Joins the process group when started by `torchrun` (NCCL on GPUs, gloo elsewhere)."""
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     chosen = choose_device(device, int(os.environ.get("LOCAL_RANK", 0)))
-    if chosen.type == "cuda":
-        torch.cuda.set_device(chosen)
     joining = world > 1 and not dist.is_initialized()
     if joining:
         dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")

@@ -15,15 +15,15 @@ from sparse_fcmae import visualize
 from sparse_fcmae.backends import resolve_backend
 from sparse_fcmae.classifier import Classifier
 from sparse_fcmae.config import FinetuneConfig, flag, image_size_of
-from sparse_fcmae.convert import export_model
-from sparse_fcmae.data import AugmentedImages, crop_share, make_loader, micro_batches
+from sparse_fcmae.convert import classifier_example, export_model
+from sparse_fcmae.data import AugmentedImages, BadImage, crop_share, make_loader, micro_batches
 from sparse_fcmae.encoder import SIZES
 from sparse_fcmae.errors import Interrupted, UserError
 from sparse_fcmae.formats.weights import read_weights
 from sparse_fcmae.labelled import ClassFolder, open_splits
 from sparse_fcmae.probes import Viewing, run_over
 from sparse_fcmae.training import distributed
-from sparse_fcmae.training.augment import Augmentation
+from sparse_fcmae.training.augment import Mixing, RandAugment
 from sparse_fcmae.training.checkpoint import RunFolder, load_model, load_trainer
 from sparse_fcmae.training.configure import configure, shown
 from sparse_fcmae.training.logging import RunLog
@@ -42,7 +42,12 @@ NOT_NEGATIVE = (
     *("warmup_epochs", "weight_decay", "seed", "num_workers", "max_bad_images", "min_lr"),
     *("label_smoothing", "mixup", "cutmix", "rand_augment", "random_erasing", "ema_decay", "drop_path"),
 )
-BELOW = {"min_crop": 1, "label_smoothing": 1, "random_erasing": 1, "ema_decay": 1, "rand_augment": 10}
+MOST = {"min_crop": 1, "random_erasing": 1, "rand_augment": 10}
+LESS = {"label_smoothing": 1, "ema_decay": 1}
+RECIPE = (
+    *("base_lr", "weight_decay", "layer_decay", "layer_decay_type", "drop_path", "label_smoothing", "mixup", "cutmix"),
+    *("rand_augment", "random_erasing", "min_crop", "ema_decay"),
+)
 
 
 def finetune(**options: Any) -> Path:
@@ -62,29 +67,38 @@ def finetune(**options: Any) -> Path:
 def configured(options: dict[str, Any]) -> FinetuneConfig:
     """The config that options mean, checked; touches nothing on the disk."""
     config = configure(FinetuneConfig, options, POSITIVE, NOT_NEGATIVE)
-    for name, limit in BELOW.items():
+    for name, limit in (MOST | LESS).items():
         value = getattr(config, name)
-        if value is not None and value > limit:
-            raise UserError(f"{flag(name)} {value} must be at most {limit}")
+        if value is not None and (value > limit or (value == limit and name in LESS)):
+            raise UserError(f"{flag(name)} {value} must be {'less than' if name in LESS else 'at most'} {limit}")
     if bool(config.init) == config.from_scratch:
         raise UserError("give --init with the weights to fine-tune, or --from-scratch for none")
+    if config.model not in SIZES:
+        raise UserError(f"unknown model {config.model!r}: choose one of {', '.join(SIZES)}")
     for name in ("model", "in_chans", "stem_stride"):
         if config.init and name in options:
             raise UserError(f"{flag(name)} goes with --from-scratch alone: the weights of --init have their own")
     return config
 
 
-def build(config: FinetuneConfig, classes: tuple[str, ...]) -> tuple[Classifier, FinetuneConfig, list[str]]:
+def build(
+    config: FinetuneConfig, classes: tuple[str, ...], checkpoint: Path | None = None
+) -> tuple[Classifier, FinetuneConfig, list[str]]:
     """The classifier to start with, the config without open ends, and what there is to say about the weights.
 
-    The head of the weights is kept where it is for these classes, or for as many whose names are not known.
+    The head of the weights is kept where it is for these classes, or for as many whose names are not known. They are
+    those of a run's checkpoint where there is one.
     """
     torch.manual_seed(config.seed)
-    if config.from_scratch:
+    source = checkpoint or config.init
+    if source is None:
         shape = {"name": config.model, "in_chans": config.in_chans, "stem_stride": config.stem_stride}
         weights, size, notes = None, (224, 224), ["starting from random weights"]
+        if config.in_chans not in (1, 3):
+            raise UserError(f"--in-chans {config.in_chans}: image files give 3 channels (colour) or 1 (greyscale)")
     else:
-        weights = read_weights(config.init)
+        weights = read_weights(source)
+        weights.check_usable(source)
         shape = {**weights.architecture, "grn_scope": "image"}
         size, notes = shape.pop("image_size"), list(weights.notes)
     config = complete(config, shape["name"])
@@ -95,7 +109,7 @@ def build(config: FinetuneConfig, classes: tuple[str, ...]) -> tuple[Classifier,
     if weights:
         fits = weights.num_classes == len(classes) and weights.classes in (None, classes)
         model.load_state_dict(weights.without("decoder", *([] if fits else ["head"])), strict=False)
-        notes.insert(0, f"starting from the {'encoder and head' if fits else 'encoder'} of {config.init}")
+        notes.insert(0, f"starting from the {'encoder and head' if fits else 'encoder'} of {source}")
         notes += [] if fits else [f"new head for {len(classes)} classes"]
     if config.freeze_encoder:
         model.requires_grad_(False)
@@ -107,18 +121,19 @@ def build(config: FinetuneConfig, classes: tuple[str, ...]) -> tuple[Classifier,
 def train(config: FinetuneConfig, ranks: distributed.Ranks) -> Path:
     """The run of a checked config, on this rank."""
     device, run = ranks.device, RunFolder(config.out, FinetuneConfig)
-    folder, held = open_splits(config.data, config.val_split, config.seed, without=config.out)
+    folder, held = open_splits(config.data, config.val_split, config.seed)
+    for classes in (folder.root, held.root):
+        if Path(config.out).resolve().is_relative_to(classes.resolve()):
+            raise UserError(f"--out {config.out} lies among the class folders of {classes}: choose another")
     if config.labels_per_class:
         folder = folder.few(config.labels_per_class, config.seed)
-    given = config
-    model, config, notes = build(config, folder.classes)
+    checkpoint = run.latest() if config.resume else None
+    model, config, notes = build(config, folder.classes, checkpoint)
     size = image_size_of(config.image_size)
     schedule = Schedule.of(config, len(folder), ranks.world, warmup_epochs=config.warmup_epochs, min_lr=config.min_lr)
     share, steps = schedule.share, schedule.steps
-    augment = Augmentation(
-        len(folder.classes),
-        **{name: getattr(config, name) for name in ("rand_augment", "random_erasing", "mixup", "cutmix")},
-    )
+    mixing = {name: getattr(config, name) for name in ("random_erasing", "mixup", "cutmix")}
+    mix = Mixing(len(folder.classes), **mixing)
 
     model.to(device).train()
     backend = resolve_backend(config.backend, device.type)
@@ -127,7 +142,6 @@ def train(config: FinetuneConfig, ranks: distributed.Ranks) -> Path:
     ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay)) if config.ema_decay else None
 
     start, bad = 0, {}
-    checkpoint = run.latest() if config.resume else None
     if checkpoint:
         load_model(checkpoint, model)
         trainer = load_trainer(checkpoint)
@@ -140,13 +154,12 @@ def train(config: FinetuneConfig, ranks: distributed.Ranks) -> Path:
     bf16 = distributed.choose_dtype(config.dtype, device) == torch.bfloat16
     ranks.barrier()  # every rank has found the folder in order before one writes to it
     if ranks.main:
-        # with what the weights, once they are a checkpoint's, do not tell
-        given = replace(given, dtype="bf16" if bf16 else "fp32", image_size=config.image_size)
-        run.begin(given, classes=folder.classes)
+        run.begin(replace(config, dtype="bf16" if bf16 else "fp32"), classes=folder.classes)
     ranks.barrier()
 
     workers = distributed.cores_per_rank() if config.num_workers is None else config.num_workers
-    dataset = AugmentedImages(folder, size, model.in_chans, config.seed, least=config.min_crop)
+    augment = RandAugment(config.rand_augment) if config.rand_augment else None
+    dataset = AugmentedImages(folder, size, model.in_chans, config.seed, least=config.min_crop, augment=augment)
     batches = micro_batches(
         *(len(folder), config.batch_size, range(start, steps), config.seed),
         *(ranks.rank, ranks.world, config.micro_batch_size),
@@ -160,12 +173,12 @@ def train(config: FinetuneConfig, ranks: distributed.Ranks) -> Path:
 
     def loss_of(pixels: Tensor, labels: Tensor) -> Tensor:
         with torch.autocast(device.type, enabled=False):
-            images, targets = augment(pixels, labels)
+            images, targets = mix(pixels, labels)
         return F.cross_entropy(trained(images).float(), targets, label_smoothing=config.label_smoothing)
 
     work = TrainStep(loss_of, trained, optimizer, share=share, clip_grad=config.clip_grad, bf16=bf16)
 
-    log = RunLog(run.path, start, steps, ranks.main)
+    log = RunLog(run.path, start, steps, ranks.main, evaluating=True)
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     log.say(
         f"{model.name} on {device}, backend {backend.name}, {'bf16' if bf16 else 'fp32'}, {parameters / 1e6:.1f} M "
@@ -176,10 +189,16 @@ def train(config: FinetuneConfig, ranks: distributed.Ranks) -> Path:
         log.say(f"resumed from {checkpoint}" if checkpoint else "no checkpoint to resume from yet: starting at step 0")
     for note in [] if checkpoint else notes:
         log.say(note)
+    log.say("recipe: " + ", ".join(f"{flag(name)} {getattr(config, name)}" for name in RECIPE))
     progress = Progress(config, schedule, folder, log, ranks, bad)
+    left_out: set[str] = set()
 
     def look(step: int) -> None:
-        values = measure({"": model} | ({"ema_": ema.module} if ema else {}), mine, view, ranks)
+        values, unreadable = measure({"": model} | ({"ema_": ema.module} if ema else {}), mine, view, ranks)
+        for file, reason in unreadable:
+            if file not in left_out:
+                left_out.add(file)
+                log.say(f"unreadable, left out of the evaluation: {file}: {reason}")
         if ranks.main:
             log.evaluation(step, step / schedule.per_epoch, values)
 
@@ -195,13 +214,13 @@ def train(config: FinetuneConfig, ranks: distributed.Ranks) -> Path:
         with stop_signals(ranks.world) as stopped:
             for step in range(start, steps):
                 set_lr(optimizer, lr := schedule.lr(step))
-                sizes = [min(config.micro_batch_size, share - i) for i in range(0, share, config.micro_batch_size)]
-                for i, images in enumerate(sizes, 1):
+                for first in range(0, share, config.micro_batch_size):
                     batch = next(loader)
-                    progress.take(batch, images)
-                    # whatever is drawn for a micro-batch follows from its place alone
-                    torch.manual_seed(_seed(config.seed, step, ranks.rank, i))
-                    work.add(batch.pixels, folder.labels[batch.index], last=i == len(sizes))
+                    progress.take(batch, min(config.micro_batch_size, share - first))
+                    # whatever is drawn for a micro-batch follows from its place in the global batch
+                    torch.manual_seed(_seed(config.seed, step, ranks.rank * share + first))
+                    last = first + config.micro_batch_size >= share
+                    work.add(batch.pixels, folder.labels[batch.index], last=last)
                 progress.done(work.finish(), lr)
                 if ema:
                     ema.update_parameters(model)
@@ -224,12 +243,9 @@ def train(config: FinetuneConfig, ranks: distributed.Ranks) -> Path:
                 export_model(ema.module.cpu(), run.path / "exported-ema", folder.classes)
             log.draw(lambda: visualize.draw_loss(run.path / "metrics.jsonl", run.path / "loss.png", "loss"))
             log.draw(lambda: visualize.draw_accuracy(run.path / "evaluations.jsonl", run.path / "accuracy.png"))
-            average = ", the moving average of its weights in exported-ema beside it" if ema else ""
-            log.say(
-                f"classifier in {exported}{average}; use it with\n\n"
-                f"    sparse-fcmae evaluate --init {exported} --data {config.data}\n"
-                f"    sparse-fcmae convert {exported} {exported}-huggingface --to huggingface\n"
-            )
+            average = f", the moving average of its weights in {exported}-ema" if ema else ""
+            example = classifier_example(model, exported, config.data)
+            log.say(f"classifier in {exported}{average}; use it with\n\n{example}")
         ranks.barrier()
     finally:
         log.close()
@@ -238,14 +254,16 @@ def train(config: FinetuneConfig, ranks: distributed.Ranks) -> Path:
 
 def measure(
     models: dict[str, nn.Module], folder: ClassFolder, view: Viewing, ranks: distributed.Ranks
-) -> dict[str, float]:
+) -> tuple[dict[str, float], list[BadImage]]:
     """top1, top5 and loss, the cross-entropy, of models, each after its name, in one pass over all ranks' images
-    together, of which `folder` holds this rank's."""
-    sums = torch.zeros(len(models), 4, dtype=torch.float64)
+    together, of which `folder` holds this rank's; and the unreadable ones, which are left out."""
+    sums, unreadable = torch.zeros(len(models), 4, dtype=torch.float64), []
     if len(folder):
         for model in models.values():
             model.eval()
-        outputs, index, _ = run_over(folder, lambda x: torch.stack([model(x) for model in models.values()], 1), view)
+        outputs, index, unreadable = run_over(
+            folder, lambda images: torch.stack([model(images) for model in models.values()], 1), view
+        )
         for model in models.values():
             model.train()
         labels = folder.labels[index]
@@ -256,7 +274,7 @@ def measure(
     values = {}
     for name, (top1, top5, loss, images) in zip(models, torch.stack(ranks.gather(sums)).sum(0).tolist(), strict=True):
         values |= {f"{name}top1": top1 / images, f"{name}top5": top5 / images, f"{name}loss": loss / images}
-    return values
+    return values, [entry for entries in ranks.gather(unreadable) for entry in entries]
 
 
 def _seed(seed: int, *place: int) -> int:

@@ -21,12 +21,12 @@ class RunLog:
     Both files are cut to the first `step` steps, so that a resumed run goes on without a seam.
     """
 
-    def __init__(self, run: Path, step: int, steps: int, main: bool) -> None:
+    def __init__(self, run: Path, step: int, steps: int, main: bool, evaluating: bool) -> None:
         self.run, self.main = run, main
         if main:
             with writing(run):
                 self.metrics = _open_rows(run / "metrics.jsonl", step)
-                self.evaluations = _open_rows(run / "evaluations.jsonl", step)
+                self.evaluations = _open_rows(run / "evaluations.jsonl", step) if evaluating else None
                 self.text = (run / "train.log").open("a", buffering=1, encoding="utf-8", errors="backslashreplace")
         self.tensorboard = _tensorboard(run, step) if main else None
         self.bar = tqdm(total=steps, initial=step, unit="step", disable=not main, dynamic_ncols=True, smoothing=0.05)
@@ -88,14 +88,16 @@ class RunLog:
         if self.main:
             with writing(self.run):
                 os.fsync(self.metrics.fileno())
-                os.fsync(self.evaluations.fileno())
+                if self.evaluations:
+                    os.fsync(self.evaluations.fileno())
 
     def close(self) -> None:
         """Closes bar and files."""
         self.bar.close()
         if self.main:
             self.metrics.close()
-            self.evaluations.close()
+            if self.evaluations:
+                self.evaluations.close()
             self.text.close()
             if self.tensorboard:
                 self.tensorboard.close()
@@ -105,7 +107,7 @@ def _open_rows(path: Path, step: int) -> TextIO:
     """The file to append to, without rows beyond `step`."""
     if path.exists():
         lines = path.read_text().splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+        kept = [line for line in lines if line.endswith("\n") and 0 < step >= json.loads(line)["step"]]
         write_atomic(path, lambda p: p.write_text("".join(kept)))
     return path.open("a", buffering=1)
 

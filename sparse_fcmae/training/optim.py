@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparse_fcmae.errors import UserError
+
 
 def adamw(
     model: nn.Module,
@@ -29,7 +31,7 @@ def adamw(
             groups[scale(name), vector].append(parameter)
     options = [
         {"params": parameters, "weight_decay": 0.0 if vector else weight_decay, "lr_scale": lr_scale}
-        for (lr_scale, vector), parameters in groups.items()
+        for (lr_scale, vector), parameters in sorted(groups.items(), key=lambda item: item[0])
     ]
     device = options[0]["params"][0].device
     lr = torch.zeros((), device=device) if capturable else 0.0
@@ -39,7 +41,10 @@ def adamw(
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     """Loads the optimiser's moments, be they from a capturable one or not."""
     own = [{name: group[name] for name in ("lr", "capturable", "lr_scale")} for group in optimizer.param_groups]
-    optimizer.load_state_dict(state)
+    try:
+        optimizer.load_state_dict(state)
+    except ValueError as error:
+        raise UserError(f"the checkpoint's optimiser is another model's: {error}; --overwrite starts anew") from None
     for group, options in zip(optimizer.param_groups, own, strict=True):
         group.update(options)
 
@@ -67,6 +72,7 @@ def layer_scale(decay: float, depths: tuple[int, ...], grouped: bool) -> Callabl
 
 def cosine_lr(step: int, steps: int, warmup: int, peak: float, least: float = 0.0) -> float:
     """Rate of a step counted from 0: `warmup` equal increments up to `peak`, then half a cosine towards `least`."""
+    least = min(least, peak)
     if step < warmup:
         return peak * (step + 1) / warmup
     return least + (peak - least) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))

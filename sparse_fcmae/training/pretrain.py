@@ -14,7 +14,7 @@ from sparse_fcmae.backends import resolve_backend
 from sparse_fcmae.config import PretrainConfig, flag, image_size_of
 from sparse_fcmae.convert import export_model, usage_example
 from sparse_fcmae.data import AugmentedImages, ImageFolder, crop_share, make_loader, micro_batches, normalise
-from sparse_fcmae.encoder import SparseEncoder
+from sparse_fcmae.encoder import SIZES, SparseEncoder
 from sparse_fcmae.errors import Interrupted, UserError
 from sparse_fcmae.fcmae import FCMAE
 from sparse_fcmae.files import writing
@@ -60,7 +60,13 @@ def pretrain(**options: Any) -> Path:
 
 def configured(options: dict[str, Any]) -> PretrainConfig:
     """The config that options mean, checked; touches nothing on the disk."""
+    if options.get("init") and not options.get("resume"):  # what is not given is as these weights are
+        found = read_weights(options["init"], whole=True).architecture
+        own = {"model": found["name"], **{k: found[k] for k in ("image_size", "in_chans", "stem_stride")}}
+        options = own | options
     config = configure(PretrainConfig, options, POSITIVE, NOT_NEGATIVE)
+    if config.model not in SIZES:
+        raise UserError(f"unknown model {config.model!r}: choose one of {', '.join(SIZES)}")
     if config.in_chans not in (1, 3):
         raise UserError(f"--in-chans {config.in_chans}: image files give 3 channels (colour) or 1 (greyscale)")
     return config
@@ -85,7 +91,7 @@ def train(config: PretrainConfig, ranks: distributed.Ranks) -> Path:
     model.to(device)
     backend = resolve_backend(config.backend, device.type)
     optimizer = adamw(model, config.weight_decay, BETAS, capturable=config.cuda_graphs)
-    neighbours = Neighbours(config, size, device) if config.knn else None
+    neighbours = Neighbours(config, size, ranks) if config.knn else None
 
     start, bad = 0, {}
     if checkpoint:
@@ -121,7 +127,7 @@ def train(config: PretrainConfig, ranks: distributed.Ranks) -> Path:
         **{"share": share, "clip_grad": config.clip_grad, "bf16": bf16},
     )
 
-    log = RunLog(run.path, start, steps, ranks.main)
+    log = RunLog(run.path, start, steps, ranks.main, evaluating=bool(config.knn))
     parameters = sum(p.numel() for p in model.parameters())
     log.say(
         f"{config.model} on {device}, backend {backend.name}, {config.dtype}, {parameters / 1e6:.1f} M parameters with "
@@ -135,8 +141,9 @@ def train(config: PretrainConfig, ranks: distributed.Ranks) -> Path:
     progress = Progress(config, schedule, folder, log, ranks, bad)
 
     def look(step: int) -> None:
-        if neighbours and ranks.main:
-            log.evaluation(step, step / schedule.per_epoch, {"knn_top1": neighbours.top1(model.encoder)})
+        top1 = neighbours.top1(model.encoder) if neighbours else None
+        if top1 is not None and ranks.main:
+            log.evaluation(step, step / schedule.per_epoch, {"knn_top1": top1})
 
     def save(step: int) -> None:
         if not all(p.isfinite().all() for p in model.parameters()):
@@ -191,7 +198,8 @@ def load_weights(model: FCMAE, path: str) -> list[str]:
 
     Returns what there is to say about it. Raises UserError where it is of another architecture.
     """
-    weights = read_weights(path)
+    weights = read_weights(path, whole=True)
+    weights.check_usable(path)
     for name in ("name", "in_chans", "stem_stride"):
         there, here = weights.architecture[name], getattr(model.encoder, name)
         if there != here:
@@ -203,23 +211,30 @@ def load_weights(model: FCMAE, path: str) -> list[str]:
     fits = {key: value.shape for key, value in decoder.items()} == {key: value.shape for key, value in own.items()}
     if fits:
         model.load_state_dict(decoder, strict=False)
-    what = "encoder and decoder" if fits else "encoder, with a new decoder"
-    return [f"going on from the {what} of {path}", *weights.notes]
+    what = "encoder and decoder" if fits else "encoder"
+    return [f"going on from the {what} of {path}", *([] if fits else ["new decoder"]), *weights.notes]
 
 
 class Neighbours:
-    """k-NN accuracy of an encoder on a labelled folder, its training and its held-out images."""
+    """k-NN accuracy of an encoder on a labelled folder, its training and its held-out images shared by the ranks."""
 
-    def __init__(self, config: PretrainConfig, size: tuple[int, int], device: torch.device) -> None:
-        self.train, self.held = open_splits(config.knn, None, config.seed)
-        bf16 = distributed.choose_dtype(config.dtype, device) == torch.bfloat16
+    def __init__(self, config: PretrainConfig, size: tuple[int, int], ranks: distributed.Ranks) -> None:
+        folders = open_splits(config.knn, None, config.seed)
+        self.parts = [folder.take(range(ranks.rank, len(folder), ranks.world)) for folder in folders]
+        bf16 = distributed.choose_dtype(config.dtype, ranks.device) == torch.bfloat16
         workers = distributed.cores_per_rank() if config.num_workers is None else config.num_workers
-        self.view = Viewing(size, config.in_chans, crop_share(size), device, bf16, config.micro_batch_size, workers)
+        share, batch = crop_share(size), config.micro_batch_size
+        self.view = Viewing(size, config.in_chans, share, ranks.device, bf16, batch, workers)
+        self.ranks = ranks
 
     def top1(self, encoder: SparseEncoder) -> float:
-        """The share of the held-out images whose class most of their neighbours have."""
-        features, labels = features_of(self.train, encoder, self.view)
-        queries, truth = features_of(self.held, encoder, self.view)
+        """The share of the held-out images whose class most of their neighbours have. To be called by all ranks."""
+        found = []
+        for part in self.parts:
+            features, labels, _ = features_of(part, encoder, self.view)
+            shares = self.ranks.gather((features, labels))
+            found += [torch.cat(tensors) for tensors in zip(*shares, strict=True)]
+        features, labels, queries, truth = found
         return (nearest_neighbours(features, labels, queries) == truth).float().mean().item()
 
 
