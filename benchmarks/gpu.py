@@ -33,7 +33,7 @@ from sparse_fcmae.files import writing
 from sparse_fcmae.ops.block_dwconv import TAPS
 from sparse_fcmae.training.distributed import choose_device
 from sparse_fcmae.training.optim import adamw, set_lr
-from sparse_fcmae.training.step import WARMUP, GraphedTrainStep, TrainStep
+from sparse_fcmae.training.step import WARMUP, GraphedTrainStep, TrainStep, fcmae_loss
 
 COLUMNS = (
     *("what", "model", "batch_size", "image_size", "mask_ratio", "dtype", "candidate", "ms", "images_per_second"),
@@ -179,7 +179,8 @@ def pretraining_step(case: Case, backend: str, *, graphed: bool = False) -> Run:
     fcmae = FCMAE(case.model, image_size=case.size, mask_ratio=case.config.mask_ratio, backend=backend).to(case.device)
     optimizer = adamw(fcmae, 0.05, (0.9, 0.95), capturable=graphed)
     kind = GraphedTrainStep if graphed else TrainStep
-    work = kind(fcmae, optimizer, kept=fcmae.kept(case.size), share=case.batch, bf16=case.bf16)
+    loss_of = fcmae_loss(fcmae, fcmae.kept(case.size))
+    work = kind(loss_of, fcmae, optimizer, share=case.batch, bf16=case.bf16)
     pixels = torch.randint(256, (case.batch, *case.size, 3), dtype=torch.uint8, device=case.device)
 
     def run() -> None:

@@ -134,7 +134,7 @@ def test_convert_prints_what_it_did(capsys, tmp_path, pictures):
     assert f"reconstructions/step-{1:08d}.png" in capsys.readouterr().out
     assert Image.open(run / "run" / "reconstructions" / "step-00000001.png").size[0] > 300
     main(["convert", str(run / "run"), str(tmp_path / "hf"), "--to", "huggingface"])
-    assert "verified: loaded by transformers" in capsys.readouterr().out
+    assert "verified: result run by transformers" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         main(["demo", "--out", str(run)])
     assert "give --overwrite" in capsys.readouterr().err

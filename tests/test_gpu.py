@@ -11,7 +11,7 @@ from sparse_fcmae.backends import available_backends
 from sparse_fcmae.masking import VisiblePatches
 from sparse_fcmae.ops import gelu_grn, reference
 from sparse_fcmae.training.optim import adamw, set_lr
-from sparse_fcmae.training.step import WARMUP, GraphedTrainStep, TrainStep
+from sparse_fcmae.training.step import WARMUP, GraphedTrainStep, TrainStep, fcmae_loss
 
 pytestmark = [
     pytest.mark.gpu,
@@ -26,7 +26,8 @@ def trained(kind, batches, steps, compiled=False):
     model = create_fcmae("atto", image_size=64).to(GPU)
     optimizer = adamw(model, 0.05, (0.9, 0.95), capturable=kind is GraphedTrainStep)
     call = torch.compile(model, fullgraph=True, dynamic=False) if compiled else model
-    work = kind(call, optimizer, kept=model.kept((64, 64)), share=sum(batches), clip_grad=1.0, bf16=True)
+    loss_of = fcmae_loss(call, model.kept((64, 64)))
+    work = kind(loss_of, call, optimizer, share=sum(batches), clip_grad=1.0, bf16=True)
     generator, losses = torch.Generator(GPU).manual_seed(0), []
     for step in range(steps):
         set_lr(optimizer, 2**-10)  # the same as a number and as a float32 tensor

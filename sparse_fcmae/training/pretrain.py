@@ -13,7 +13,7 @@ from sparse_fcmae import visualize
 from sparse_fcmae.backends import resolve_backend
 from sparse_fcmae.config import PretrainConfig, flag, image_size_of
 from sparse_fcmae.convert import export_model, usage_example
-from sparse_fcmae.data import AugmentedImages, ImageFolder, crop_share, make_loader, micro_batches, normalise
+from sparse_fcmae.data import AugmentedImages, ImageFolder, crop_share, make_loader, micro_batches
 from sparse_fcmae.encoder import SIZES, SparseEncoder
 from sparse_fcmae.errors import Interrupted, UserError
 from sparse_fcmae.fcmae import FCMAE
@@ -27,7 +27,7 @@ from sparse_fcmae.training.configure import configure
 from sparse_fcmae.training.logging import RunLog
 from sparse_fcmae.training.optim import adamw, load_optimizer, set_lr
 from sparse_fcmae.training.progress import Progress, Schedule, stop_signals
-from sparse_fcmae.training.step import GraphedTrainStep, TrainStep
+from sparse_fcmae.training.step import GraphedTrainStep, TrainStep, fcmae_loss
 
 BETAS = (0.9, 0.95)
 WARMUP_SHARE = 0.05
@@ -120,12 +120,9 @@ def train(config: PretrainConfig, ranks: distributed.Ranks) -> Path:
     trained: nn.Module = torch.compile(model, fullgraph=True, dynamic=False) if config.compile else model
     if ranks.world > 1:
         trained = DistributedDataParallel(trained, device_ids=[device.index] if device.type == "cuda" else None)
-    kept = model.kept(size)
-    work = (GraphedTrainStep if config.cuda_graphs else TrainStep)(
-        lambda pixels, mask: trained(normalise(pixels), mask, kept=kept).loss,
-        *(trained, optimizer),
-        **{"share": share, "clip_grad": config.clip_grad, "bf16": bf16},
-    )
+    kind = GraphedTrainStep if config.cuda_graphs else TrainStep
+    loss_of, clip_grad = fcmae_loss(trained, model.kept(size)), config.clip_grad
+    work = kind(loss_of, trained, optimizer, share=share, clip_grad=clip_grad, bf16=bf16)
 
     log = RunLog(run.path, start, steps, ranks.main, evaluating=bool(config.knn))
     parameters = sum(p.numel() for p in model.parameters())

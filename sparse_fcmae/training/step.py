@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparse_fcmae.data import normalise
 from sparse_fcmae.training.optim import clip
 
 WARMUP = 3  # steps before the capture, in which kernels are compiled and timed, and libraries take their memory
@@ -59,6 +60,11 @@ class TrainStep:
         loss = self.loss.clone()
         self.loss.zero_()
         return loss
+
+
+def fcmae_loss(trained: nn.Module, kept: int) -> Callable[[Tensor, Tensor], Tensor]:
+    """The loss of pretraining, of uint8 pixels [b, H, W, C] and bool masks [b, H/P, W/P] that keep `kept` patches."""
+    return lambda pixels, mask: trained(normalise(pixels), mask, kept=kept).loss
 
 
 class GraphedTrainStep(TrainStep):
