@@ -20,7 +20,7 @@ from sparse_fcmae.files import new_folder, one_line, save_tensors, write_atomic,
 from sparse_fcmae.formats.layouts import LAYOUTS
 from sparse_fcmae.formats.libraries import LIBRARIES, MMPRETRAIN_CONFIG, Library, Run, entry
 from sparse_fcmae.formats.onnx import export_onnx, run_onnx
-from sparse_fcmae.formats.weights import CONFIG, PROCESSOR, Weights, read_weights
+from sparse_fcmae.formats.weights import CONFIG, PROCESSOR, Weights, read_weights, weights_file
 from sparse_fcmae.masking import random_mask
 
 TOLERANCE = 1e-5  # relative Frobenius error in float32
@@ -49,8 +49,10 @@ def convert(
         raise UserError(f"unknown layout {config.to!r}: choose --to {', '.join(TARGETS)}")
     target = Path(config.destination)
     name = _file_name(target, config.to)
-    _check_destination(target, Path(config.source), config.overwrite, single=name is not None)
-    weights = read_weights(config.source, whole=config.to == "fcmae")
+    whole = config.to == "fcmae"  # which has a place for the decoder
+    source = weights_file(Path(config.source), whole)
+    _check_destination(target, source, config.overwrite, single=name is not None)
+    weights = read_weights(config.source, whole=whole)
     lines = [_what_was_read(weights, config.source), *weights.notes]
     lines += _lost(weights, config.to, single=name is not None)
     with _destination(target, name, config.dry_run) as folder:
@@ -286,7 +288,7 @@ def _files(target: Path) -> list[Path]:
 
 
 def _check_destination(target: Path, source: Path, overwrite: bool, single: bool) -> None:
-    if source.exists() and source.resolve().is_relative_to(target.resolve()):
+    if source.resolve().is_relative_to(target.resolve()):
         raise UserError(f"{source} would be replaced by its own conversion: choose another destination than {target}")
     if single:
         if target.is_dir():

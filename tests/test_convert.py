@@ -427,6 +427,8 @@ def test_a_runs_folder_gives_its_decoder_to_fcmae(tmp_path, pictures):
     assert "encoder with decoder" in convert(tmp_path / "run", tmp_path / "fcmae", to="fcmae")
     assert read_weights(tmp_path / "fcmae").has_decoder
     assert not read_weights(tmp_path / "run").has_decoder
+    with pytest.raises(UserError, match="would be replaced by its own conversion"):
+        convert(tmp_path / "run", tmp_path / "run" / "exported", to="timm", overwrite=True)
 
 
 def test_headless_and_pooled_sources(tmp_path):

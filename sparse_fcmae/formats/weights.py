@@ -69,10 +69,11 @@ class Weights:
         channels = self.architecture["in_chans"]
         if channels not in (1, 3):
             raise UserError(f"{source} takes {channels} channels: image files give 3 (colour) or 1 (greyscale)")
-        ours = channel_stats(channels)
-        if self.stats and not all(abs(a - b) < 1e-3 for a, b in zip(sum(self.stats, ()), sum(ours, ()), strict=True)):
+        ours, own = channel_stats(channels), self.stats or channel_stats(channels)
+        pairs = zip(sum(own, ()), sum(ours, ()), strict=False)
+        if len(own[0]) != channels or any(abs(a - b) > 1e-3 for a, b in pairs):
             raise UserError(
-                f"{source} takes images normalised with mean {self.stats[0]} and deviation {self.stats[1]}: this "
+                f"{source} takes images normalised with mean {own[0]} and deviation {own[1]}: this "
                 f"package normalises with {ours[0]} and {ours[1]} alone"
             )
 

@@ -169,7 +169,7 @@ def train(config: PretrainConfig, ranks: distributed.Ranks) -> Path:
                 progress.done(work.finish(), lr)
                 done, stopping = step + 1, stopped()
                 saving = done % schedule.save_every == 0 or done == steps or stopping
-                looking = done % (config.every * schedule.per_epoch) == 0 or done == steps
+                looking = config.knn and (done % (config.every * schedule.per_epoch) == 0 or done == steps)
                 if saving or looking or done % config.log_every == 0 or step == start:
                     progress.flush(done)
                 if looking:
