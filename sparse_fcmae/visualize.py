@@ -86,7 +86,7 @@ def draw_confusion(confusion: dict[str, Any], path: Path) -> None:
     side = min(12, max(4, 0.35 * len(classes)))
     figure = Figure(figsize=(side + 1, side), layout="constrained")
     axes = figure.subplots()
-    picture = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    picture = axes.imshow(100 * shares, cmap="Blues", vmin=0, vmax=100)
     axes.set(xlabel="predicted", ylabel="true")
     if len(classes) <= 40:
         axes.set_xticks(range(len(classes)), classes, rotation=90)
@@ -96,7 +96,7 @@ def draw_confusion(confusion: dict[str, Any], path: Path) -> None:
             if share >= 0.005:
                 colour = "white" if share > 0.5 else "black"
                 axes.text(column, row, f"{100 * share:.0f}", ha="center", va="center", color=colour, fontsize=7)
-    figure.colorbar(picture, label="share of the class")
+    figure.colorbar(picture, label="% of the true class")
     write_atomic(path, lambda p: figure.savefig(p, format="png", dpi=120))
 
 
