@@ -16,7 +16,7 @@ from sparse_fcmae.classifier import Classifier
 from sparse_fcmae.config import ConvertConfig
 from sparse_fcmae.encoder import SparseEncoder
 from sparse_fcmae.errors import UserError
-from sparse_fcmae.files import new_folder, one_line, save_tensors, write_atomic, write_json, writing
+from sparse_fcmae.files import new_folder, one_line, save_pickled, save_tensors, write_atomic, write_json, writing
 from sparse_fcmae.formats.layouts import LAYOUTS
 from sparse_fcmae.formats.libraries import LIBRARIES, MMPRETRAIN_CONFIG, Library, Run, entry
 from sparse_fcmae.formats.onnx import export_onnx, run_onnx
@@ -103,7 +103,7 @@ def _save(tensors: dict[str, Tensor], file: Path, library: Library) -> None:
     if file.suffix == ".safetensors":
         save_tensors(tensors, file)
         return
-    torch.save({library.wrapper: tensors} if library.wrapper else tensors, file)
+    save_pickled({library.wrapper: tensors} if library.wrapper else tensors, file)
 
 
 @torch.no_grad()

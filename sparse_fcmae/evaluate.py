@@ -40,7 +40,7 @@ def evaluate(**options: Any) -> dict[str, Any]:
     for name in options.keys() - known:
         raise TypeError(f"evaluate() got an unexpected option {name!r}")
     config = EvaluateConfig(**{k: os.fspath(v) if isinstance(v, os.PathLike) else v for k, v in options.items()})
-    out = _check(config)
+    _check(config)
     weights = read_weights(config.init).per_image()
     weights.check_usable(config.init)
     device = distributed.choose_device(config.device)
@@ -56,6 +56,10 @@ def evaluate(**options: Any) -> dict[str, Any]:
         config.batch_size,
         distributed.cores_per_rank() if config.num_workers is None else config.num_workers,
     )
+    out = Path(config.out) if config.out else None
+    if out:
+        with writing(out):
+            out.mkdir(parents=True, exist_ok=True)
     if config.knn or config.linear_probe:
         measured = _probe(config, weights, view)
     elif not weights.num_classes:
@@ -71,13 +75,16 @@ def evaluate(**options: Any) -> dict[str, Any]:
     confusion = found.pop("confusion", None)
     if out:
         write_json(out / EVALUATION, found)
+        with writing(out):  # what an earlier evaluation left
+            (out / CONFUSION).unlink(missing_ok=True)
+            (out / PICTURE).unlink(missing_ok=True)
         if confusion is not None:
             _write_confusion(out, confusion)
     return found | ({"confusion": confusion} if confusion is not None else {})
 
 
-def _check(config: EvaluateConfig) -> Path | None:
-    """Raises UserError for options that can't be; returns the folder to write to, made, where there is to be one."""
+def _check(config: EvaluateConfig) -> None:
+    """Raises UserError for options that can't be; touches nothing on the disk."""
     for name in ("data", "init"):
         if not getattr(config, name):
             raise UserError(f"--{name} is missing: name {'the images' if name == 'data' else 'the weights'}")
@@ -87,18 +94,11 @@ def _check(config: EvaluateConfig) -> Path | None:
     for name in ("val_split", "labels_per_class"):
         if getattr(config, name) is not None and not (config.knn or config.linear_probe):
             raise UserError(f"{flag(name)} goes with --knn or --linear-probe alone")
-    if not config.out:
-        return None
-    out = Path(config.out)
-    if out.exists() and not out.is_dir():
+    out = Path(config.out or ".")
+    if config.out and out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file: choose another")
-    if (out / EVALUATION).exists() and not config.overwrite:
+    if config.out and (out / EVALUATION).exists() and not config.overwrite:
         raise UserError(f"--out {out} holds an evaluation: choose another or give --overwrite")
-    with writing(out):
-        out.mkdir(parents=True, exist_ok=True)
-        (out / CONFUSION).unlink(missing_ok=True)
-        (out / PICTURE).unlink(missing_ok=True)
-    return out
 
 
 def accuracy(logits: Tensor, labels: Tensor, classes: tuple[str, ...]) -> dict[str, Any]:

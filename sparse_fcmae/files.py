@@ -1,5 +1,6 @@
 """Files that appear whole or not at all, and folders that are refused before anything in them is lost."""
 
+import io
 import json
 import os
 import shutil
@@ -8,6 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
@@ -50,6 +52,13 @@ def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
     os.umask(umask := os.umask(0))
     path.chmod(0o666 & ~umask)
+
+
+def save_pickled(value: Any, path: Path) -> None:
+    """Writes what `torch.save` makes of a value. On a full disk that is an OSError, not torch's own RuntimeError."""
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    path.write_bytes(buffer.getbuffer())
 
 
 @contextmanager

@@ -1,5 +1,7 @@
 import argparse
+import errno
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -476,6 +478,19 @@ def test_onnx_data_beside_a_graph_is_guarded(tmp_path, monkeypatch):
     monkeypatch.setattr("sparse_fcmae.formats.onnx.ONE_FILE", 1e9)
     convert(tmp_path / "ours", tmp_path / "m.onnx", to="onnx", overwrite=True)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m.onnx", "ours"]
+
+
+def test_full_disk_is_one_line_and_leaves_nothing(tmp_path, monkeypatch):
+    exported(tmp_path / "ours")
+
+    def full(*arguments, **options):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("pathlib.Path.write_bytes", full)
+    for name in ("x.pt", "folder"):
+        with pytest.raises(UserError, match=r"can't write .*: No space left on device"):
+            convert(tmp_path / "ours", tmp_path / name, to="mmpretrain")
+    assert [p.name for p in tmp_path.iterdir()] == ["ours"]
 
 
 def test_overwrite_replaces_an_earlier_conversion(tmp_path):

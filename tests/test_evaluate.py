@@ -140,8 +140,15 @@ def test_fewer_folders_than_classes_are_still_judged_among_all(colours, tmp_path
     found = evaluate(data=tmp_path / "some", init=tmp_path / "ours", out=tmp_path / "out")
     assert (found["top1"], found["by_class"], found["among"]) == (0.5, {"green": 1, "red": 0}, 3)
     assert found["confusion"]["counts"] == [[0, 0, 0], [0, 4, 0], [4, 0, 0]]
+    before = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
     with pytest.raises(UserError, match="holds an evaluation: choose another or give --overwrite"):
         evaluate(data=tmp_path / "some", init=tmp_path / "ours", out=tmp_path / "out")
+    with pytest.raises(UserError, match="no such file or folder"):
+        evaluate(data=tmp_path / "some", init=tmp_path / "none", out=tmp_path / "out", overwrite=True)
+    assert {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()} == before
+    with pytest.raises(UserError, match="no such file or folder"):
+        evaluate(data=tmp_path / "some", init=tmp_path / "none", out=tmp_path / "new")
+    assert not (tmp_path / "new").exists()
 
 
 def test_unreadable_images_are_left_out_and_named(colours, tmp_path, capsys):

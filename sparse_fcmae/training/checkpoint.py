@@ -7,7 +7,6 @@ RUN/exported/{model.safetensors, config.json}   dense encoder
 RUN/reconstructions/step-00000100.png
 """
 
-import io
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -25,7 +24,7 @@ from torch import Tensor, nn
 
 from sparse_fcmae.config import PretrainConfig, RunConfig, differences, flag
 from sparse_fcmae.errors import UserError
-from sparse_fcmae.files import new_folder, read_json, save_tensors, write_atomic, write_json, writing
+from sparse_fcmae.files import new_folder, read_json, save_pickled, save_tensors, write_atomic, write_json, writing
 
 MODEL, TRAINER, META, LOCK = "model.safetensors", "trainer.pt", "meta.json", ".lock"
 ENDS = ("tmp", "old")  # of the temporary names in `files`
@@ -101,9 +100,7 @@ class RunFolder:
         folder = self.checkpoints / f"step-{step:08d}"
         with new_folder(folder) as temporary, writing(folder):
             save_tensors(model, temporary / MODEL)
-            buffer = io.BytesIO()
-            torch.save(trainer, buffer)
-            (temporary / TRAINER).write_bytes(buffer.getbuffer())
+            save_pickled(trainer, temporary / TRAINER)
             sizes = {name: (temporary / name).stat().st_size for name in (MODEL, TRAINER)}
             write_json(temporary / META, {"step": step, "bytes": sizes})
         write_atomic(self.checkpoints / "latest", lambda p: p.write_text(folder.name + "\n"))
