@@ -3,13 +3,17 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 TORCHVISION ?= torchvision==0.28.0
 TRITON ?= triton==3.7.1
+MINKOWSKI ?= MinkowskiEngine==0.5.4
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 SOURCES := pyproject.toml setup.py $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h)
 
 SANITIZED := baseline native $(if $(filter x86_64,$(shell uname -m)),avx2)
 
-.PHONY: demo test test-gpu test-sanitize lint wheel clean
+# what takes minutes to build is kept, apart for each version of torch, as it serves that one alone
+WHEELS := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/sparse-fcmae/$(TORCH)
+
+.PHONY: demo test test-gpu test-sanitize bench minkowski lint wheel clean
 
 demo: .venv/installed  ## draw images, pretrain on them, show what was learnt
 	$(BIN)/sparse-fcmae demo --out runs/demo --overwrite
@@ -29,6 +33,8 @@ build/sanitize-%: tests/sanitize.cpp $(SOURCES)
 	mkdir -p build
 	$(CXX) -std=c++20 -O1 -g -Wall -Wextra -Wno-psabi -fopenmp -fsanitize=address,undefined \
 		-fno-sanitize-recover=all $(FLAGS) kernels/cpu/*.cpp $< -o $@
+
+minkowski: .venv/minkowski  ## the peer that sparse convolution is measured against; needs OpenBLAS and its headers
 
 lint: .venv/installed-for-tests
 	$(BIN)/ruff check .
@@ -54,4 +60,14 @@ clean:
 	$(PIP) install $(TORCH) $(TORCHVISION) --editable '.[test]'
 	# where torch has not brought its own: the GPU's kernels are tested without a GPU too
 	@if [ $$(uname) = Linux ] && ! $(BIN)/python -c 'import triton' 2>/dev/null; then $(PIP) install $(TRITON); fi
+	touch $@
+
+# its setup.py imports torch, calls whatever pip it finds and is too old for setuptools 80
+.venv/minkowski: .venv/installed
+	@$(PIP) install --no-index --find-links '$(WHEELS)' --no-deps $(MINKOWSKI) 2>/dev/null || { \
+		echo 'building $(MINKOWSKI), once for $(TORCH): some minutes'; \
+		$(PIP) install 'setuptools>=77,<80' wheel ninja numpy && \
+		PATH="$(CURDIR)/$(BIN):$$PATH" MAX_JOBS=$$(nproc) $(PIP) wheel --no-build-isolation --no-deps --wheel-dir '$(WHEELS)' \
+			--config-settings=--build-option=--cpu_only --config-settings=--build-option=--blas=openblas $(MINKOWSKI) && \
+		$(PIP) install --no-index --find-links '$(WHEELS)' --no-deps $(MINKOWSKI); }
 	touch $@

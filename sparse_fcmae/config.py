@@ -25,7 +25,7 @@ class RunConfig:
     """What `sparse-fcmae pretrain` and `finetune` have in common."""
 
     command: ClassVar[str]
-    backend: str = option("auto", help="auto, native, torch or masked; see `sparse-fcmae info`")
+    backend: str = option("auto", help="auto, native, torch, masked or minkowski; see `sparse-fcmae info`")
     device: str = option("auto", help="auto, cpu, cuda, cuda:1, ...", any_time=True)
     dtype: str = option("auto", help="auto is bf16 where the device has it", choices=("auto", "bf16", "fp32"))
     num_workers: int | None = option(
@@ -158,7 +158,7 @@ class EvaluateConfig:
     )
     batch_size: int = option(64, help="images at once")
     seed: int = option(0, help="of --val-split and --labels-per-class")
-    backend: str = option("auto", help="auto, native, torch or masked; see `sparse-fcmae info`")
+    backend: str = option("auto", help="auto, native, torch, masked or minkowski; see `sparse-fcmae info`")
     device: str = option("auto", help="auto, cpu, cuda, cuda:1, ...")
     dtype: str = option("auto", help="auto is bf16 where the device has it", choices=("auto", "bf16", "fp32"))
     num_workers: int | None = option(None, help="processes loading images [one a core, up to 16]")
@@ -176,7 +176,26 @@ class DemoConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class KernelsConfig:
+class OutputConfig:
+    """Where every benchmark writes its rows."""
+
+    json: str | None = option(None, help="write the rows to this file, or with - to the standard output")
+    csv: str | None = option(None, help="append the rows to this file")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GflopsConfig(OutputConfig):
+    """Options of `sparse-fcmae bench gflops`; all but the last are lists with commas."""
+
+    model: str = option("atto,femto,pico,nano,tiny,base,large,huge", help="sizes, with commas between them")
+    image_size: str = option("224,384,512", help="pixels, with commas; 224x320 is height first")
+    mask_ratio: str = option("0.6", help="shares of the patches that are masked, with commas, 0 for none")
+    compare: str | None = option(None, help="models of timm to count beside, as timm:mvitv2_huge_cls@512, with commas")
+    stages: bool = option(False, help="also print each stage's")
+
+
+@dataclass(frozen=True, kw_only=True)
+class KernelsConfig(OutputConfig):
     """Options of `sparse-fcmae bench kernels` and `bench profile`."""
 
     model: str = option("atto", help="atto, femto, pico, nano, tiny, base, large or huge")
@@ -185,18 +204,61 @@ class KernelsConfig:
     mask_ratio: float = option(0.6, help="share of the patches that is masked, 0 for none")
     dtype: str = option("fp32", help="storage of features", choices=("fp32", "bf16"))
     rounds: int = option(5, help="timed rounds, all candidates taking turns")
-    json: str | None = option(None, help="also write the rows to this file")
+    seed: int = option(0, help="of weights, images and masks")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ThroughputConfig(KernelsConfig):
+class ThroughputConfig(OutputConfig):
     """Options of `sparse-fcmae bench throughput`."""
 
+    model: str = option("atto", help="sizes, with commas between them")
+    batch_size: str = option("32", help="images a step, with commas; max for as many as fit, a power of two")
+    image_size: str = option("224", help="pixels, with commas; 224x320 is height first")
+    mask_ratio: str = option("0.6", help="shares of the patches that are masked, with commas, 0 for none")
+    dtype: str = option("fp32", help="fp32, or bf16 for autocast, or both with a comma")
+    backend: str = option("all", help="with commas; all that are usable")
+    work: str = option(
+        "forward,step,pretrain", help="encoder forward, and with backward (step), whole pretraining step"
+    )
+    compiled: bool = option(False, help="also each backend under torch.compile; takes minutes each")
+    rounds: int = option(5, help="timed rounds, all candidates taking turns")
+    seed: int = option(0, help="of weights, images and masks")
     device: str = option("auto", help="auto, cpu, cuda, cuda:1, ...")
 
 
 @dataclass(frozen=True, kw_only=True)
-class CompareConfig:
+class ScalingConfig(OutputConfig):
+    """Options of `sparse-fcmae bench scaling`."""
+
+    over: str = option(
+        "mask-ratio", help="what varies", choices=("mask-ratio", "image-size", "batch-size", "threads", "model")
+    )
+    values: str | None = option(None, help="its values, with commas [a usual range]")
+    model: str = option("atto", help="atto, femto, pico, nano, tiny, base, large or huge")
+    batch_size: int = option(8, help="images a step")
+    image_size: str = option("224", help="pixels, as 224 or, height first, 224x320")
+    mask_ratio: float = option(0.6, help="share of the patches that is masked, 0 for none")
+    dtype: str = option("fp32", help="fp32, or bf16 for autocast", choices=("fp32", "bf16"))
+    backend: str = option("native,masked", help="with commas; all that are usable")
+    rounds: int = option(5, help="timed rounds, all candidates taking turns")
+    seed: int = option(0, help="of weights, images and masks")
+    device: str = option("auto", help="auto, cpu, cuda, cuda:1, ...")
+    png: str | None = option(None, help="draw the curves, with the ideal ones, into this file")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig(OutputConfig):
+    """Options of `sparse-fcmae bench data`."""
+
+    data: str = option(help="folder of images, flat or nested")
+    image_size: str = option("224", help="pixels, as 224 or, height first, 224x320")
+    images: int = option(400, help="images a round, from the first on")
+    rounds: int = option(5, help="timed rounds, the candidates taking turns")
+    seed: int = option(0, help="of the crops")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareConfig(OutputConfig):
     """Options of `sparse-fcmae bench compare`."""
 
     model: str = option("atto", help="atto, femto, pico, nano, tiny, base, large or huge")
@@ -205,7 +267,7 @@ class CompareConfig:
     dtype: str = option("fp32", help="fp32, or bf16 for autocast", choices=("fp32", "bf16"))
     drop_path: float = option(0.0, help="stochastic depth of the last block")
     rounds: int = option(5, help="timed rounds, all candidates taking turns")
-    json: str | None = option(None, help="also write the rows to this file")
+    seed: int = option(0, help="of weights, images and labels")
     device: str = option("auto", help="auto, cpu, cuda, cuda:1, ...")
 
 

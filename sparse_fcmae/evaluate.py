@@ -52,7 +52,7 @@ def evaluate(**options: Any) -> dict[str, Any]:
         weights.architecture["in_chans"],
         config.crop_share or crop_share(size),
         device,
-        distributed.choose_dtype(config.dtype, device) == torch.bfloat16,
+        distributed.choose_dtype(config.dtype, device, config.backend) == torch.bfloat16,
         config.batch_size,
         distributed.cores_per_rank() if config.num_workers is None else config.num_workers,
     )

@@ -109,7 +109,9 @@ class FCMAE(nn.Module):
         """features [B, D, H/P, W/P] of the visible patches -> prediction [B, L, P * P * C] for all patches."""
         x = self._pointwise(features.permute(0, 2, 3, 1), self.proj).to(features.dtype)
         x = torch.where(mask[..., None], self.mask_token.flatten().to(x.dtype), x)
-        layout = resolve_backend(self.encoder.backend, x.device.type, compute_dtype(self))(
+        # beside MinkowskiEngine the decoder is dense, as in the original code
+        backend = "masked" if self.encoder.backend == "minkowski" else self.encoder.backend
+        layout = resolve_backend(backend, x.device.type, compute_dtype(self))(
             torch.zeros_like(mask), mask.shape[1] * mask.shape[2]
         )
         x = layout.enter(x.permute(0, 3, 1, 2))

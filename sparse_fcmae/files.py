@@ -4,6 +4,7 @@ import io
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -32,6 +33,14 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def check_writable(path: Path) -> None:
+    """Raises UserError where a file can't be made at `path`; leaves what is there as it is."""
+    if path.is_dir():
+        raise UserError(f"can't write {path}: it is a folder")
+    with writing(path), tempfile.TemporaryFile(dir=path.parent):
+        pass
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -8,13 +8,14 @@ from functools import cache
 
 import torch
 
-from sparse_fcmae import kernels
 from sparse_fcmae.backends.blocks import NativeLayout, TorchLayout
 from sparse_fcmae.backends.layout import Layout
 from sparse_fcmae.backends.masked import MaskedLayout
+from sparse_fcmae.backends.minkowski import MinkowskiLayout
 from sparse_fcmae.errors import UserError
 
-BACKENDS: dict[str, type[Layout]] = {layout.name: layout for layout in (NativeLayout, TorchLayout, MaskedLayout)}
+LAYOUTS = (NativeLayout, TorchLayout, MaskedLayout, MinkowskiLayout)
+BACKENDS: dict[str, type[Layout]] = {layout.name: layout for layout in LAYOUTS}
 
 
 def default_device() -> torch.device:
@@ -48,9 +49,7 @@ def _resolve(name: str, device_type: str, dtype: torch.dtype) -> type[Layout]:
     check_backend(name)
     layout = BACKENDS["native" if name == "auto" else name]
     device = torch.device(device_type)
-    reason = layout.unusable(device)
-    if not reason and layout is NativeLayout:
-        reason = kernels.unfit(device, dtype)
+    reason = layout.unusable(device, dtype)
     if reason and name != "auto":
         raise UserError(f"backend {name} can't be used: {reason}; choose another --backend or auto")
     if reason:

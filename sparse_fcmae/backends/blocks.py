@@ -73,8 +73,8 @@ class NativeLayout(TorchLayout):
     name = "native"
 
     @staticmethod
-    def unusable(device: torch.device) -> str | None:
-        return kernels.unusable(device)
+    def unusable(device: torch.device, dtype: torch.dtype = torch.float32) -> str | None:
+        return kernels.unusable(device) or kernels.unfit(device, dtype)
 
     def dwconv(self, x: Tensor, conv: nn.Conv2d) -> Tensor:
         return ops.block_dwconv(x, conv.weight, conv.bias, self.visible.slot, self.visible.index)

@@ -29,8 +29,8 @@ class Layout(ABC):
         self.mask, self.kept = mask, kept
 
     @staticmethod
-    def unusable(device: torch.device) -> str | None:
-        """Why this backend can't run on `device`, in one line; None where it can."""
+    def unusable(device: torch.device, dtype: torch.dtype = torch.float32) -> str | None:
+        """Why this backend can't run features of a dtype on `device`, in one line; None where it can."""
         return None
 
     @abstractmethod

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from sparse_fcmae.backends import default_device
+from sparse_fcmae.backends import default_device, resolve_backend
 from sparse_fcmae.errors import UserError
 
 
@@ -60,14 +60,21 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
     return device
 
 
-def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The autocast dtype of a --dtype flag: "auto" is bfloat16 where the device multiplies it in hardware."""
-    if name == "auto" and device.type == "cuda":
+def choose_dtype(name: str, device: torch.device, backend: str) -> torch.dtype:
+    """The autocast dtype of a --dtype flag: "auto" is bfloat16 where device and backend compute in it.
+
+    Raises UserError where the backend can't be used with it.
+    """
+    if name == "auto" and resolve_backend(backend, device.type).unusable(device, torch.bfloat16):
+        name = "fp32"
+    elif name == "auto" and device.type == "cuda":
         name = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     elif name == "auto":
         capabilities = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
         name = "bf16" if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else "fp32"
-    return {"bf16": torch.bfloat16, "fp32": torch.float32}[name]
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[name]
+    resolve_backend(backend, device.type, dtype)
+    return dtype
 
 
 def cores_per_rank() -> int:

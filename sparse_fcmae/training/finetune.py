@@ -151,7 +151,7 @@ def train(config: FinetuneConfig, ranks: distributed.Ranks) -> Path:
         start, bad = trainer["step"], trainer["bad"]
         if trainer["images"] != folder.fingerprint:
             raise UserError(f"the images in {config.data} are not those that the run in {config.out} was started with")
-    bf16 = distributed.choose_dtype(config.dtype, device) == torch.bfloat16
+    bf16 = distributed.choose_dtype(config.dtype, device, config.backend) == torch.bfloat16
     ranks.barrier()  # every rank has found the folder in order before one writes to it
     if ranks.main:
         run.begin(replace(config, dtype="bf16" if bf16 else "fp32"), classes=folder.classes)

@@ -81,6 +81,8 @@ def train(config: PretrainConfig, ranks: distributed.Ranks) -> Path:
     if config.cuda_graphs and (device.type != "cuda" or ranks.world > 1):
         where = f"on {device.type}" if device.type != "cuda" else "in several processes"
         raise UserError(f"--cuda-graphs can't be used {where}: leave it out")
+    if config.backend == "minkowski" and (config.compile or config.cuda_graphs):
+        raise UserError("MinkowskiEngine can't be compiled or captured: leave out --compile and --cuda-graphs")
     share, steps = schedule.share, schedule.steps
 
     torch.manual_seed(config.seed)
@@ -101,7 +103,7 @@ def train(config: PretrainConfig, ranks: distributed.Ranks) -> Path:
         start, bad = trainer["step"], trainer["bad"]
         if trainer["images"] != folder.fingerprint:
             raise UserError(f"the images in {config.data} are not those that the run in {config.out} was started with")
-    bf16 = distributed.choose_dtype(config.dtype, device) == torch.bfloat16
+    bf16 = distributed.choose_dtype(config.dtype, device, config.backend) == torch.bfloat16
     config = replace(config, dtype="bf16" if bf16 else "fp32")
     ranks.barrier()  # every rank has found the folder in order before one writes to it
     if ranks.main:
@@ -218,7 +220,7 @@ class Neighbours:
     def __init__(self, config: PretrainConfig, size: tuple[int, int], ranks: distributed.Ranks) -> None:
         folders = open_splits(config.knn, None, config.seed)
         self.parts = [folder.take(range(ranks.rank, len(folder), ranks.world)) for folder in folders]
-        bf16 = distributed.choose_dtype(config.dtype, ranks.device) == torch.bfloat16
+        bf16 = distributed.choose_dtype(config.dtype, ranks.device, config.backend) == torch.bfloat16
         workers = distributed.cores_per_rank() if config.num_workers is None else config.num_workers
         share, batch = crop_share(size), config.micro_batch_size
         self.view = Viewing(size, config.in_chans, share, ranks.device, bf16, batch, workers)

@@ -1,0 +1,158 @@
+"""Rows of measurements: a table in the terminal, and JSON and CSV together with what the figures depend on."""
+
+import csv
+import json
+import os
+import platform
+import re
+import shlex
+import subprocess
+import sys
+from dataclasses import fields
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sparse_fcmae import __version__
+from sparse_fcmae.config import OutputConfig, flag
+from sparse_fcmae.errors import UserError
+from sparse_fcmae.files import check_writable, write_atomic, write_json
+
+Row = dict[str, Any]
+Columns = dict[str, tuple[str, str]]  # key in the rows: title, format; a column that no row has is left out
+OTHERS = ("triton", "MinkowskiEngine", "timm", "transformers", "torchvision", "pillow")
+
+
+def check_outputs(config: OutputConfig) -> None:
+    """Raises UserError where the files asked for can't be written, before anything is measured."""
+    for path in (config.json, config.csv):
+        if path and path != "-":
+            check_writable(Path(path))
+    if config.csv and os.path.exists(config.csv) and not Path(config.csv).read_text().startswith("benchmark,"):
+        raise UserError(f"--csv {config.csv}: rows are appended to a file of this command's, which this is not")
+
+
+def emit(benchmark: str, config: OutputConfig, rows: list[Row], columns: Columns, device: torch.device) -> list[Row]:
+    """Prints rows as a table and writes them where `config` says; returns them.
+
+    With `--json -` the JSON goes to the standard output and the table to the standard error.
+    """
+    table = format_table(rows, columns)
+    print(table, file=sys.stderr if config.json == "-" else sys.stdout)
+    result = {"benchmark": benchmark, "environment": environment(benchmark, config, device), "rows": rows}
+    if config.json == "-":
+        print(json.dumps(result, indent=2))
+    elif config.json:
+        write_json(Path(config.json), result)
+    if config.csv:
+        append_csv(Path(config.csv), result)
+    return rows
+
+
+def format_table(rows: list[Row], columns: Columns) -> str:
+    """The rows below their titles, numbers to the right; where a row was refused, the reason."""
+    columns = {k: c for k, c in columns.items() if any(row.get(k) is not None for row in rows)}
+    cells = [[shown(row.get(key), spec) for key, (_, spec) in columns.items()] for row in rows]
+    titles = [title for title, _ in columns.values()]
+    widths = [max(map(len, column)) for column in zip(titles, *cells, strict=True)]
+    left = [spec == "" for _, spec in columns.values()]
+
+    def line(texts: list[str]) -> str:
+        placed = zip(texts, widths, left, strict=True)
+        return "  ".join(t.ljust(w) if to_left else t.rjust(w) for t, w, to_left in placed).rstrip()
+
+    notes = [f"  {row['refused']}" if row.get("refused") else "" for row in rows]
+    return "\n".join([line(titles), *(line(c) + note for c, note in zip(cells, notes, strict=True))])
+
+
+def shown(value: Any, spec: str) -> str:
+    """A value as the tables have it; nothing for none."""
+    return "" if value is None else format(value, spec)
+
+
+def append_csv(path: Path, result: dict[str, Any]) -> None:
+    """Appends a line a row, with the environment behind the figures; columns that are new are added to the file's."""
+    lines, known = [], ["benchmark"]
+    if path.exists():
+        with path.open(newline="") as file:
+            reader = csv.DictReader(file)
+            lines, known = list(reader), list(reader.fieldnames or known)
+    lines += [{"benchmark": result["benchmark"]} | row | result["environment"] for row in result["rows"]]
+    known += [key for key in dict.fromkeys(k for line in lines for k in line) if key not in known]
+
+    def write(temporary: Path) -> None:
+        with temporary.open("w", newline="") as file:
+            writer = csv.DictWriter(file, known, restval="")
+            writer.writeheader()
+            writer.writerows(lines)
+
+    write_atomic(path, write)
+
+
+def environment(benchmark: str, config: OutputConfig, device: torch.device) -> dict[str, Any]:
+    """What figures depend on beside their settings."""
+    return {
+        "command": command(benchmark, config),
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+        "commit": commit() or __version__,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "cpu": cpu_model(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        **{name: found for name in OTHERS if (found := installed(name))},
+        **(
+            {"driver": output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")}
+            if device.type == "cuda"
+            else {}
+        ),
+    }
+
+
+def command(benchmark: str, config: OutputConfig) -> str:
+    """The command line that measures these rows again."""
+    words = ["sparse-fcmae", "bench", benchmark]
+    for f in fields(config):
+        value = getattr(config, f.name)
+        if f.name in ("json", "csv", "png") or value == f.default:
+            continue
+        words += [flag(f.name)] if value is True else [flag(f.name), str(value)]
+    return shlex.join(words)
+
+
+def commit() -> str:
+    """The commit of this checkout, marked where files differ from it; nothing for an installed package."""
+    here = str(Path(__file__).parent)
+    if not output("git", "-C", here, "ls-files", "results.py"):
+        return ""
+    return output("git", "-C", here, "describe", "--always", "--dirty", "--exclude", "*")
+
+
+def cpu_model() -> str:
+    """The CPU's name and instruction sets that matter here, as far as the system tells."""
+    try:
+        found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+    except OSError:
+        found = None
+    name = found[1] if found else platform.processor() or platform.machine()
+    able = getattr(torch.cpu, "get_capabilities", dict)()
+    return " ".join([name, *(k for k in ("avx512_bf16", "amx_bf16") if able.get(k))])
+
+
+def installed(name: str) -> str | None:
+    """The version of a package, None where it is not there."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def output(*words: str) -> str:
+    """What a command prints; nothing where it fails or is not there."""
+    try:
+        return subprocess.run(words, check=True, capture_output=True, text=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""

@@ -1,0 +1,106 @@
+"""`minkowski`: the convolutions by MinkowskiEngine, which the official pretraining code uses, to compare with.
+
+All else is as in `torch`. MinkowskiEngine finds the neighbours of a position by hashing; its positions are given to it in
+the order of the blocks, so that nothing has to be put in order between its convolutions.
+"""
+
+import collections
+import collections.abc
+import importlib.util
+import warnings
+from functools import cache
+from types import ModuleType
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from sparse_fcmae.backends.blocks import TorchLayout
+from sparse_fcmae.files import one_line
+
+SIDES = (8, 4, 2, 1)  # positions along a patch in the four stages
+
+
+class MinkowskiLayout(TorchLayout):
+    """Features are [T, S, S, C] as in `torch`, and to MinkowskiEngine the list of their T * S * S positions."""
+
+    name = "minkowski"
+
+    def __init__(self, mask: Tensor, kept: int | None = None) -> None:
+        super().__init__(mask, kept)
+        self.manager, self.keys = None, {}
+        if not len(self.visible.index):  # MinkowskiEngine crashes on a list without positions
+            return
+        rows, cols = mask.shape[1:]
+        index, device = self.visible.index, mask.device
+        corners = torch.stack([self.visible.image, index // cols % rows, index % cols], 1)
+        self.manager = engine().CoordinateManager(D=2, coordinate_map_type=_map_type(device))
+        for side in SIDES:
+            within = torch.cartesian_prod(*map(torch.arange, (1, side, side))).to(device)
+            scale = torch.tensor([1, SIDES[0], SIDES[0]], device=device)
+            positions = corners[:, None] * scale + within * (SIDES[0] // side)
+            key, _ = self.manager.insert_and_map(positions.flatten(0, 1).int().contiguous(), [SIDES[0] // side] * 2)
+            self.keys[side] = key
+
+    @staticmethod
+    def unusable(device: torch.device, dtype: torch.dtype = torch.float32) -> str | None:
+        if not importlib.util.find_spec("MinkowskiEngine"):
+            return "MinkowskiEngine is not installed: make minkowski, or see sparse-fcmae[minkowski] in the README"
+        try:
+            on_gpus = engine().is_cuda_available()
+        except Exception as error:  # built for another torch, or without a library that it needs
+            return f"MinkowskiEngine can't be imported: {one_line(error)}"
+        if device.type != "cpu" and not (device.type == "cuda" and on_gpus):
+            return f"this MinkowskiEngine was built without {device.type}"
+        if dtype not in (torch.float32, torch.float64):
+            return f"MinkowskiEngine computes in fp32, not in {str(dtype).removeprefix('torch.')}: give --dtype fp32"
+        return None
+
+    def tile_conv(self, x: Tensor, conv: nn.Conv2d) -> Tensor:
+        return self._convolve(x, conv, x.shape[1] // conv.stride[0])
+
+    def dwconv(self, x: Tensor, conv: nn.Conv2d) -> Tensor:
+        return self._convolve(x, conv, x.shape[1])
+
+    def _convolve(self, x: Tensor, conv: nn.Conv2d, side: int) -> Tensor:
+        shape = (len(x), side, side, conv.out_channels)
+        if self.manager is None:
+            return x.new_zeros(shape)
+        layer = _layer(conv.in_channels, conv.out_channels, conv.kernel_size[0], conv.groups > 1, x.device)
+        kernel = conv.weight.permute(3, 2, 1, 0).flatten(0, 1)  # taps from left to right, then down: [k * k, in, out]
+        parameters = {"kernel": kernel[:, 0] if conv.groups > 1 else kernel, "bias": conv.bias[None]}
+        positions = engine().SparseTensor(
+            x.flatten(0, 2), coordinate_map_key=self.keys[x.shape[1]], coordinate_manager=self.manager
+        )
+        return functional_call(layer, parameters, (positions, self.keys[side])).F.view(shape)
+
+
+@cache
+def engine() -> ModuleType:
+    """The module MinkowskiEngine, which looks for a name that Python 3.10 has taken away."""
+    collections.Sequence = collections.abc.Sequence
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*CPU_ONLY.*")
+            return importlib.import_module("MinkowskiEngine")
+    finally:
+        del collections.Sequence
+
+
+def _map_type(device: torch.device):
+    kinds = engine().CoordinateMapType
+    return kinds.CUDA if device.type == "cuda" else kinds.CPU
+
+
+@cache
+def _layer(inputs: int, outputs: int, kernel_size: int, depthwise: bool, device: torch.device) -> nn.Module:
+    """One of its layers, to be called with the encoder's parameters."""
+    if not depthwise:
+        return (
+            engine()
+            .MinkowskiConvolution(inputs, outputs, kernel_size=kernel_size, stride=kernel_size, bias=True, dimension=2)
+            .to(device)
+        )
+    kinds = ("MinkowskiDepthwiseConvolution", "MinkowskiChannelwiseConvolution")  # the first in a fork, for CUDA
+    kind = next(k for k in kinds[device.type == "cpu" :] if hasattr(engine(), k))
+    return getattr(engine(), kind)(inputs, kernel_size=kernel_size, bias=True, dimension=2).to(device)
