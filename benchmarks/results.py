@@ -23,6 +23,7 @@ from sparse_fcmae.files import check_writable, write_atomic, write_json
 
 Row = dict[str, Any]
 Columns = dict[str, tuple[str, str]]  # key in the rows: title, format; a column that no row has is left out
+CSV_START = "benchmark,"
 OTHERS = ("triton", "MinkowskiEngine", "timm", "transformers", "torchvision", "pillow")
 
 
@@ -31,16 +32,26 @@ def check_outputs(config: OutputConfig) -> None:
     for path in (config.json, config.csv):
         if path and path != "-":
             check_writable(Path(path))
-    if config.csv and os.path.exists(config.csv) and not Path(config.csv).read_text().startswith("benchmark,"):
-        raise UserError(f"--csv {config.csv}: rows are appended to a file of this command's, which this is not")
+    if config.csv and os.path.exists(config.csv):
+        with open(config.csv, errors="replace") as file:
+            if file.read(len(CSV_START)) not in ("", CSV_START):
+                raise UserError(f"--csv {config.csv}: rows are appended to a file of a benchmark's, which this is not")
 
 
-def emit(benchmark: str, config: OutputConfig, rows: list[Row], columns: Columns, device: torch.device) -> list[Row]:
-    """Prints rows as a table and writes them where `config` says; returns them.
+def emit(
+    benchmark: str,
+    config: OutputConfig,
+    rows: list[Row],
+    columns: Columns,
+    device: torch.device,
+    *,
+    shown: list[Row] | None = None,
+) -> list[Row]:
+    """Prints rows, or those that are to be `shown`, as a table and writes all where `config` says; returns them.
 
     With `--json -` the JSON goes to the standard output and the table to the standard error.
     """
-    table = format_table(rows, columns)
+    table = format_table(rows if shown is None else shown, columns)
     print(table, file=sys.stderr if config.json == "-" else sys.stdout)
     result = {"benchmark": benchmark, "environment": environment(benchmark, config, device), "rows": rows}
     if config.json == "-":
@@ -55,7 +66,7 @@ def emit(benchmark: str, config: OutputConfig, rows: list[Row], columns: Columns
 def format_table(rows: list[Row], columns: Columns) -> str:
     """The rows below their titles, numbers to the right; where a row was refused, the reason."""
     columns = {k: c for k, c in columns.items() if any(row.get(k) is not None for row in rows)}
-    cells = [[shown(row.get(key), spec) for key, (_, spec) in columns.items()] for row in rows]
+    cells = [[as_text(row.get(key), spec) for key, (_, spec) in columns.items()] for row in rows]
     titles = [title for title, _ in columns.values()]
     widths = [max(map(len, column)) for column in zip(titles, *cells, strict=True)]
     left = [spec == "" for _, spec in columns.values()]
@@ -68,7 +79,7 @@ def format_table(rows: list[Row], columns: Columns) -> str:
     return "\n".join([line(titles), *(line(c) + note for c, note in zip(cells, notes, strict=True))])
 
 
-def shown(value: Any, spec: str) -> str:
+def as_text(value: Any, spec: str) -> str:
     """A value as the tables have it; nothing for none."""
     return "" if value is None else format(value, spec)
 

@@ -19,6 +19,7 @@ from sparse_fcmae.config import (
     DemoConfig,
     EvaluateConfig,
     FinetuneConfig,
+    GflopsConfig,
     GpuConfig,
     KernelsConfig,
     PretrainConfig,
@@ -63,6 +64,12 @@ def run_evaluate(options: dict[str, Any]) -> None:
     from sparse_fcmae.evaluate import evaluate
 
     evaluate(**options)
+
+
+def run_gflops(options: dict[str, Any]) -> None:
+    from sparse_fcmae.benchmarks.gflops import gflops
+
+    gflops(**options)
 
 
 def run_compare(options: dict[str, Any]) -> None:
@@ -114,6 +121,7 @@ COMMANDS: dict[str, tuple[str, type | None, Callable[[dict[str, Any]], None]]] =
     "convert": ("write any checkpoint's weights for another library, verified", ConvertConfig, run_convert),
     "evaluate": ("accuracy of a classifier, k-NN and linear probe of an encoder", EvaluateConfig, run_evaluate),
     "demo": ("draw images and pretrain on them, in about two minutes on a CPU", DemoConfig, run_demo),
+    "bench gflops": ("multiply-accumulates and parameters, dense and sparse", GflopsConfig, run_gflops),
     "bench compare": ("a fine-tuning step against timm's and transformers'", CompareConfig, run_compare),
     "bench gpu": ("training steps and kernels on a GPU, every backend, into a CSV file", GpuConfig, run_gpu),
     "bench kernels": (

@@ -1,6 +1,6 @@
 """Every option of every command: one dataclass each, from which the command line is made."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, ClassVar
 
@@ -291,6 +291,11 @@ def differences(a: Any, b: Any) -> list[str]:
     return [f.name for f in fields(a) if not f.metadata["any_time"] and getattr(a, f.name) != getattr(b, f.name)]
 
 
+def shown_size(size: tuple[int, int]) -> str:
+    """(height, width) as the flag has it: "224", or "224x320"."""
+    return "x".join(map(str, dict.fromkeys(size)))
+
+
 def image_size_of(value: str | int | Sequence[int]) -> tuple[int, int]:
     """(height, width) of 224, "224", "224x320" or (224, 320)."""
     if isinstance(value, int):
@@ -301,6 +306,19 @@ def image_size_of(value: str | int | Sequence[int]) -> tuple[int, int]:
     except (TypeError, ValueError):
         raise UserError(f"--image-size {value}: give pixels as 224 or, height first, 224x320") from None
     return height, width
+
+
+def listed(name: str, value: str, kind: Callable[[str], Any], known: Iterable[str] | None = None) -> list[Any]:
+    """The parts of a flag's value with commas. Raises UserError where one is not of its kind, or of those known."""
+    try:
+        parts = [kind(part.strip()) for part in str(value).split(",") if part.strip()]
+    except ValueError:
+        raise UserError(f"{flag(name)} {value}: give numbers with commas between them") from None
+    if unknown := [part for part in parts if known is not None and part not in known]:
+        raise UserError(f"unknown {name.replace('_', ' ')} {unknown[0]!r}: choose of {', '.join(known)}")
+    if not parts:
+        raise UserError(f"{flag(name)} is empty: give at least one")
+    return parts
 
 
 def flag(name: str) -> str:

@@ -7,7 +7,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from sparse_fcmae.config import RunConfig, flag, image_size_of
+from sparse_fcmae.config import RunConfig, flag, image_size_of, shown_size
 from sparse_fcmae.errors import UserError
 from sparse_fcmae.training.checkpoint import RunFolder, check_same
 
@@ -28,7 +28,7 @@ def configure(
         raise TypeError(f"{name!r} is an unexpected option of {kind.command}")
     options = {k: os.fspath(v) if isinstance(v, os.PathLike) else v for k, v in options.items()}
     if options.get("image_size") is not None:
-        options["image_size"] = shown(image_size_of(options["image_size"]))
+        options["image_size"] = shown_size(image_size_of(options["image_size"]))
     options |= {name: os.path.abspath(options[name]) for name in PATHS if options.get(name)}
     resume = options.get("resume", False)
     run = RunFolder(options.get("out", kind.out), kind)
@@ -61,7 +61,3 @@ def check_values(config: Any, positive: Iterable[str], not_negative: Iterable[st
         if value is not None and not 0 <= value < 2**32:
             raise UserError(f"{flag(name)} must be 0 or more, not {value}")
 
-
-def shown(size: tuple[int, int]) -> str:
-    """(height, width) as the flag has it: "224", or "224x320"."""
-    return "x".join(map(str, dict.fromkeys(size)))

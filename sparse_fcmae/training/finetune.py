@@ -25,7 +25,7 @@ from sparse_fcmae.probes import Viewing, run_over
 from sparse_fcmae.training import distributed
 from sparse_fcmae.training.augment import Mixing, RandAugment
 from sparse_fcmae.training.checkpoint import RunFolder, load_model, load_trainer
-from sparse_fcmae.training.configure import configure, shown
+from sparse_fcmae.training.configure import configure
 from sparse_fcmae.training.logging import RunLog
 from sparse_fcmae.training.optim import adamw, layer_scale, load_optimizer, set_lr
 from sparse_fcmae.training.progress import Progress, Schedule, stop_signals
@@ -103,7 +103,7 @@ def build(
         size, notes = shape.pop("image_size"), list(weights.notes)
     config = complete(config, shape["name"])
     size = image_size_of(config.image_size) if config.image_size else size
-    config = replace(config, image_size=shown(size))
+    config = replace(config, image_size=shown_size(size))
     options = {"image_size": size, "backend": config.backend, "drop_path": config.drop_path}
     model = Classifier(**shape, **options, num_classes=len(classes))
     if weights:

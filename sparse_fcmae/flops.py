@@ -1,0 +1,163 @@
+"""Multiply-accumulates (MACs) and parameters of the models, dense and sparse, of one image's forward pass.
+
+What is counted is what `torch.utils.flop_counter` counts of the plain modules, halved: convolutions and matrix products.
+Dense, a convolution's taps count beyond the border too. Sparse, only those between two visible positions do.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from sparse_fcmae.classifier import Classifier
+from sparse_fcmae.encoder import SIZES
+from sparse_fcmae.fcmae import FCMAE
+from sparse_fcmae.masking import kept_patches
+
+KERNEL, REACH = 7, 3  # of the depthwise convolution; how far it looks to either side
+SIDES = (8, 4, 2, 1)  # positions along a patch in the four stages
+CLASSES = 1000  # of ImageNet-1K, as the published figures have them
+Product = tuple[int, int, int]  # positions along a patch, channels in, channels out
+
+# MACs in G of https://github.com/facebookresearch/ConvNeXt-V2, at each of the image sizes that it lists
+PUBLISHED = {
+    "atto": {224: 0.55},
+    "femto": {224: 0.78},
+    "pico": {224: 1.37},
+    "nano": {224: 2.45, 384: 7.21},
+    "tiny": {224: 4.47, 384: 13.1},
+    "base": {224: 15.4, 384: 45.2},
+    "large": {224: 34.4, 384: 101.1},
+    "huge": {224: 115.0, 384: 337.9, 512: 600.8},
+}
+
+
+@dataclass(frozen=True)
+class Part:
+    """Parameters of a part of a model, and MACs of an image: all positions computed, the visible ones only."""
+
+    parameters: int
+    dense: float
+    sparse: float
+
+
+def count(
+    name: str,
+    *,
+    image_size: tuple[int, int] = (224, 224),
+    mask_ratio: float = 0.6,
+    mask: Tensor | None = None,
+    in_chans: int = 3,
+    num_classes: int = CLASSES,
+    stem_stride: int = 4,
+    decoder_dim: int = 512,
+    decoder_depth: int = 1,
+) -> dict[str, Part]:
+    """What each part of a model costs: "stem", "stage 1" to "stage 4", "head", "decoder", and the first five together
+    as "encoder", with the head as "classifier".
+
+    mask: bool [B, rows, cols], True = masked: the sparse MACs are the mean over these images, exactly. Without it they
+    are what to expect of uniformly random masks of `mask_ratio`. A stage has the downsampling before it. The decoder
+    computes all patches, and so does the classifier: of these two the sparse count is the dense one. Raises UserError
+    for a size that the model can't take or a ratio that keeps or masks nothing (0 is allowed).
+    """
+    options = {"image_size": image_size, "in_chans": in_chans, "stem_stride": stem_stride}
+    with torch.device("meta"):
+        model = Classifier(name, num_classes=num_classes, **options)
+        fcmae = FCMAE(name, decoder_dim=decoder_dim, decoder_depth=decoder_depth, mask_ratio=0.5, **options)
+    rows, cols = grid = model.grid(*image_size)
+    patches = rows * cols
+    visible = (~mask).sum().item() / len(mask) if mask is not None else kept(grid, mask_ratio)
+
+    parts = {}
+    depths, dims = SIZES[name]
+    for i, (side, depth, dim) in enumerate(zip(SIDES, depths, dims, strict=True)):
+        stem, *blocks = stage_products(name, i, in_chans, stem_stride)
+        taps = visible_taps(mask, side) if mask is not None else expected_taps(grid, int(visible), side)
+        convolved = (depth * dim * KERNEL**2 * side**2 * patches, depth * dim * taps)
+        down, inside = model.downsample_layers[i], parameters(model.stages[i])
+        if i == 0:
+            parts["stem"] = Part(parameters(down), macs([stem], patches), macs([stem], visible))
+        else:
+            blocks, inside = [stem, *blocks], inside + parameters(down)
+        dense, sparse = (macs(blocks, n) + c for n, c in zip((patches, visible), convolved, strict=True))
+        parts[f"stage {i + 1}"] = Part(inside, dense, sparse)
+    parts["encoder"] = together(parts.values())
+    head = dims[-1] * num_classes
+    parts["head"] = Part(parameters(model.norm) + parameters(model.head), head, head)
+    whole = together((parts["encoder"], parts["head"]))
+    parts["classifier"] = Part(whole.parameters, whole.dense, whole.dense)
+    cost = macs(decoder_products(fcmae), patches) + decoder_depth * KERNEL**2 * decoder_dim * patches
+    parts["decoder"] = Part(parameters(fcmae) - parameters(fcmae.encoder), cost, cost)
+    return parts
+
+
+def kept(grid: tuple[int, int], ratio: float) -> int:
+    """How many patches of a grid a random mask of a ratio keeps; for a ratio of 0 all."""
+    return kept_patches(grid, ratio) if ratio else grid[0] * grid[1]
+
+
+def stage_products(name: str, stage: int, in_chans: int = 3, stem_stride: int = 4) -> list[Product]:
+    """The matrix products that one image's patch takes in a stage (0 to 3): stem or downsampling, then the blocks'."""
+    depths, dims = SIZES[name]
+    side, dim = SIDES[stage], dims[stage]
+    inputs = 4 * dims[stage - 1] if stage else in_chans * stem_stride**2
+    return [(side, inputs, dim), *[(side, dim, 4 * dim), (side, 4 * dim, dim)] * depths[stage]]
+
+
+def decoder_products(fcmae: FCMAE) -> list[Product]:
+    """The matrix products that one image's patch takes in the decoder."""
+    convs = (fcmae.proj, *(layer for b in fcmae.decoder for layer in (b.pwconv1, b.pwconv2)), fcmae.pred)
+    return [(1, *reversed(layer.weight.shape[:2])) for layer in convs]
+
+
+def macs(products: Iterable[Product], patches: float) -> float:
+    """MACs of matrix products over so many patches."""
+    return sum(side**2 * inputs * outputs for side, inputs, outputs in products) * patches
+
+
+def visible_taps(mask: Tensor, side: int) -> float:
+    """How many taps of a 7x7 window around each visible position are visible, in all, per image; mask as in `count`."""
+    seen = (~mask).repeat_interleave(side, 1).repeat_interleave(side, 2)[:, None].double()
+    window = torch.ones(1, 1, KERNEL, KERNEL, dtype=torch.double, device=mask.device)
+    return (F.conv2d(seen, window, padding=REACH) * seen).sum().item() / len(mask)
+
+
+def expected_taps(grid: tuple[int, int], visible: int, side: int) -> float:
+    """The mean of `visible_taps` over all masks that keep `visible` patches of a grid.
+
+    Two positions of one patch are visible together in a share K / L of the masks, those of two patches in a share
+    K (K - 1) / (L (L - 1)).
+    """
+    patches = grid[0] * grid[1]
+    within = patches * pairs(side) ** 2
+    between = pairs(grid[0] * side) * pairs(grid[1] * side) - within
+    both = visible / patches * (visible - 1) / max(patches - 1, 1)
+    return within * visible / patches + between * both
+
+
+def pairs(length: int) -> int:
+    """How many ordered pairs of positions on a line of some length are within a window's reach of each other."""
+    return sum(max(0, length - abs(distance)) for distance in range(-REACH, REACH + 1))
+
+
+def parameters(module: nn.Module) -> int:
+    """How many parameters a module has."""
+    return sum(p.numel() for p in module.parameters())
+
+
+def together(parts: Iterable[Part]) -> Part:
+    """Several parts as one."""
+    counts = zip(*((p.parameters, p.dense, p.sparse) for p in parts), strict=True)
+    return Part(*map(sum, counts))
+
+
+def module_macs(module: nn.Module, *inputs: Tensor) -> float:
+    """MACs of a forward pass of any module: half of what PyTorch counts."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        module.eval()(*inputs)
+    return counter.get_total_flops() / 2
+
