@@ -34,6 +34,9 @@ build/sanitize-%: tests/sanitize.cpp $(SOURCES)
 	$(CXX) -std=c++20 -O1 -g -Wall -Wextra -Wno-psabi -fopenmp -fsanitize=address,undefined \
 		-fno-sanitize-recover=all $(FLAGS) kernels/cpu/*.cpp $< -o $@
 
+bench: .venv/minkowski  ## runs/bench/report.html: the suite on this machine; with DATA=folder, loading those images too
+	$(BIN)/sparse-fcmae bench report --out runs/bench --overwrite $(if $(DATA),--data '$(DATA)')
+
 minkowski: .venv/minkowski  ## the peer that sparse convolution is measured against; needs OpenBLAS and its headers
 
 lint: .venv/installed-for-tests

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from sparse_fcmae.benchmarks.results import Columns, Row, check_outputs, emit
+from sparse_fcmae.benchmarks.results import Columns, Results, Row
 from sparse_fcmae.config import GflopsConfig, image_size_of, listed, shown_size
 from sparse_fcmae.encoder import SIZES
 from sparse_fcmae.errors import UserError
@@ -32,7 +32,7 @@ def gflops(**options: Any) -> list[Row]:
     """Prints and returns a row a model, image size and mask ratio, and one for each part of it; options are those of
     `GflopsConfig`. Multiply-accumulates of one image's forward pass, in units of 1e9."""
     config = GflopsConfig(**options)
-    check_outputs(config)
+    results = Results("gflops", config, COLUMNS, torch.device("cpu"))
     models = listed("model", config.model, str, SIZES)
     sizes = listed("image_size", config.image_size, image_size_of)
     ratios = listed("mask_ratio", config.mask_ratio, float)
@@ -43,7 +43,8 @@ def gflops(**options: Any) -> list[Row]:
             for ratio in ratios:
                 rows += rows_of(model, size, ratio)
     shown = [row for row in rows if config.stages or row["part"] == "whole"]
-    return emit("gflops", config, rows + others, COLUMNS, torch.device("cpu"), shown=shown + others)
+    results.add(rows + others, shown + others)
+    return results.finish()
 
 
 def rows_of(model: str, size: tuple[int, int], ratio: float) -> list[Row]:

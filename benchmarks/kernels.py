@@ -1,4 +1,4 @@
-"""Each op of the CPU kernels, forward and backward, against plain PyTorch and against the bounds of this CPU.
+"""Each op of the CPU's kernels, forward and backward, against plain PyTorch and against the bounds of this CPU.
 
 An op can be no faster than it takes to read its inputs and write its results once, nor than its arithmetic takes. Both
 rates are measured in the same run: a large copy, and a large matrix product in each dtype. An op whose result or
@@ -8,7 +8,6 @@ gradients are not the reference's in float32 is refused, not reported.
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,17 +15,29 @@ from torch import Tensor
 
 from sparse_fcmae import ops
 from sparse_fcmae.backends.blocks import TorchLayout
+from sparse_fcmae.benchmarks.gpu_kernels import gpu_kernels
+from sparse_fcmae.benchmarks.results import Columns, Results, Row
 from sparse_fcmae.benchmarks.timing import draw_mask, relative, take_turns
 from sparse_fcmae.config import KernelsConfig, image_size_of
 from sparse_fcmae.encoder import SIZES, Block, SparseEncoder
 from sparse_fcmae.errors import UserError
-from sparse_fcmae.files import write_json
 from sparse_fcmae.kernels import cpu
 from sparse_fcmae.masking import VisiblePatches
 from sparse_fcmae.ops import reference
+from sparse_fcmae.training.distributed import choose_device
 
 TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}  # relative Frobenius error of the result and of every gradient
 GELU_FLOPS, SLOPE_FLOPS, NORM_FLOPS = 46, 4, 8  # per element, a multiply-add counting two; GELU_FLOPS as approximated
+COLUMNS: Columns = {
+    "op": ("op", ""),
+    "features": ("features", ""),
+    "pass": ("pass", ""),
+    "ms": ("ms", ".2f"),
+    "over_reference": ("over reference", ".2f"),
+    "of_bound": ("of the bound", ".2f"),
+    "bound": ("bound by", ""),
+    "error": ("error", ".0e"),
+}
 
 
 @dataclass
@@ -45,36 +56,33 @@ class Case:
     flops: tuple[tuple[float, float], tuple[float, float]]
 
 
-def kernels(**options: Any) -> list[dict[str, Any]]:
+def kernels(**options: Any) -> list[Row]:
     """Prints and returns a row for each op, stage and pass; options are those of `KernelsConfig`."""
     config = KernelsConfig(**options)
     if config.batch_size < 1 or config.rounds < 1:
         raise UserError("--batch-size and --rounds must be at least 1")
-    if cpu.unusable():
-        raise UserError(f"there are no kernels to measure: {cpu.unusable()}")
     if config.model not in SIZES:
         raise UserError(f"unknown model {config.model!r}: choose one of {', '.join(SIZES)}")
-    torch.manual_seed(0)
+    if (device := choose_device(config.device)).type != "cpu":
+        return gpu_kernels(config, device)
+    if cpu.unusable():
+        raise UserError(f"there are no kernels to measure: {cpu.unusable()}")
+    results = Results("kernels", config, COLUMNS, device)
+    torch.manual_seed(config.seed)
     size = image_size_of(config.image_size)
     mask = draw_mask(config.batch_size, SparseEncoder("atto", image_size=size).grid(*size), config.mask_ratio)
     dtype = torch.bfloat16 if config.dtype == "bf16" else torch.float32
     rates = measure_rates(dtype, config.rounds)
-    print(f"{'op':14} {'stage':9} {'pass':8} {'ms':>8} {'over reference':>15} {'of the bound':>13}   bound by")
+    setting = {k: getattr(config, k) for k in ("model", "batch_size", "image_size", "mask_ratio", "dtype")}
+    setting |= {"kernels": cpu.instruction_set(), **{f"measured_{k}_per_second": rate for k, rate in rates.items()}}
     rows = []
     for stage, channels in enumerate(SIZES[config.model][1]):
-        for case in cases(VisiblePatches.of(mask), 8 >> stage, channels, dtype):
-            for row in measure(case, rates, TOLERANCE[config.dtype], config.rounds):
-                rows.append({"stage": stage + 1, "side": 8 >> stage, "channels": channels} | row)
-                print(line(rows[-1]))
-    setting = {
-        **{k: getattr(config, k) for k in ("model", "batch_size", "image_size", "mask_ratio", "dtype")},
-        **{"threads": torch.get_num_threads(), "torch": torch.__version__, "kernels": cpu.instruction_set()},
-        **{f"measured_{name}_per_second": rate for name, rate in rates.items()},
-    }
-    print(", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in setting.items()))
-    if config.json:
-        write_json(Path(config.json), {"setting": setting, "rows": rows})
-    return rows
+        side = 8 >> stage
+        for case in cases(VisiblePatches.of(mask), side, channels, dtype):
+            place = {"op": case.op, "stage": stage + 1, "features": f"{side}x{side}x{channels}"}
+            rows += [setting | place | row for row in measure(case, rates, TOLERANCE[config.dtype], config.rounds)]
+    results.add(rows)
+    return results.finish()
 
 
 def measure_rates(dtype: torch.dtype, rounds: int) -> dict[str, float]:
@@ -158,7 +166,7 @@ def cases(visible: VisiblePatches, side: int, channels: int, dtype: torch.dtype)
     ]
 
 
-def measure(case: Case, rates: dict[str, float], tolerance: float, rounds: int) -> list[dict[str, Any]]:
+def measure(case: Case, rates: dict[str, float], tolerance: float, rounds: int) -> list[Row]:
     """A row for the forward and one for the backward pass, or the one that says why there are none."""
     out, expected, exact = case.ours(), case.reference(), case.exact()
     probe = torch.randn_like(out)
@@ -169,7 +177,7 @@ def measure(case: Case, rates: dict[str, float], tolerance: float, rounds: int) 
     pairs = zip((out, *backward(out)), (exact, *backward(exact)), strict=True)
     error = max(relative(a.float(), b.float()) for a, b in pairs)
     if not error < tolerance:
-        return [{"op": case.op, "pass": "both", "refused": f"relative error {error:.0e}"}]
+        return [{"pass": "both", "refused": f"relative error {error:.0e}"}]
     rows = []
     runs = ({"ours": case.ours, "reference": case.reference},)
     runs += ({"ours": lambda: backward(out), "reference": lambda: backward(expected)},)
@@ -180,7 +188,7 @@ def measure(case: Case, rates: dict[str, float], tolerance: float, rounds: int) 
         seconds = statistics.median(times["ours"])
         rows.append(
             {
-                **{"op": case.op, "pass": name, "ms": 1e3 * seconds, "bytes": size, "flops": matrix + other},
+                **{"pass": name, "ms": 1e3 * seconds, "bytes": size, "flops": matrix + other},
                 "over_reference": statistics.median(b / a for a, b in zip(*times.values(), strict=True)),
                 "of_bound": max(memory, arithmetic) / seconds,
                 "bound": "memory" if memory > arithmetic else "arithmetic",
@@ -188,12 +196,3 @@ def measure(case: Case, rates: dict[str, float], tolerance: float, rounds: int) 
             }
         )
     return rows
-
-
-def line(row: dict[str, Any]) -> str:
-    """A row of the table."""
-    stage = f"{row['side']}x{row['side']}x{row['channels']}"
-    if "refused" in row:
-        return f"{row['op']:14} {stage:9} refused: {row['refused']}"
-    figures = f"{row['ms']:8.2f} {row['over_reference']:15.2f} {row['of_bound']:13.2f}"
-    return f"{row['op']:14} {stage:9} {row['pass']:8} {figures}   {row['bound']}"

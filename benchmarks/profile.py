@@ -2,7 +2,6 @@
 
 from collections import Counter
 from math import prod
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -10,23 +9,31 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from sparse_fcmae.benchmarks.results import Columns, Results, Row
 from sparse_fcmae.benchmarks.timing import draw_mask
-from sparse_fcmae.config import KernelsConfig, image_size_of
+from sparse_fcmae.config import ProfileConfig, image_size_of
 from sparse_fcmae.encoder import SparseEncoder
 from sparse_fcmae.errors import UserError
-from sparse_fcmae.files import write_json
 from sparse_fcmae.kernels import cpu
 
 MATRIX_PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_")
 SHOWN = 16
+COLUMNS: Columns = {
+    "what": ("what", ""),
+    "calls": ("calls", ".0f"),
+    "ms": ("ms", ".1f"),
+    "share": ("share", ".1%"),
+    "mb": ("MB moved", ".0f"),
+}
 
 
-def profile_step(**options: Any) -> list[dict[str, Any]]:
-    """Prints and returns what takes the most time, milliseconds of a step; options are those of `KernelsConfig`."""
-    config = KernelsConfig(**options)
+def profile_step(**options: Any) -> list[Row]:
+    """Prints and returns what takes the most time, milliseconds of a step; options are those of `ProfileConfig`."""
+    config = ProfileConfig(**options)
     if config.batch_size < 1 or config.rounds < 1:
         raise UserError("--batch-size and --rounds must be at least 1")
-    torch.manual_seed(0)
+    results = Results("profile", config, COLUMNS, torch.device("cpu"))
+    torch.manual_seed(config.seed)
     size = image_size_of(config.image_size)
     encoder = SparseEncoder(config.model, image_size=size, backend="native")
     images = torch.randn(config.batch_size, 3, *size)
@@ -65,15 +72,12 @@ def profile_step(**options: Any) -> list[dict[str, Any]]:
     for name, size in kernel_bytes.items():
         spent[name]["bytes"] = size / config.rounds
     total = sum(row["ms"] for row in spent.values())
-    rows = [{"what": name, **row, "share": row["ms"] / total} for name, row in spent.items()]
+    rows = [
+        {"what": name, **row, "mb": row["bytes"] / 1e6 or None, "share": row["ms"] / total}
+        for name, row in spent.items()
+    ]
     rows.sort(key=lambda row: -row["ms"])
-    print(f"{'what':52} {'calls':>6} {'ms':>8} {'share':>6} {'MB moved':>9}")
-    for row in rows[:SHOWN]:
-        moved = f"{row['bytes'] / 1e6:9.0f}" if row["bytes"] else ""
-        print(f"{row['what'][:52]:52} {row['calls']:6.0f} {row['ms']:8.1f} {row['share']:6.1%} {moved}")
-    print(f"{'all':52} {'':6} {total:8.1f}")
-    if config.json:
-        setting = {k: getattr(config, k) for k in ("model", "batch_size", "image_size", "mask_ratio", "dtype")}
-        setting |= {"threads": torch.get_num_threads(), "torch": torch.__version__, "kernels": cpu.instruction_set()}
-        write_json(Path(config.json), {"setting": setting, "ms": total, "rows": rows[:SHOWN]})
-    return rows
+    setting = {k: getattr(config, k) for k in ("model", "batch_size", "image_size", "mask_ratio", "dtype")}
+    rows.append({"what": "all", "ms": total})
+    results.add([setting | row for row in rows[:SHOWN] + rows[-1:]])
+    return results.finish()

@@ -27,9 +27,46 @@ CSV_START = "benchmark,"
 OTHERS = ("triton", "MinkowskiEngine", "timm", "transformers", "torchvision", "pillow")
 
 
+class Results:
+    """The rows of a benchmark as they come: each table is printed and appended to the CSV file at once, so that an
+    interrupted one keeps what it has; the JSON is written at the end.
+
+    With `--json -` the JSON goes to the standard output and the tables to the standard error. Raises UserError where
+    the files asked for can't be written, before anything is measured.
+    """
+
+    def __init__(self, benchmark: str, config: OutputConfig, columns: Columns, device: torch.device) -> None:
+        check_outputs(config)
+        self.config, self.columns, self.rows = config, columns, []
+        self.result = {"benchmark": benchmark, "environment": environment(benchmark, config, device), "rows": self.rows}
+
+    def add(self, rows: list[Row], shown: list[Row] | None = None) -> None:
+        """Takes rows, and prints them or those that are to be `shown`."""
+        self.rows += rows
+        if table := format_table(rows if shown is None else shown, self.columns):
+            print(table, file=sys.stderr if self.config.json == "-" else sys.stdout, flush=True)
+        if self.config.csv:
+            append_csv(Path(self.config.csv), self.result | {"rows": rows})
+
+    def finish(self) -> list[Row]:
+        """Writes the JSON; returns all rows."""
+        if self.config.json == "-":
+            print(json.dumps(self.result, indent=2))
+        elif self.config.json:
+            write_json(Path(self.config.json), self.result)
+        return self.rows
+
+
+def emit(benchmark: str, config: OutputConfig, rows: list[Row], columns: Columns, device: torch.device) -> list[Row]:
+    """Prints, writes and returns all the rows of a benchmark."""
+    results = Results(benchmark, config, columns, device)
+    results.add(rows)
+    return results.finish()
+
+
 def check_outputs(config: OutputConfig) -> None:
-    """Raises UserError where the files asked for can't be written, before anything is measured."""
-    for path in (config.json, config.csv):
+    """Raises UserError where the files asked for can't be written."""
+    for path in (config.json, config.csv, getattr(config, "png", None)):
         if path and path != "-":
             check_writable(Path(path))
     if config.csv and os.path.exists(config.csv):
@@ -38,33 +75,10 @@ def check_outputs(config: OutputConfig) -> None:
                 raise UserError(f"--csv {config.csv}: rows are appended to a file of a benchmark's, which this is not")
 
 
-def emit(
-    benchmark: str,
-    config: OutputConfig,
-    rows: list[Row],
-    columns: Columns,
-    device: torch.device,
-    *,
-    shown: list[Row] | None = None,
-) -> list[Row]:
-    """Prints rows, or those that are to be `shown`, as a table and writes all where `config` says; returns them.
-
-    With `--json -` the JSON goes to the standard output and the table to the standard error.
-    """
-    table = format_table(rows if shown is None else shown, columns)
-    print(table, file=sys.stderr if config.json == "-" else sys.stdout)
-    result = {"benchmark": benchmark, "environment": environment(benchmark, config, device), "rows": rows}
-    if config.json == "-":
-        print(json.dumps(result, indent=2))
-    elif config.json:
-        write_json(Path(config.json), result)
-    if config.csv:
-        append_csv(Path(config.csv), result)
-    return rows
-
-
 def format_table(rows: list[Row], columns: Columns) -> str:
-    """The rows below their titles, numbers to the right; where a row was refused, the reason."""
+    """The rows below their titles, numbers to the right; where a row was refused, the reason. Nothing of no rows."""
+    if not rows:
+        return ""
     columns = {k: c for k, c in columns.items() if any(row.get(k) is not None for row in rows)}
     cells = [[as_text(row.get(key), spec) for key, (_, spec) in columns.items()] for row in rows]
     titles = [title for title, _ in columns.values()]
@@ -73,10 +87,12 @@ def format_table(rows: list[Row], columns: Columns) -> str:
 
     def line(texts: list[str]) -> str:
         placed = zip(texts, widths, left, strict=True)
-        return "  ".join(t.ljust(w) if to_left else t.rjust(w) for t, w, to_left in placed).rstrip()
+        return "  ".join(t.ljust(w) if to_left else t.rjust(w) for t, w, to_left in placed)
 
-    notes = [f"  {row['refused']}" if row.get("refused") else "" for row in rows]
-    return "\n".join([line(titles), *(line(c) + note for c, note in zip(cells, notes, strict=True))])
+    rest = [row.get("refused") or "" for row in rows]
+    return "\n".join(
+        [line(titles).rstrip(), *(f"{line(c)}  {note}".rstrip() for c, note in zip(cells, rest, strict=True))]
+    )
 
 
 def as_text(value: Any, spec: str) -> str:

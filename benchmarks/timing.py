@@ -1,15 +1,23 @@
-"""What the benchmarks share: masks, errors, memory kept, and times taken in turn."""
+"""What the benchmarks share: masks, errors, times taken in turn, memory kept and used, and the lack of it."""
 
+import ctypes
+import gc
+import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sparse_fcmae.masking import kept_patches, random_mask
+from sparse_fcmae.masking import random_mask
 
 FILLED_BYTES = 1 << 30  # a third of a millisecond on a GPU of 2023, whose caches have 50 MB
+OUT_OF_MEMORY = "out of memory"
+NO_MEMORY = re.compile(r"out of memory|can't allocate memory|cannot allocate memory|could not (create|execute) a", re.I)
+SPARE = 0.95  # the share of the memory available that a benchmark may take
 
 
 def draw_mask(batch: int, grid: tuple[int, int], ratio: float) -> Tensor:
@@ -17,29 +25,9 @@ def draw_mask(batch: int, grid: tuple[int, int], ratio: float) -> Tensor:
     return random_mask(batch, grid, ratio) if ratio else torch.zeros(batch, *grid, dtype=torch.bool)
 
 
-def kept_of(grid: tuple[int, int], ratio: float) -> int:
-    """How many patches of each image `draw_mask` keeps."""
-    return kept_patches(grid, ratio) if ratio else grid[0] * grid[1]
-
-
 def relative(a: Tensor, b: Tensor) -> float:
     """Relative Frobenius error of a against b."""
     return ((a - b).norm() / b.norm().clamp_min(1e-12)).item()
-
-
-def kept_megabytes(forward: Callable[[], Tensor]) -> float:
-    """What autograd keeps of a forward pass for the backward pass, each storage once, parameters included."""
-    storages: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        storages[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        result = forward()  # holds all that is kept until it is counted
-    del result
-    return sum(storages.values()) / 1e6
 
 
 def take_turns(candidates: dict[str, Callable[[], Any]], rounds: int, device: torch.device) -> dict[str, list[float]]:
@@ -69,3 +57,89 @@ def _seconds_on_gpu(run: Callable[[], Any], device: torch.device) -> float:
         end.record()
         end.synchronize()
         return begin.elapsed_time(end) / 1e3
+
+
+def kept_megabytes(forward: Callable[[], Tensor]) -> float:
+    """What autograd keeps of a forward pass for the backward pass, each storage once, parameters included.
+
+    What an extension keeps outside autograd's hooks, as MinkowskiEngine does its convolutions' inputs, is not seen.
+    """
+    storages: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = forward()  # holds all that is kept until it is counted
+    del result
+    return sum(storages.values()) / 1e6
+
+
+def peak_megabytes(run: Callable[[], Any], device: torch.device) -> float | None:
+    """The most that a run takes beside what is held before it: of PyTorch's memory on a GPU, of the process's resident
+    memory on a Linux CPU, else None."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run()
+        torch.cuda.synchronize(device)
+        return (torch.cuda.max_memory_allocated(device) - before) / 1e6
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # what is free in the heap would be taken without growing
+        Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark to what is resident
+        before = _status("VmRSS")
+        run()
+        return (_status("VmHWM") - before) / 1e6
+    except (OSError, AttributeError):
+        return None
+
+
+def _status(name: str) -> int:
+    """Bytes of a line of Linux's account of this process."""
+    return 1024 * int(re.search(rf"{name}:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+
+
+def within_memory(do: Callable[[], Any]) -> Any:
+    """What `do` returns; None where it does not fit into the device's memory."""
+    try:
+        return do()
+    except MemoryError:
+        pass
+    except RuntimeError as error:
+        if not NO_MEMORY.search(str(error)):
+            raise
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return None
+
+
+@contextmanager
+def failing_beyond_memory() -> Iterator[None]:
+    """Has Linux refuse memory that it does not have, instead of promising it and then killing the process."""
+    try:
+        import resource
+
+        available = 1024 * int(re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[1])
+        soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+        limit = _status("VmData") + int(SPARE * _within_cgroup(available))
+    except (ImportError, OSError, AttributeError):
+        yield
+        return
+    resource.setrlimit(resource.RLIMIT_DATA, (limit if soft < 0 else min(limit, soft), hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+
+
+def _within_cgroup(available: int) -> int:
+    """What is available to a container that may use less than the machine has."""
+    try:
+        limit, used = (Path(f"/sys/fs/cgroup/memory.{name}").read_text().strip() for name in ("max", "current"))
+        return available if limit == "max" else max(0, min(available, int(limit) - int(used)))
+    except OSError:
+        return available

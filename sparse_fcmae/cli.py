@@ -16,13 +16,16 @@ from sparse_fcmae import __version__
 from sparse_fcmae.config import (
     CompareConfig,
     ConvertConfig,
+    DataConfig,
     DemoConfig,
     EvaluateConfig,
     FinetuneConfig,
     GflopsConfig,
-    GpuConfig,
     KernelsConfig,
     PretrainConfig,
+    ProfileConfig,
+    ReportConfig,
+    ScalingConfig,
     ThroughputConfig,
     flag,
 )
@@ -78,10 +81,22 @@ def run_compare(options: dict[str, Any]) -> None:
     compare(**options)
 
 
-def run_gpu(options: dict[str, Any]) -> None:
-    from sparse_fcmae.benchmarks.gpu import gpu
+def run_report(options: dict[str, Any]) -> None:
+    from sparse_fcmae.benchmarks.report import report
 
-    gpu(**options)
+    report(**options)
+
+
+def run_scaling(options: dict[str, Any]) -> None:
+    from sparse_fcmae.benchmarks.scaling import scaling
+
+    scaling(**options)
+
+
+def run_data(options: dict[str, Any]) -> None:
+    from sparse_fcmae.benchmarks.data import data
+
+    data(**options)
 
 
 def run_kernels(options: dict[str, Any]) -> None:
@@ -121,16 +136,18 @@ COMMANDS: dict[str, tuple[str, type | None, Callable[[dict[str, Any]], None]]] =
     "convert": ("write any checkpoint's weights for another library, verified", ConvertConfig, run_convert),
     "evaluate": ("accuracy of a classifier, k-NN and linear probe of an encoder", EvaluateConfig, run_evaluate),
     "demo": ("draw images and pretrain on them, in about two minutes on a CPU", DemoConfig, run_demo),
+    "bench report": ("the suite on this machine, as tables, plots and one HTML page", ReportConfig, run_report),
     "bench gflops": ("multiply-accumulates and parameters, dense and sparse", GflopsConfig, run_gflops),
-    "bench compare": ("a fine-tuning step against timm's and transformers'", CompareConfig, run_compare),
-    "bench gpu": ("training steps and kernels on a GPU, every backend, into a CSV file", GpuConfig, run_gpu),
-    "bench kernels": (
-        "each CPU kernel against its reference and against this CPU's bounds",
-        KernelsConfig,
-        run_kernels,
+    "bench throughput": (
+        "backend against backend: encoder and whole pretraining step",
+        ThroughputConfig,
+        run_throughput,
     ),
-    "bench profile": ("where a training step's time goes on the CPU", KernelsConfig, run_profile),
-    "bench throughput": ("training step of the encoder, backend against backend", ThroughputConfig, run_throughput),
+    "bench scaling": ("cost over mask ratio, image size, batch, threads or model size", ScalingConfig, run_scaling),
+    "bench compare": ("whole steps of what one would train instead", CompareConfig, run_compare),
+    "bench data": ("decoding and augmentation against torchvision's", DataConfig, run_data),
+    "bench kernels": ("each kernel against its reference and against the machine's bounds", KernelsConfig, run_kernels),
+    "bench profile": ("where a training step's time goes on the CPU", ProfileConfig, run_profile),
     "info": ("versions, device and usable backends", None, run_info),
 }
 

@@ -195,8 +195,8 @@ class GflopsConfig(OutputConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class KernelsConfig(OutputConfig):
-    """Options of `sparse-fcmae bench kernels` and `bench profile`."""
+class ProfileConfig(OutputConfig):
+    """Options of `sparse-fcmae bench profile`."""
 
     model: str = option("atto", help="atto, femto, pico, nano, tiny, base, large or huge")
     batch_size: int = option(32, help="images a step")
@@ -205,6 +205,13 @@ class KernelsConfig(OutputConfig):
     dtype: str = option("fp32", help="storage of features", choices=("fp32", "bf16"))
     rounds: int = option(5, help="timed rounds, all candidates taking turns")
     seed: int = option(0, help="of weights, images and masks")
+
+
+@dataclass(frozen=True, kw_only=True)
+class KernelsConfig(ProfileConfig):
+    """Options of `sparse-fcmae bench kernels`."""
+
+    device: str = option("auto", help="auto, cpu, cuda, cuda:1, ...")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -250,11 +257,24 @@ class ScalingConfig(OutputConfig):
 class DataConfig(OutputConfig):
     """Options of `sparse-fcmae bench data`."""
 
-    data: str = option(help="folder of images, flat or nested")
+    data: str = option("", help="folder of images, flat or nested")
     image_size: str = option("224", help="pixels, as 224 or, height first, 224x320")
     images: int = option(400, help="images a round, from the first on")
     rounds: int = option(5, help="timed rounds, the candidates taking turns")
     seed: int = option(0, help="of the crops")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportConfig:
+    """Options of `sparse-fcmae bench report`."""
+
+    out: str = option("runs/bench", help="folder to make for report.html, plots and rows")
+    models: str = option("atto,tiny", help="sizes to measure, with commas between them")
+    data: str | None = option(None, help="folder of images, to measure loading too")
+    rounds: int = option(5, help="timed rounds, all candidates taking turns")
+    seed: int = option(0, help="of weights, images and masks")
+    device: str = option("auto", help="auto, cpu, cuda, cuda:1, ...")
+    overwrite: bool = option(False, help="replace an earlier report in --out")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -269,21 +289,6 @@ class CompareConfig(OutputConfig):
     rounds: int = option(5, help="timed rounds, all candidates taking turns")
     seed: int = option(0, help="of weights, images and labels")
     device: str = option("auto", help="auto, cpu, cuda, cuda:1, ...")
-
-
-@dataclass(frozen=True, kw_only=True)
-class GpuConfig:
-    """Options of `sparse-fcmae bench gpu`."""
-
-    models: str = option("atto,tiny,base,large", help="sizes, with commas between them")
-    batch_sizes: str = option("64,128,256,512", help="images a step, with commas between the numbers")
-    image_size: str = option("224", help="pixels, as 224 or, height first, 224x320")
-    mask_ratio: float = option(0.6, help="share of the patches that is masked, 0 for none")
-    dtype: str = option("bf16", help="of autocast, or fp32 for none", choices=("fp32", "bf16"))
-    compiled: bool = option(False, help="also time every backend under torch.compile, max-autotune; takes minutes each")
-    rounds: int = option(10, help="timed rounds, all candidates taking turns")
-    csv: str = option("gpu.csv", help="file to which the rows are appended")
-    device: str = option("auto", help="auto, cuda, cuda:1, ..., or cpu, only to try the command out")
 
 
 def differences(a: Any, b: Any) -> list[str]:

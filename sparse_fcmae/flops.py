@@ -1,6 +1,6 @@
 """Multiply-accumulates (MACs) and parameters of the models, dense and sparse, of one image's forward pass.
 
-What is counted is what `torch.utils.flop_counter` counts of the plain modules, halved: convolutions and matrix products.
+What is counted is what `torch.utils.flop_counter` counts of the plain modules, halved: convolutions, matrix products.
 Dense, a convolution's taps count beyond the border too. Sparse, only those between two visible positions do.
 """
 
@@ -160,4 +160,3 @@ def module_macs(module: nn.Module, *inputs: Tensor) -> float:
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         module.eval()(*inputs)
     return counter.get_total_flops() / 2
-

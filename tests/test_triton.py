@@ -17,8 +17,8 @@ import torch
 from helpers import masks, relative_error
 
 from sparse_fcmae import kernels
-from sparse_fcmae.benchmarks.gpu import Case, time_kernels
-from sparse_fcmae.config import GpuConfig
+from sparse_fcmae.benchmarks.gpu_kernels import time_kernels
+from sparse_fcmae.benchmarks.steps import Case
 from sparse_fcmae.masking import VisiblePatches
 from sparse_fcmae.ops import block_dwconv, convnext_block, gelu_grn
 
@@ -162,9 +162,8 @@ def test_every_width_leaves_tiles_to_choose_from():
 
 
 def test_benchmark_times_every_kernel_that_a_step_launches():
-    config = GpuConfig(image_size="32", mask_ratio=0, rounds=1, dtype="fp32")
-    rows = list(time_kernels(Case(config, "atto", 1, (32, 32), torch.device(DEVICE), ["native"]), 1e9, 1e9))
-    calls = {row["candidate"]: row["calls"] for row in rows}
+    case = Case("atto", (32, 32), 0, 1, False, torch.device(DEVICE))
+    calls = {row["kernel"]: row["calls"] for row in time_kernels(case, 1, 1e9, 1e9)}
     assert calls["block_dwconv C=160 S=2 without residual convolved"] == 6
     assert calls["layer_norm_backward C=40 S=8 TILE=2"] == 1
     # of a block: convolutions, GRN, its norm's gradient; norms of stem and downsampling, whose gradient in the stem has

@@ -23,6 +23,7 @@ class Layout(ABC):
     """
 
     name: ClassVar[str]
+    compilable: ClassVar[bool] = True  # by torch.compile, and captured by CUDA graphs
 
     def __init__(self, mask: Tensor, kept: int | None = None) -> None:
         """mask: bool [B, rows, cols], True = masked. kept: how many patches every image keeps, where that is known."""

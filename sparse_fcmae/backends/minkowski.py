@@ -1,7 +1,7 @@
 """`minkowski`: the convolutions by MinkowskiEngine, which the official pretraining code uses, to compare with.
 
-All else is as in `torch`. MinkowskiEngine finds the neighbours of a position by hashing; its positions are given to it in
-the order of the blocks, so that nothing has to be put in order between its convolutions.
+All else is as in `torch`. MinkowskiEngine finds the neighbours of a position by hashing; its positions are given to it
+in the order of the blocks, so that nothing has to be put in order between its convolutions.
 """
 
 import collections
@@ -25,6 +25,7 @@ class MinkowskiLayout(TorchLayout):
     """Features are [T, S, S, C] as in `torch`, and to MinkowskiEngine the list of their T * S * S positions."""
 
     name = "minkowski"
+    compilable = False
 
     def __init__(self, mask: Tensor, kept: int | None = None) -> None:
         super().__init__(mask, kept)

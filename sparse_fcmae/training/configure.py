@@ -60,4 +60,3 @@ def check_values(config: Any, positive: Iterable[str], not_negative: Iterable[st
         value = getattr(config, name)
         if value is not None and not 0 <= value < 2**32:
             raise UserError(f"{flag(name)} must be 0 or more, not {value}")
-

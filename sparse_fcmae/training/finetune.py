@@ -14,7 +14,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from sparse_fcmae import visualize
 from sparse_fcmae.backends import resolve_backend
 from sparse_fcmae.classifier import Classifier
-from sparse_fcmae.config import FinetuneConfig, flag, image_size_of
+from sparse_fcmae.config import FinetuneConfig, flag, image_size_of, shown_size
 from sparse_fcmae.convert import classifier_example, export_model
 from sparse_fcmae.data import AugmentedImages, BadImage, crop_share, make_loader, micro_batches
 from sparse_fcmae.encoder import SIZES

@@ -81,8 +81,6 @@ def train(config: PretrainConfig, ranks: distributed.Ranks) -> Path:
     if config.cuda_graphs and (device.type != "cuda" or ranks.world > 1):
         where = f"on {device.type}" if device.type != "cuda" else "in several processes"
         raise UserError(f"--cuda-graphs can't be used {where}: leave it out")
-    if config.backend == "minkowski" and (config.compile or config.cuda_graphs):
-        raise UserError("MinkowskiEngine can't be compiled or captured: leave out --compile and --cuda-graphs")
     share, steps = schedule.share, schedule.steps
 
     torch.manual_seed(config.seed)
@@ -92,6 +90,8 @@ def train(config: PretrainConfig, ranks: distributed.Ranks) -> Path:
     notes = load_weights(model, config.init) if config.init and not checkpoint else []
     model.to(device)
     backend = resolve_backend(config.backend, device.type)
+    if not backend.compilable and (config.compile or config.cuda_graphs):
+        raise UserError(f"backend {backend.name} can't be compiled or captured: leave out --compile and --cuda-graphs")
     optimizer = adamw(model, config.weight_decay, BETAS, capturable=config.cuda_graphs)
     neighbours = Neighbours(config, size, ranks) if config.knn else None
 

@@ -1,0 +1,226 @@
+"""The whole suite on this machine: one HTML page that needs nothing else, plots as PNG, rows as JSON and CSV."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from html import escape
+from importlib.resources import files
+from pathlib import Path
+from string import Template
+from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
+
+from sparse_fcmae.benchmarks import compare, gflops, kernels, plots, scaling, throughput
+from sparse_fcmae.benchmarks import data as loading
+from sparse_fcmae.benchmarks.results import Columns, Row, append_csv, as_text, environment
+from sparse_fcmae.config import ReportConfig, listed
+from sparse_fcmae.encoder import SIZES
+from sparse_fcmae.errors import UserError
+from sparse_fcmae.files import new_folder, write_atomic, write_json
+from sparse_fcmae.training.distributed import choose_device
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+PAGE, ROWS, TABLE = "report.html", "rows.json", "rows.csv"
+BATCHES = {"atto": 32, "femto": 32, "pico": 16, "nano": 16, "tiny": 8, "base": 4, "large": 2, "huge": 1}  # on a CPU
+GPU_SCALE = 16  # times as many on a GPU
+
+
+@dataclass
+class Section:
+    """A part of the page: `measure` gives its rows, `draw` a plot of them by name."""
+
+    name: str
+    title: str
+    text: str
+    columns: Columns
+    measure: Callable[[], list[Row]]
+    draw: dict[str, Callable[[list[Row]], "Figure"]] = field(default_factory=dict)
+    rows: list[Row] = field(default_factory=list)
+
+
+def report(**options: Any) -> Path:
+    """Measures, writes the folder --out and returns the page's path; options are those of `ReportConfig`."""
+    config = ReportConfig(**options)
+    out, device = Path(config.out), choose_device(config.device)
+    models = listed("models", config.models, str, SIZES)
+    if config.rounds < 1:
+        raise UserError("--rounds must be at least 1")
+    plots.require_matplotlib()
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        if not config.overwrite:
+            raise UserError(f"--out {out} is there already: give --overwrite to replace it, or another folder")
+        if not (out / PAGE).is_file():
+            raise UserError(f"--out {out} holds no report, and is not replaced: choose another folder")
+    with new_folder(out) as folder:
+        parts = sections(config, models, device.type == "cuda")
+        for section in (bar := tqdm(parts, unit="part")):
+            bar.set_description(section.name)
+            section.rows = measured(section)
+        setting = environment("report", config, device)
+        write_json(folder / ROWS, {"environment": setting, "sections": {s.name: s.rows for s in parts}})
+        for section in parts:
+            append_csv(folder / TABLE, {"benchmark": section.name, "environment": setting, "rows": section.rows})
+        page = make_page(parts, setting, folder)
+        write_atomic(folder / PAGE, lambda path: path.write_text(page, encoding="utf-8"))
+    print(f"report: {out / PAGE}")
+    return out / PAGE
+
+
+def sections(config: ReportConfig, models: list[str], gpu: bool) -> list[Section]:
+    """What is measured, in the page's order."""
+    common = {"rounds": config.rounds, "seed": config.seed, "device": config.device}
+    batches = {model: BATCHES[model] * (GPU_SCALE if gpu else 1) for model in models}
+    scaled = {"model": models[0], "rounds": min(3, config.rounds), **{k: common[k] for k in ("seed", "device")}}
+
+    def over_models(measure: Callable[..., list[Row]], **options: Any) -> list[Row]:
+        return [row for model in models for row in measure(model=model, batch_size=batches[model], **common, **options)]
+
+    def speed(rows: list[Row]) -> "Figure":
+        return plots.draw_throughput(rows, "speedup", f"images/s over {throughput.BASELINE}")
+
+    def memory(rows: list[Row]) -> "Figure":
+        return plots.draw_throughput(rows, "peak_mb", "peak memory, MB", ".0f")
+
+    parts = [
+        Section(
+            "gflops",
+            "What a forward pass costs",
+            "Multiply-accumulates of one image. Sparse is the mean over random masks; taps on masked positions are not "
+            "done and not counted. The published figures are those of the official repository.",
+            gflops.COLUMNS,
+            lambda: gflops.gflops(),
+            {"gflops": plots.draw_gflops},
+        ),
+        Section(
+            "throughput",
+            "Backend against backend",
+            "Forward: features alone. Step: and the gradients. Pretrain: a whole step with decoder and optimiser. The "
+            "backend masked is dense convolution with the mask multiplied in, torch gathers the visible positions in "
+            "plain PyTorch, minkowski is MinkowskiEngine, in float32 only. Each gave the same features and gradients "
+            "before it was timed.",
+            throughput.COLUMNS,
+            lambda: over_models(lambda **o: throughput.throughput(dtype="fp32,bf16", **o)),
+            {"throughput": speed, "memory": memory},
+        ),
+        Section(
+            "mask ratio",
+            "As more is masked",
+            "A training step of the encoder. The ideal line falls with the multiply-accumulates of what is visible.",
+            scaling.COLUMNS,
+            lambda: scaling.scaling(over="mask-ratio", **scaled),
+            {"scaling-mask-ratio": plots.draw_scaling},
+        ),
+        Section(
+            "image size",
+            "As images grow",
+            "A training step of the encoder, 60 % masked, two images at once.",
+            scaling.COLUMNS,
+            lambda: scaling.scaling(over="image-size", batch_size=2, **scaled),
+            {"scaling-image-size": plots.draw_scaling},
+        ),
+        Section(
+            "compare",
+            "Instead of what",
+            "Whole training steps of the models that other libraries offer, on the same images.",
+            compare.COLUMNS,
+            lambda: over_models(compare.compare),
+            {"compare": lambda rows: plots.draw_speeds(rows, "candidate")},
+        ),
+        Section(
+            "kernels",
+            "Kernels against the machine",
+            "Each op over its reference in plain PyTorch, and the share of its bound that it reaches.",
+            kernels.COLUMNS,
+            lambda: kernels.kernels(model=models[0], batch_size=batches[models[0]], **common),
+            {} if gpu else {"kernels": plots.draw_bounds},
+        ),
+    ]
+    if config.data:
+        rounds, seed = common["rounds"], common["seed"]
+        parts.append(
+            Section(
+                "data",
+                "Loading",
+                "Images decoded, cropped, flipped and normalised by one core.",
+                loading.COLUMNS,
+                lambda: loading.data(data=config.data, rounds=rounds, seed=seed),
+                {"data": lambda rows: plots.draw_speeds(rows, "candidate")},
+            )
+        )
+    return parts
+
+
+def measured(section: Section) -> list[Row]:
+    """A section's rows; the reason where it can't be measured here."""
+    try:
+        return section.measure()
+    except UserError as error:
+        return [{"refused": str(error)}]
+
+
+def make_page(parts: list[Section], setting: Row, folder: Path) -> str:
+    """The page; its plots are written into `folder` too."""
+    template = Template(files("sparse_fcmae.benchmarks").joinpath(PAGE).read_text(encoding="utf-8"))
+    bodies = []
+    for section in parts:
+        pictures = []
+        if any("refused" not in row for row in section.rows):
+            for name, draw in section.draw.items():
+                figure = draw(section.rows)
+                plots.save_png(figure, folder / f"{name}.png")
+                pictures.append(f"<figure>{plots.as_svg(figure, name)}</figure>")
+        heading = f'<h2 id="{anchor(section)}">{escape(section.title)}</h2>\n<p>{escape(section.text)}</p>'
+        bodies.append("\n".join([heading, *pictures, make_table(section.rows, section.columns)]))
+    return template.substitute(
+        machine=escape(setting["device"] if setting["device"] != "cpu" else f"{setting['cpu']}, CPU"),
+        date=escape(setting["date"]),
+        headlines="".join(f"<li><b>{value}</b>{escape(text)}</li>" for value, text in headlines(parts)),
+        contents="".join(f'<a href="#{anchor(s)}">{escape(s.title)}</a>' for s in parts),
+        sections="\n".join(bodies),
+        environment="".join(f"<dt>{escape(k)}</dt><dd>{escape(str(v))}</dd>" for k, v in setting.items()),
+    )
+
+
+def anchor(section: Section) -> str:
+    return section.name.replace(" ", "-")
+
+
+def make_table(rows: list[Row], columns: Columns) -> str:
+    """A sortable table; columns that no row has are left out."""
+    kept = {key: column for key, column in columns.items() if any(row.get(key) is not None for row in rows)}
+    refused = any(row.get("refused") for row in rows)
+
+    def cell(row: Row, key: str, spec: str) -> str:
+        value = row.get(key)
+        exact = "" if value is None else escape(str(value))
+        return f'<td{" class=text" if spec == "" else ""} data-value="{exact}">{escape(as_text(value, spec))}</td>'
+
+    head = [(title, spec) for title, spec in kept.values()] + ([("not measured", "")] if refused else [])
+    titles = "".join(
+        f'<th scope="col"><button{" class=text" if spec == "" else ""}>{escape(title)}</button></th>'
+        for title, spec in head
+    )
+    lines = []
+    for row in rows:
+        cells = "".join(cell(row, key, spec) for key, (_, spec) in kept.items())
+        reason = escape(row.get("refused") or "")
+        lines.append(f"<tr>{cells}{f'<td class=note>{reason}</td>' if refused else ''}</tr>")
+    body = "\n".join(lines)
+    return f'<div class="table"><table><thead><tr>{titles}</tr></thead><tbody>\n{body}\n</tbody></table></div>'
+
+
+def headlines(parts: list[Section]) -> list[tuple[str, str]]:
+    """The figures that one looks for first, where they were measured."""
+    found = []
+    rows = next(section.rows for section in parts if section.name == "throughput")
+    steps = {(r["model"], r["dtype"], r["candidate"]): r for r in rows if r.get("work") == "step" and "ms" in r}
+    for (model, dtype, name), row in steps.items():
+        if name != "native":
+            continue
+        if "speedup" in row:
+            found.append((f"{row['speedup']:.1f} times", f"over dense convolution with a mask, {model}, {dtype}"))
+        if peer := steps.get((model, dtype, "minkowski")):
+            found.append((f"{peer['ms'] / row['ms']:.1f} times", f"over MinkowskiEngine, {model}, {dtype}"))
+    return found

@@ -1,0 +1,244 @@
+import csv
+import json
+import sys
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from sparse_fcmae import UserError, available_backends
+from sparse_fcmae.backends import BACKENDS, NativeLayout
+from sparse_fcmae.benchmarks import results, steps, throughput, timing
+from sparse_fcmae.benchmarks.gflops import gflops
+from sparse_fcmae.benchmarks.kernels import kernels
+from sparse_fcmae.benchmarks.scaling import scaling
+from sparse_fcmae.benchmarks.throughput import PEERS
+from sparse_fcmae.cli import main
+from sparse_fcmae.config import OutputConfig, ThroughputConfig
+from sparse_fcmae.flops import count, macs, stage_products
+
+USABLE = [name for name, reason in available_backends("cpu").items() if reason is None]
+SMALL = {"batch_size": "2", "image_size": "64", "rounds": 1, "mask_ratio": "0.5"}
+FLAGS = ["--batch-size", "2", "--image-size", "64", "--rounds", "1", "--mask-ratio", "0.5"]
+
+
+def by_candidate(rows):
+    return {row["candidate"]: row for row in rows if row["candidate"] not in PEERS}
+
+
+def test_throughput_reports_every_backend(capsys, tmp_path):
+    main(["bench", "throughput", *FLAGS, "--work", "step", "--json", str(tmp_path / "rows.json")])
+    result = json.loads((tmp_path / "rows.json").read_text())
+    rows = by_candidate(result["rows"])
+    assert set(rows) == {*USABLE, "matrix products"} | {n for n in BACKENDS if n not in USABLE}
+    assert rows["masked"]["speedup"] == 1
+    assert 0 < rows["native"]["kept_mb"] < rows["torch"]["kept_mb"] < rows["masked"]["kept_mb"]
+    assert rows["native"]["p20_ms"] <= rows["native"]["ms"] <= rows["native"]["p80_ms"]
+    assert rows["native"]["forward_error"] < 1e-5
+    assert all(rows[name]["over_limit"] > 0 and rows[name]["peak_mb"] > 0 for name in USABLE)
+    assert {row["candidate"] for row in result["rows"] if row.get("refused")} >= set(PEERS)
+    assert result["environment"]["threads"] == torch.get_num_threads()
+    flags = "--batch-size 2 --image-size 64 --mask-ratio 0.5 --work step --rounds 1"
+    assert result["environment"]["command"] == f"sparse-fcmae bench throughput {flags}"
+    assert "images/s" in capsys.readouterr().out
+
+
+def test_throughput_of_a_grid_of_settings():
+    lists = {"batch_size": "1,2", "mask_ratio": "0.25,0.5", "dtype": "fp32,bf16"}
+    rows = throughput.throughput(**SMALL | lists, backend="native")
+    settings = {(r["mask_ratio"], r["dtype"], r["batch_size"], r["work"], r["candidate"]) for r in rows}
+    assert len(settings) == len(rows) == 2 * 2 * 2 * 3 * 2
+    assert not [row for row in rows if "refused" in row]
+    halved = [r for r in rows if r["dtype"] == "bf16" and r["candidate"] == "native"]
+    assert all(1e-4 < row["forward_error"] < 0.05 for row in halved)
+
+
+def test_throughput_without_a_mask():
+    rows = throughput.throughput(**SMALL | {"mask_ratio": 0}, work="forward,step", backend="native,torch,masked")
+    assert not [row for row in rows if "refused" in row]
+
+
+def test_throughput_refuses_a_backend_that_is_wrong(monkeypatch):
+    leave = NativeLayout.leave
+    monkeypatch.setattr(NativeLayout, "leave", lambda self, x: leave(self, x) * 1.01)
+    rows = by_candidate(throughput.throughput(**SMALL, work="step", backend="native,torch,masked"))
+    assert rows["native"]["refused"] == "features or gradients differ"
+    assert "ms" not in rows["native"]
+    assert "refused" not in rows["torch"]
+
+
+def test_what_does_not_fit_into_memory_is_said_and_the_rest_goes_on(monkeypatch):
+    stem = NativeLayout.stem
+
+    def hungry(self, images, *layers):
+        if len(images) > 2:
+            torch.empty(1 << 60, dtype=torch.uint8)
+        return stem(self, images, *layers)
+
+    monkeypatch.setattr(NativeLayout, "stem", hungry)
+    monkeypatch.setattr(throughput, "GATE_BATCH", 1)
+    monkeypatch.setattr(throughput, "MAX_BATCH", 4)
+    rows = throughput.throughput(**SMALL | {"batch_size": "3,max"}, work="forward", backend="native,masked")
+    found = {(row["candidate"], row["batch_size"]): row.get("refused") for row in rows}
+    assert found[("native", 3)] == "out of memory"
+    assert found[("masked", 3)] is None
+    assert found[("native", 2)] is found[("masked", 4)] is None
+
+
+def test_memory_is_refused_not_promised():
+    with timing.failing_beyond_memory():
+        assert timing.within_memory(lambda: torch.zeros(1 << 42)) is None
+        assert timing.within_memory(lambda: torch.zeros(8).sum().item()) == 0
+    with pytest.raises(RuntimeError, match="shape"):
+        timing.within_memory(lambda: torch.zeros(2).view(3))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from Linux's account")
+def test_peak_memory():
+    found = timing.peak_megabytes(lambda: [torch.ones(5_000_000) for _ in range(3)], torch.device("cpu"))
+    assert found == pytest.approx(60, rel=0.2)
+
+
+def test_matrix_products_are_those_of_a_step():
+    case = steps.Case("atto", (64, 64), 0.5, 3, False, torch.device("cpu"))
+    found = {}
+    for work in steps.WORKS:
+        run = steps.matrix_products(case, work)
+        with FlopCounterMode(display=False) as counter:
+            run()
+        found[work] = counter.get_total_flops() / 2
+    assert found["forward"] == 3 * sum(macs(stage_products("atto", stage), 2) for stage in range(4))
+    assert found["step"] == 3 * found["forward"]
+    decoder = count("atto", image_size=(64, 64))["decoder"].dense - 49 * 4 * 512
+    assert found["pretrain"] == found["step"] + 3 * 3 * decoder
+
+
+def test_rows_are_appended_with_what_they_depend_on(tmp_path):
+    path = tmp_path / "rows.csv"
+    for model in ("atto", "tiny"):
+        gflops(model=model, image_size="224", csv=str(path))
+    gflops(model="atto", image_size="224", mask_ratio="0", csv=str(path))
+    with path.open() as file:
+        rows = list(csv.DictReader(file))
+    assert [r["model"] for r in rows if r["part"] == "whole"] == ["atto", "tiny", "atto"]
+    assert all(r["benchmark"] == "gflops" and r["torch"] == torch.__version__ and r["commit"] for r in rows)
+    assert rows[-1]["command"] == "sparse-fcmae bench gflops --model atto --image-size 224 --mask-ratio 0"
+
+
+def test_new_columns_join_those_of_the_file(tmp_path):
+    path = tmp_path / "rows.csv"
+    results.append_csv(path, {"benchmark": "one", "environment": {"torch": "2"}, "rows": [{"a": 1}]})
+    results.append_csv(path, {"benchmark": "two", "environment": {"torch": "2"}, "rows": [{"b": 2}]})
+    assert path.read_text().splitlines() == ["benchmark,a,torch,b", "one,1,2,", "two,,2,2"]
+
+
+def test_a_command_is_quoted_and_leaves_outputs_out():
+    config = ThroughputConfig(model="atto,tiny", compiled=True, json="/somewhere/rows.json")
+    assert results.command("throughput", config) == "sparse-fcmae bench throughput --model atto,tiny --compiled"
+
+
+@pytest.mark.parametrize("name", ["json", "csv"])
+@pytest.mark.parametrize("place", ["no/rows", ".", "notes.txt"])
+def test_outputs_that_cannot_be_written(tmp_path, name, place):
+    (tmp_path / "notes.txt").write_text("mine")
+    if (name, place) == ("json", "notes.txt"):
+        return
+    with pytest.raises(UserError, match=r"can't write|appended to a file of a benchmark's"):
+        results.check_outputs(OutputConfig(**{name: str(tmp_path / place)}))
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+    assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_json_to_the_standard_output(capsys):
+    main(["bench", "gflops", "--model", "huge", "--image-size", "512", "--json", "-"])
+    output = capsys.readouterr()
+    row = json.loads(output.out)["rows"][0]
+    assert 600.4 <= row["dense_gmacs"] <= 600.8
+    assert round(row["parameters_millions"], 1) == 660.3
+    assert "G dense" in output.err
+
+
+def test_table_leaves_out_empty_columns_and_tells_reasons():
+    columns = {"name": ("name", ""), "ms": ("ms", ".1f"), "never": ("never", "g")}
+    rows = [{"name": "a", "ms": 1.25}, {"name": "long", "refused": "why"}]
+    assert results.format_table(rows, columns).splitlines() == ["name   ms", "a     1.2", "long       why"]
+
+
+def test_scaling_has_an_ideal_line(tmp_path):
+    options = {"batch_size": 1, "image_size": "64", "rounds": 1}
+    picture = tmp_path / "scaling.png"
+    rows = scaling(over="mask-ratio", values="0,0.5", png=str(picture), **options)
+    native = [row for row in rows if row["candidate"] == "native"]
+    assert native[0]["ideal_ms"] == native[0]["ms"]
+    assert native[1]["ideal_ms"] < 0.55 * native[0]["ms"]
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    rows = scaling(over="image-size", values="64,64x96", **options, backend="native", mask_ratio=0.5)
+    assert [row["value"] for row in rows] == ["64", "64x96"]
+    assert rows[1]["ideal_ms"] == pytest.approx(1.5 * rows[0]["ms"], rel=0.03)
+    before = torch.get_num_threads()
+    rows = scaling(over="threads", values="1,2", **options, backend="native", mask_ratio=0.5)
+    assert rows[1]["ideal_ms"] == rows[0]["ms"] / 2
+    assert torch.get_num_threads() == before
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("throughput --backend fast", "unknown backend 'fast'"),
+        ("throughput --model atto,giga", "unknown model 'giga'"),
+        ("throughput --work step,nothing", "unknown work 'nothing'"),
+        ("throughput --dtype fp8", "unknown dtype 'fp8'"),
+        ("throughput --batch-size 0", "--batch-size must be at least 1, or max"),
+        ("throughput --batch-size many", "--batch-size many: give numbers"),
+        ("throughput --mask-ratio 1.5", "mask ratio 1.5 is not a share"),
+        ("throughput --mask-ratio 0", "pretraining needs masks"),
+        ("throughput --image-size 100", "not a multiple of the 32-pixel patch"),
+        ("throughput --rounds 0", "--rounds must be at least 1"),
+        ("throughput --json /nowhere/rows.json", "can't write /nowhere/rows.json"),
+        ("throughput --device tpu", "--device tpu can't be used"),
+        ("throughput --backends native", "unknown arguments: --backends native"),
+        ("scaling --over time", "invalid choice: 'time'"),
+        ("scaling --over threads --values 0", "--values must be at least 1"),
+        ("scaling --values 0.5,0.99", "keeps no patch"),
+        ("scaling --png /nowhere/x.png", "can't write /nowhere/x.png"),
+        ("kernels --model nano2", "unknown model 'nano2'"),
+        ("gflops --compare mvit", "give timm:NAME@PIXELS"),
+        ("gflops --compare timm:nonsense@224", "Unknown model"),
+        ("report --models giga", "unknown model 'giga'"),
+    ],
+)
+def test_a_wrong_option_is_one_line(capsys, command, message):
+    with pytest.raises(SystemExit) as stop:
+        main(["bench", *command.split()])
+    assert stop.value.code == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1
+    assert message in lines[0]
+
+
+def test_kernels_gates_and_writes_rows(capsys, tmp_path):
+    options = ["--batch-size", "1", "--image-size", "64x96", "--mask-ratio", "0.5", "--rounds", "1"]
+    for dtype in ("fp32", "bf16"):
+        main(["bench", "kernels", *options, "--dtype", dtype, "--json", str(tmp_path / "rows.json"), "--device", "cpu"])
+        rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
+        assert len(rows) == 4 * 4 * 2
+        assert all(row["of_bound"] > 0 and row["over_reference"] > 0 for row in rows)
+    assert "refused" not in capsys.readouterr().out
+
+
+def test_kernels_refuses_wrong_results(monkeypatch):
+    from sparse_fcmae.ops import reference
+
+    exact = reference.gelu_grn
+    monkeypatch.setattr(reference, "gelu_grn", lambda *arguments: 1.01 * exact(*arguments))
+    rows = kernels(batch_size=1, image_size="64", mask_ratio=0.5, rounds=1, device="cpu")
+    assert {row["op"] for row in rows if "refused" in row} == {"gelu_grn", "convnext_block"}
+
+
+def test_profile_names_kernels_and_matrix_products(capsys, tmp_path):
+    options = ["--batch-size", "2", "--image-size", "64", "--mask-ratio", "0", "--rounds", "1", "--dtype", "bf16"]
+    main(["bench", "profile", *options, "--json", str(tmp_path / "profile.json")])
+    rows = {row["what"]: row for row in json.loads((tmp_path / "profile.json").read_text())["rows"]}
+    assert rows["matrix products"]["bytes"] > 0
+    assert rows["kernel gelu_grn_backward"]["calls"] == 12
+    assert "MB moved" in capsys.readouterr().out
