@@ -1,135 +1,108 @@
-"""A fine-tuning step (forward, backward, AdamW) of this package's classifier against the same model of other libraries.
+"""A whole training step of this package against what a user would take instead: fine-tuning, or pretraining.
 
-All candidates have the same weights and images and take turns. One whose logits are not ours in float32 is refused. A
-library that can't be imported is named with the reason.
+All candidates have the same images and take turns. One that has our weights and whose logits are not ours in float32 is
+refused, and so is one of another architecture whose loss does not fall. A library that can't be imported is named with
+the reason, and a candidate that does not fit into memory leaves the others alone.
 """
 
+import math
 import statistics
 from collections.abc import Callable
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
 
-from sparse_fcmae.benchmarks.timing import relative, take_turns
-from sparse_fcmae.classifier import Classifier
+from sparse_fcmae.benchmarks.candidates import TASKS, Candidate
+from sparse_fcmae.benchmarks.results import Columns, Row, check_outputs, emit
+from sparse_fcmae.benchmarks.timing import OUT_OF_MEMORY, take_turns, within_memory
 from sparse_fcmae.config import CompareConfig, image_size_of
 from sparse_fcmae.errors import UserError
-from sparse_fcmae.files import write_json
-from sparse_fcmae.formats.layouts import LAYOUTS
-from sparse_fcmae.formats.libraries import CONFIG, entry, huggingface_configs
-from sparse_fcmae.formats.weights import Weights
 from sparse_fcmae.training.distributed import choose_device
-from sparse_fcmae.training.optim import adamw, set_lr
 
-OURS = "sparse-fcmae"
-CLASSES = 1000
 TOLERANCE = 1e-5  # relative Frobenius error of the logits, float32
-
-
-def compare(**options: Any) -> list[dict[str, Any]]:
-    """Prints and returns a row a candidate; options are those of `CompareConfig`."""
-    config = CompareConfig(**options)
-    if config.batch_size < 1 or config.rounds < 1:
-        raise UserError("--batch-size and --rounds must be at least 1")
-    device, size = choose_device(config.device), image_size_of(config.image_size)
-    torch.manual_seed(0)
-    ours = Classifier(config.model, num_classes=CLASSES, image_size=size, drop_path=config.drop_path)
-    with torch.no_grad():
-        for parameter in ours.parameters():  # GRN and biases start at zero and would go unseen
-            parameter.add_(0.02 * torch.randn_like(parameter))
-    weights = Weights.of(ours)
-    images = torch.randn(config.batch_size, 3, *size, device=device)
-    labels = torch.randint(CLASSES, (config.batch_size,), device=device)
-    expected = logits_of(ours.to(device), images)
-
-    rows: dict[str, dict[str, Any]] = {}
-    steps = {OURS: step(ours, images, labels, config)}
-    for name, (make, memory_format) in CANDIDATES.items():
-        try:
-            model = make(weights, config.drop_path)
-        except UserError as error:
-            rows[name] = {"refused": str(error)}
-            continue
-        model, given = (x.to(device).to(memory_format=memory_format) for x in (model, images))
-        error = relative(logits_of(model, given), expected)
-        rows[name] = {"error": error}
-        if error < TOLERANCE:
-            steps[name] = step(model, given, labels, config)
-        else:
-            rows[name]["refused"] = f"its logits differ by {error:.0e}"
-    times = take_turns(steps, config.rounds, device)
-    rows = {OURS: {"error": 0.0}, **rows}
-    for name in steps:
-        median = statistics.median(times[name])
-        rows[name] |= {"ms": 1e3 * median, "images_per_second": config.batch_size / median}
-        rows[name]["ours_over_it"] = statistics.median(t / o for o, t in zip(times[OURS], times[name], strict=True))
-    setting = {
-        **{k: getattr(config, k) for k in ("model", "batch_size", "image_size", "dtype", "drop_path")},
-        **{"device": str(device), "threads": torch.get_num_threads(), "torch": torch.__version__},
-    }
-    print(", ".join(f"{key} {value}" for key, value in setting.items()))
-    print(f"{'a fine-tuning step of':22} {'ms':>9} {'images/s':>9} {'ours over it':>13}   error of logits")
-    for name, row in rows.items():
-        if "refused" in row:
-            print(f"{name:22} refused: {row['refused']}")
-        else:
-            speed = f"{row['ms']:9.1f} {row['images_per_second']:9.1f} {row['ours_over_it']:13.2f}"
-            print(f"{name:22} {speed}   {row['error']:.0e}")
-    result = [{"candidate": name, **row} for name, row in rows.items()]
-    if config.json:
-        write_json(Path(config.json), {"setting": setting, "rows": result})
-    return result
-
-
-def from_timm(weights: Weights, drop_path: float) -> nn.Module:
-    name = f"convnextv2_{weights.architecture['name']}"
-    model = entry("timm", "create_model")(name, num_classes=CLASSES, drop_path_rate=drop_path)
-    model.load_state_dict(LAYOUTS["timm"].convert(weights.state))
-    return model
-
-
-def from_transformers(weights: Weights, drop_path: float) -> nn.Module:
-    options = huggingface_configs(weights)[CONFIG] | {"drop_path_rate": drop_path}
-    config = entry("transformers", "ConvNextV2Config")(**options)
-    model = entry("transformers", "ConvNextV2ForImageClassification")(config)
-    model.load_state_dict(LAYOUTS["huggingface"].convert(weights.state))
-    return model
-
-
-CANDIDATES = {
-    "timm": (from_timm, torch.contiguous_format),
-    "timm, channels last": (from_timm, torch.channels_last),
-    "transformers": (from_transformers, torch.contiguous_format),
+GATE_STEPS = 5  # within which the loss has to fall
+COLUMNS: Columns = {
+    "candidate": ("a training step of", ""),
+    "model": ("size", ""),
+    "batch_size": ("batch", "d"),
+    "image_size": ("pixels", ">"),
+    "dtype": ("dtype", ""),
+    "gmacs": ("GMACs", ".2f"),
+    "ms": ("ms", ".1f"),
+    "p20_ms": ("20 %", ".1f"),
+    "p80_ms": ("80 %", ".1f"),
+    "images_per_second": ("images/s", ".1f"),
+    "ours_over_it": ("ours over it", ".2f"),
+    "error": ("error of logits", ".0e"),
 }
 
 
-@torch.no_grad()
-def logits_of(model: nn.Module, images: Tensor) -> Tensor:
-    """A model's logits in evaluation mode, float32."""
-    model.eval()
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        return call(model, images)
+def compare(**options: Any) -> list[Row]:
+    """Prints and returns a row a candidate; options are those of `CompareConfig`.
+
+    gmacs: 1e9 multiply-accumulates of one image's forward pass. ours_over_it: its time by ours, the median of the
+    rounds' ratios. Raises UserError for options that make no sense; what can't be measured has a row with the reason.
+    """
+    config = CompareConfig(**options)
+    if config.batch_size < 1 or config.rounds < 1:
+        raise UserError("--batch-size and --rounds must be at least 1")
+    if config.task == "pretrain" and config.drop_path:
+        raise UserError("--drop-path is of --task finetune: pretraining has none")
+    check_outputs(config)
+    device, size = choose_device(config.device), image_size_of(config.image_size)
+    torch.manual_seed(config.seed)
+    builds = TASKS[config.task](config, size, device)
+
+    fixed = {key: getattr(config, key) for key in ("task", "model", "batch_size", "image_size", "dtype", "drop_path")}
+    rows: dict[str, Row] = {name: {"candidate": name} | fixed for name in builds}
+    candidates: dict[str, Candidate] = {}
+    for name, build in builds.items():
+        try:
+            built = within_memory(partial(gated, build))
+        except UserError as error:
+            rows[name]["refused"] = str(error)
+            continue
+        if built is None:
+            rows[name]["refused"] = OUT_OF_MEMORY
+            continue
+        candidates[name], refused = built
+        rows[name] |= {"gmacs": candidates[name].macs / 1e9, "error": candidates[name].error}
+        if refused:
+            rows[name]["refused"] = refused
+            del candidates[name]
+
+    def run(name: str) -> None:
+        if name in candidates and within_memory(candidates[name].step) is None:
+            rows[name]["refused"] = OUT_OF_MEMORY
+            del candidates[name]
+
+    runs = {name: partial(run, name) for name in candidates}
+    times = within_memory(partial(take_turns, runs, config.rounds, device))
+    if times is None:
+        raise UserError("these do not fit into memory together: choose a smaller --batch-size or --model")
+    ours = next(iter(builds))
+    for name in candidates:
+        rows[name] |= figures(times[name], config.batch_size)
+        if ours in candidates:
+            ratios = [t / o for o, t in zip(times[ours], times[name], strict=True)]
+            rows[name]["ours_over_it"] = statistics.median(ratios)
+    return emit("compare", config, list(rows.values()), COLUMNS, device)
 
 
-def call(model: nn.Module, images: Tensor) -> Tensor:
-    result = model(images)
-    return result if isinstance(result, Tensor) else result.logits
+def gated(build: Callable[[], Candidate]) -> tuple[Candidate, str | None]:
+    """A candidate, and why it is refused if it is."""
+    candidate = build()
+    if candidate.error is not None:
+        return candidate, None if candidate.error < TOLERANCE else f"its logits differ by {candidate.error:.0e}"
+    losses = [candidate.step().item() for _ in range(GATE_STEPS)]
+    if all(map(math.isfinite, losses)) and losses[-1] < losses[0]:
+        return candidate, None
+    return candidate, f"its loss does not fall: from {losses[0]:.4g} to {losses[-1]:.4g}"
 
 
-def step(model: nn.Module, images: Tensor, labels: Tensor, config: CompareConfig) -> Callable[[], None]:
-    """One step of training on the images."""
-    model.train()
-    optimizer = adamw(model, 0.05, (0.9, 0.999))
-    set_lr(optimizer, 1e-5)
-
-    def run() -> None:
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=config.dtype == "bf16"):
-            logits = call(model, images)
-        F.cross_entropy(logits.float(), labels).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return run
+def figures(seconds: list[float], batch: int) -> dict[str, float]:
+    """A row's figures from a candidate's times."""
+    quantiles = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
+    p20, median, p80 = torch.tensor(seconds, dtype=torch.float64).quantile(quantiles).tolist()
+    return {"ms": 1e3 * median, "p20_ms": 1e3 * p20, "p80_ms": 1e3 * p80, "images_per_second": batch / median}

@@ -281,13 +281,18 @@ class ReportConfig:
 class CompareConfig(OutputConfig):
     """Options of `sparse-fcmae bench compare`."""
 
+    task: str = option(
+        "finetune",
+        help="against ConvNeXt V2 and MViTv2 of other libraries, or (pretrain) against a ViT's masked autoencoder",
+        choices=("finetune", "pretrain"),
+    )
     model: str = option("atto", help="atto, femto, pico, nano, tiny, base, large or huge")
     batch_size: int = option(32, help="images a step")
     image_size: str = option("224", help="pixels, as 224 or, height first, 224x320")
     dtype: str = option("fp32", help="fp32, or bf16 for autocast", choices=("fp32", "bf16"))
-    drop_path: float = option(0.0, help="stochastic depth of the last block")
+    drop_path: float = option(0.0, help="stochastic depth of the last block, for finetune")
     rounds: int = option(5, help="timed rounds, all candidates taking turns")
-    seed: int = option(0, help="of weights, images and labels")
+    seed: int = option(0, help="of weights, images, labels and masks")
     device: str = option("auto", help="auto, cpu, cuda, cuda:1, ...")
 
 

@@ -242,3 +242,60 @@ def test_profile_names_kernels_and_matrix_products(capsys, tmp_path):
     assert rows["matrix products"]["bytes"] > 0
     assert rows["kernel gelu_grn_backward"]["calls"] == 12
     assert "MB moved" in capsys.readouterr().out
+
+
+def test_compare_gates_and_writes_rows(capsys, monkeypatch, tmp_path):
+    from sparse_fcmae.benchmarks import candidates
+
+    options = ["--batch-size", "2", "--image-size", "64", "--rounds", "1", "--drop-path", "0.1"]
+    monkeypatch.setitem(sys.modules, "transformers", None)
+
+    def wrong(*_):
+        return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 64 * 64, 1000))
+
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    def full_in_training(*given):
+        model = candidates.from_timm(*given)
+        model.register_forward_pre_hook(lambda model, _: full() if model.training else None)
+        return model
+
+    more = {make.__name__: (make, torch.channels_last) for make in (wrong, full, full_in_training)}
+    monkeypatch.setattr(candidates, "CONVNEXTS", candidates.CONVNEXTS | more)
+    main(["bench", "compare", *options, "--json", str(tmp_path / "rows.json")])
+    rows = {row["candidate"]: row for row in json.loads((tmp_path / "rows.json").read_text())["rows"]}
+    assert rows["sparse-fcmae"]["ours_over_it"] == 1
+    assert rows["timm, channels last"]["ours_over_it"] > 0
+    assert rows["timm"]["gmacs"] == pytest.approx(rows["sparse-fcmae"]["gmacs"], rel=1e-6)
+    assert rows["timm mvitv2_tiny"]["gmacs"] == pytest.approx(0.33, rel=0.01)
+    assert rows["timm mvitv2_tiny"]["ms"] >= rows["timm mvitv2_tiny"]["p20_ms"] > 0
+    assert "can't be imported" in rows["transformers"]["refused"]
+    assert "its logits differ" in rows["wrong"]["refused"]
+    assert rows["full"]["refused"] == rows["full_in_training"]["refused"] == "out of memory"
+    assert "images/s" in capsys.readouterr().out
+
+
+def test_compare_of_pretraining(capsys, monkeypatch, tmp_path):
+    from sparse_fcmae.benchmarks import candidates, compare
+
+    small = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 96}
+    monkeypatch.setitem(candidates.VITS, "base", ("small", small))
+    options = ["--task", "pretrain", "--batch-size", "2", "--rounds", "2", "--csv", str(tmp_path / "rows.csv")]
+    for more in (["--image-size", "64"], ["--image-size", "64", "--dtype", "bf16"], ["--image-size", "64x96"]):
+        main(["bench", "compare", *options, *more])
+    with (tmp_path / "rows.csv").open() as file:
+        ours, peer, *half, _, refused = csv.DictReader(file)
+    assert (ours["candidate"], ours["task"], ours["ours_over_it"]) == ("sparse-fcmae, 60 % masked", "pretrain", "1.0")
+    assert peer["candidate"] == "transformers MAE small (the smallest), 75 % masked"
+    assert all(float(row["ms"]) > 0 and not row["refused"] for row in (ours, peer, *half))
+    assert "square images only" in refused["refused"]
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        main(["bench", "compare", *options, "--drop-path", "0.1"])
+    with pytest.raises(SystemExit):
+        main(["bench", "compare", *options, "--image-size", "60"])
+
+    loss = iter(range(100))
+    candidate = candidates.Candidate(lambda: torch.tensor(float(next(loss))), 1.0)
+    assert compare.gated(lambda: candidate)[1] == "its loss does not fall: from 0 to 4"
