@@ -1,12 +1,18 @@
+import json
+import os
+import sys
+
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from sparse_fcmae import UserError
+from sparse_fcmae.benchmarks import data as bench
 from sparse_fcmae.data import (
     AugmentedImages,
     ImageFolder,
+    centre_crop_box,
     load_crop,
     make_loader,
     micro_batches,
@@ -14,7 +20,19 @@ from sparse_fcmae.data import (
     random_crop_box,
 )
 
+PHOTOGRAPHS = os.environ.get("SPARSE_FCMAE_IMAGES", "")  # a folder of photographs, for one more test
 RAMP = np.linspace(0, 255, 40 * 30 * 3).astype(np.uint8).reshape(30, 40, 3)
+
+
+def photograph(width, height, seed=0):
+    """Noise with the spectrum of photographs, whose amplitudes fall as one over the frequency."""
+    rng = np.random.default_rng(seed)
+    frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width))
+    frequency[0, 0] = np.inf
+    spectrum = np.fft.rfft2(rng.normal(size=(3, height, width))) / frequency
+    values = np.fft.irfft2(spectrum, (height, width))
+    values = 127 + 50 * values / values.std()
+    return Image.fromarray(values.clip(0, 255).astype(np.uint8).transpose(1, 2, 0).copy())
 
 
 def save(path, image, **options):
@@ -124,6 +142,51 @@ def test_jpeg_decoded_at_a_reduced_scale_is_nearly_the_same(tmp_path):
     assert np.abs(pixels - expected).mean() < 1.5
 
 
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_reduced_scale_keeps_pixels_in_place(tmp_path, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    save(tmp_path / "x.jpg", photograph(477, 397), exif=exif, quality=95)
+    with Image.open(tmp_path / "x.jpg") as image:
+        whole = ImageOps.exif_transpose(image)
+    box = centre_crop_box(*whole.size, 1)
+    expected = np.asarray(whole.crop(box).resize((24, 24), Image.Resampling.BICUBIC)).astype(int)
+    with Image.open(tmp_path / "x.jpg") as image:
+        pixels = load_crop(image, (24, 24), 3)
+        assert max(image.size) == 60
+    assert np.abs(pixels - expected).mean() < 1.5
+
+
+def differences_to_torchvision(folder, size, count):
+    """Mean absolute differences, of 255, of the first crops of a folder from torchvision's of the same boxes."""
+    resized_crop = pytest.importorskip("torchvision.transforms.functional").resized_crop
+    mode = pytest.importorskip("torchvision.transforms").InterpolationMode.BICUBIC
+    folder = ImageFolder(folder)
+    for index in range(min(count, len(folder))):
+        with folder.open(index) as image:
+            whole = image.convert("RGB")
+        rng = np.random.default_rng(index)
+        (left, top, right, bottom), flip = random_crop_box(*whole.size, rng), rng.random() < 0.5
+        crop = resized_crop(whole, top, left, bottom - top, right - left, [size, size], mode, antialias=True)
+        expected = np.asarray(crop)[:, ::-1] if flip else np.asarray(crop)
+        with folder.open(index) as image:
+            pixels = load_crop(image, (size, size), 3, np.random.default_rng(index))
+        yield np.abs(pixels.astype(int) - expected).mean()
+
+
+@pytest.mark.parametrize("size", [224, 40])
+def test_crops_are_those_of_torchvision(tmp_path, size):
+    for i in range(8):
+        save(tmp_path / f"{i}.jpg", photograph(501, 377, i), quality=90)
+    assert max(differences_to_torchvision(tmp_path, size, 8)) < 1.5
+
+
+@pytest.mark.skipif(not PHOTOGRAPHS, reason="SPARSE_FCMAE_IMAGES names no folder of photographs")
+@pytest.mark.parametrize("size", [224, 64])
+def test_crops_of_photographs_are_those_of_torchvision(size):
+    assert np.mean(list(differences_to_torchvision(PHOTOGRAPHS, size, 64))) < 1.5
+
+
 def test_random_crops_have_the_stated_distribution():
     rng = np.random.default_rng(0)
     boxes = np.array([random_crop_box(640, 480, rng) for _ in range(4000)])
@@ -137,6 +200,26 @@ def test_random_crops_have_the_stated_distribution():
     assert 1.30 < ratio.max() < 1.35
     small = np.array([np.log(ratio[area < 0.5])])
     assert abs(small.mean()) < 0.02
+
+
+def test_random_crops_are_uniform():
+    rng = np.random.default_rng(0)
+    side, low, high = 10_000, np.log(3 / 4), np.log(4 / 3)
+    boxes = np.array([random_crop_box(side, side, rng) for _ in range(8000)])
+    width, height = (boxes[:, 2:] - boxes[:, :2]).T
+    fits = width * height < 0.75 * side**2  # of any ratio, so that none of these was rejected
+    left, top, width, height = boxes[fits, 0], boxes[fits, 1], width[fits], height[fits]
+    shares = {
+        "area": (width * height / side**2 - 0.2) / 0.55,
+        "ratio": (np.log(width / height) - low) / (high - low),
+        "left": left / (side - width),
+        "top": top / (side - height),
+    }
+    count = fits.sum()
+    for name, values in shares.items():  # Kolmogorov and Smirnov's test, at the level 0.001
+        steps, values = np.arange(count + 1) / count, np.sort(values)
+        assert max((steps[1:] - values).max(), (values - steps[:-1]).max()) < 1.95 / count**0.5, name
+    assert np.abs(np.corrcoef(list(shares.values())) - np.eye(4)).max() < 4 / count**0.5
 
 
 def test_extreme_shapes_fall_back_to_a_centred_crop():
@@ -201,3 +284,68 @@ def test_normalise():
     assert out.shape == (1, 3, 1, 1)
     expected = [(0 / 255 - 0.485) / 0.229, (128 / 255 - 0.456) / 0.224, (255 / 255 - 0.406) / 0.225]
     torch.testing.assert_close(out.flatten(), torch.tensor(expected))
+
+
+def bench_rows(folder, **options):
+    rows = bench.data(data=str(folder), image_size="32x48", images=20, rounds=1, **options)
+    return {row["candidate"]: row for row in rows}
+
+
+def test_bench_data_compares_with_torchvision(capsys, tmp_path, pictures):
+    pytest.importorskip("torchvision")
+    threads = torch.get_num_threads()
+    rows = bench_rows(pictures, json=str(tmp_path / "rows.json"))
+    assert list(rows) == ["sparse-fcmae", "torchvision v1", "torchvision v2"]
+    assert all(row["ours_over_it"] > 0 and row["images"] == 20 for row in rows.values())
+    assert rows["sparse-fcmae"]["difference"] < 1.5
+    assert rows["sparse-fcmae"]["ours_over_it"] == 1
+    written = json.loads((tmp_path / "rows.json").read_text())
+    assert written["rows"] == list(rows.values())
+    assert written["environment"]["threads"] == 1
+    assert torch.get_num_threads() == threads
+    assert "images/s" in capsys.readouterr().out
+
+
+def test_bench_data_candidates_give_batches_alike(pictures):
+    pytest.importorskip("torchvision")
+    with ImageFolder(pictures).open(0) as image:
+        ours = normalise(torch.from_numpy(load_crop(image, (32, 48), 3, np.random.default_rng(0))[None]))
+        for make in bench.CANDIDATES.values():
+            theirs = make((32, 48))(image.convert("RGB"))
+            assert (theirs.shape, theirs.dtype) == (ours.shape[1:], ours.dtype)
+            assert theirs.abs().max() < 3
+
+
+def test_bench_data_without_torchvision(capsys, monkeypatch, tmp_path, pictures):
+    for name in ("torchvision", *(f"torchvision.transforms{n}" for n in ("", ".v2", ".functional"))):
+        monkeypatch.setitem(sys.modules, name, None)
+    save(tmp_path / "broken.jpg", Image.fromarray(RAMP))
+    (tmp_path / "broken.jpg").write_bytes((tmp_path / "broken.jpg").read_bytes()[:-200])
+    (tmp_path / "pictures").symlink_to(pictures)
+    rows = bench_rows(tmp_path)
+    for name in ("torchvision v1", "torchvision v2"):
+        assert "can't be imported" in rows[name]["refused"]
+        assert "images_per_second" not in rows[name]
+    ours = rows["sparse-fcmae"]
+    assert (ours["images"], ours["unreadable"]) == (19, 1)
+    assert ours["difference"] < 1.5
+    assert ours["images_per_second"] > 0
+    assert "can't be imported" in capsys.readouterr().out
+
+
+def test_bench_data_refuses_wrong_pixels(monkeypatch, pictures):
+    monkeypatch.setattr(bench, "load_crop", lambda *args: 255 - load_crop(*args))
+    ours = bench_rows(pictures)["sparse-fcmae"]
+    assert "its pixels differ" in ours["refused"]
+    assert "images_per_second" not in ours
+
+
+def test_bench_data_wrong_options(tmp_path, pictures):
+    with pytest.raises(UserError, match="no such folder"):
+        bench.data(data=str(tmp_path / "none"))
+    (tmp_path / "x.jpg").write_text("no picture")
+    with pytest.raises(UserError, match="none of the first 1 images can be read"):
+        bench.data(data=str(tmp_path))
+    for options in ({"images": 0}, {"rounds": 0}, {"seed": -1}, {"image_size": "0"}, {"image_size": "big"}):
+        with pytest.raises(UserError, match=f"--{next(iter(options)).replace('_', '-')}"):
+            bench.data(data=str(pictures), **options)
