@@ -33,7 +33,7 @@ CLASSES = 1000
 GATE_BATCH = 8  # images whose logits are compared
 LR = 1e-4
 MASKED, MAE_MASKED = 0.6, 0.75  # as their papers have it
-MVITS = {"base": "mvitv2_base", "large": "mvitv2_large", "huge": "mvitv2_huge_cls"}  # by GMACs
+MVITS = {"tiny": "mvitv2_tiny", "base": "mvitv2_base", "large": "mvitv2_large", "huge": "mvitv2_huge_cls"}  # by GMACs
 VITS: dict[str, tuple[str, dict[str, int]]] = {  # of ViTMAEConfig
     "base": ("ViT-B/16", {}),
     "large": (
@@ -64,7 +64,7 @@ Builds = dict[str, Callable[[], Candidate]]  # raise UserError for what can't be
 
 
 def finetuning(config: CompareConfig, size: tuple[int, int], device: torch.device) -> Builds:
-    """Dense training of a classifier: ConvNeXt V2 with the same weights, and MViTv2 of like size with its own."""
+    """Dense training of a classifier: ConvNeXt V2 with the same weights, MViTv2 of like size with its own."""
     ours = Classifier(config.model, num_classes=CLASSES, image_size=size, drop_path=config.drop_path)
     with torch.no_grad():
         for parameter in ours.parameters():  # GRN and biases start at zero and would go unseen
@@ -89,8 +89,8 @@ def finetuning(config: CompareConfig, size: tuple[int, int], device: torch.devic
 
     builds: Builds = {OURS: lambda: Candidate(step_of(ours, images), macs, error=0.0)}
     builds |= {name: partial(build, *how, same=True) for name, how in CONVNEXTS.items()}
-    mvit = MVITS.get(config.model, "mvitv2_tiny")
-    builds[f"timm {mvit}"] = partial(build, partial(from_mvit, mvit), torch.contiguous_format, same=False)
+    if mvit := MVITS.get(config.model):
+        builds[f"timm {mvit}"] = partial(build, partial(from_mvit, mvit), torch.contiguous_format, same=False)
     return builds
 
 

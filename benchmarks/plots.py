@@ -48,8 +48,10 @@ def new_figure(width: float = 7, height: float = 3.6) -> tuple["Figure", "Axes"]
 
 def bars(groups: dict[str, dict[str, float]], ylabel: str, spec: str = ".1f", log: bool = False) -> "Figure":
     """Groups of labelled bars: group -> candidate -> value."""
+    from matplotlib.patches import Patch
+
     names = list(dict.fromkeys(name for group in groups.values() for name in group))
-    figure, axes = new_figure(width=max(5, 1 + 0.42 * sum(map(len, groups.values())) + 0.4 * len(groups)))
+    figure, axes = new_figure(width=max(7, 1 + 0.42 * sum(map(len, groups.values())) + 0.4 * len(groups)))
     left, ticks = 0.0, []
     for group in groups.values():
         for i, (name, value) in enumerate(group.items()):
@@ -61,10 +63,9 @@ def bars(groups: dict[str, dict[str, float]], ylabel: str, spec: str = ".1f", lo
     axes.set_ylabel(ylabel)
     if log:
         axes.set_yscale("log")
-    from matplotlib.patches import Patch
-
-    axes.legend(handles=[Patch(color=colour(n, names), label=n) for n in names], fontsize=8, frameon=False, ncols=4)
-    axes.margins(y=0.25)
+    handles = [Patch(color=colour(name, names), label=name) for name in names]
+    figure.legend(handles=handles, loc="outside upper left", fontsize=8, frameon=False, ncols=5)
+    axes.margins(y=0.12)
     return figure
 
 
@@ -75,11 +76,12 @@ def colour(name: str, names: list[str]) -> str:
 
 
 def draw_gflops(rows: list[Row]) -> "Figure":
-    """Encoder dense and sparse, of each model."""
+    """Encoder dense and sparse, of each model at the first image size."""
     whole = [row for row in rows if "sparse_encoder_gmacs" in row and row["part"] == "whole"]
     groups = {
-        f"{row['model']}\n{row['image_size']}": {"dense": row["encoder_gmacs"], "sparse": row["sparse_encoder_gmacs"]}
+        row["model"]: {"dense": row["encoder_gmacs"], "sparse": row["sparse_encoder_gmacs"]}
         for row in whole
+        if row["image_size"] == whole[0]["image_size"]
     }
     return bars(groups, "G multiply-accumulates of the encoder", ".3g", log=True)
 
@@ -122,10 +124,13 @@ def draw_scaling(rows: list[Row]) -> "Figure":
     return figure
 
 
-def draw_speeds(rows: Iterable[Row], label: str) -> "Figure":
-    """Images a second of each candidate."""
-    speeds = {row[label]: row["images_per_second"] for row in rows if "images_per_second" in row}
-    return bars({"": speeds}, "images/s")
+def draw_speeds(rows: Iterable[Row], group: str = "") -> "Figure":
+    """Images a second of each candidate, grouped by a column."""
+    groups: dict[str, dict[str, float]] = {}
+    for row in rows:
+        if "images_per_second" in row:
+            groups.setdefault(row.get(group, ""), {})[row["candidate"]] = row["images_per_second"]
+    return bars(groups, "images/s")
 
 
 def draw_bounds(rows: list[Row]) -> "Figure":

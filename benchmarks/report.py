@@ -29,7 +29,7 @@ GPU_SCALE = 16  # times as many on a GPU
 
 @dataclass
 class Section:
-    """A part of the page: `measure` gives its rows, `draw` a plot of them by name."""
+    """A part of the page: `measure` gives its rows, `draw` a plot of them by name. Parts of a model are not shown."""
 
     name: str
     title: str
@@ -57,6 +57,7 @@ def report(**options: Any) -> Path:
         parts = sections(config, models, device.type == "cuda")
         for section in (bar := tqdm(parts, unit="part")):
             bar.set_description(section.name)
+            bar.clear()  # the tables start on a line of their own
             section.rows = measured(section)
         setting = environment("report", config, device)
         write_json(folder / ROWS, {"environment": setting, "sections": {s.name: s.rows for s in parts}})
@@ -71,7 +72,7 @@ def report(**options: Any) -> Path:
 def sections(config: ReportConfig, models: list[str], gpu: bool) -> list[Section]:
     """What is measured, in the page's order."""
     common = {"rounds": config.rounds, "seed": config.seed, "device": config.device}
-    batches = {model: BATCHES[model] * (GPU_SCALE if gpu else 1) for model in models}
+    batches = {model: batch_of(model, gpu) for model in models}
     scaled = {"model": models[0], "rounds": min(3, config.rounds), **{k: common[k] for k in ("seed", "device")}}
 
     def over_models(measure: Callable[..., list[Row]], **options: Any) -> list[Row]:
@@ -88,7 +89,8 @@ def sections(config: ReportConfig, models: list[str], gpu: bool) -> list[Section
             "gflops",
             "What a forward pass costs",
             "Multiply-accumulates of one image. Sparse is the mean over random masks; taps on masked positions are not "
-            "done and not counted. The published figures are those of the official repository.",
+            "done and not counted. The published figures are those of the official repository; each stage's are in "
+            f"{TABLE}.",
             gflops.COLUMNS,
             lambda: gflops.gflops(),
             {"gflops": plots.draw_gflops},
@@ -123,10 +125,18 @@ def sections(config: ReportConfig, models: list[str], gpu: bool) -> list[Section
         Section(
             "compare",
             "Instead of what",
-            "Whole training steps of the models that other libraries offer, on the same images.",
+            "Whole training steps of the models that other libraries offer, on the same images: fine-tuning, dense.",
             compare.COLUMNS,
             lambda: over_models(compare.compare),
-            {"compare": lambda rows: plots.draw_speeds(rows, "candidate")},
+            {"compare": lambda rows: plots.draw_speeds(rows, "model")},
+        ),
+        Section(
+            "autoencoders",
+            "Another masked autoencoder",
+            "A whole pretraining step beside that of a vision transformer's masked autoencoder, each as published.",
+            compare.COLUMNS,
+            lambda: compare.compare(task="pretrain", model="base", batch_size=batch_of("base", gpu), **common),
+            {"autoencoders": lambda rows: plots.draw_speeds(rows, "model")},
         ),
         Section(
             "kernels",
@@ -146,10 +156,15 @@ def sections(config: ReportConfig, models: list[str], gpu: bool) -> list[Section
                 "Images decoded, cropped, flipped and normalised by one core.",
                 loading.COLUMNS,
                 lambda: loading.data(data=config.data, rounds=rounds, seed=seed),
-                {"data": lambda rows: plots.draw_speeds(rows, "candidate")},
+                {"data": plots.draw_speeds},
             )
         )
     return parts
+
+
+def batch_of(model: str, gpu: bool) -> int:
+    """Images a step, few enough for a usual machine."""
+    return BATCHES[model] * (GPU_SCALE if gpu else 1)
 
 
 def measured(section: Section) -> list[Row]:
@@ -171,8 +186,9 @@ def make_page(parts: list[Section], setting: Row, folder: Path) -> str:
                 figure = draw(section.rows)
                 plots.save_png(figure, folder / f"{name}.png")
                 pictures.append(f"<figure>{plots.as_svg(figure, name)}</figure>")
+        rows = [row for row in section.rows if row.get("part", "whole") == "whole"]
         heading = f'<h2 id="{anchor(section)}">{escape(section.title)}</h2>\n<p>{escape(section.text)}</p>'
-        bodies.append("\n".join([heading, *pictures, make_table(section.rows, section.columns)]))
+        bodies.append("\n".join([heading, *pictures, make_table(rows, section.columns)]))
     return template.substitute(
         machine=escape(setting["device"] if setting["device"] != "cpu" else f"{setting['cpu']}, CPU"),
         date=escape(setting["date"]),

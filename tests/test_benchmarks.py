@@ -263,6 +263,7 @@ def test_compare_gates_and_writes_rows(capsys, monkeypatch, tmp_path):
 
     more = {make.__name__: (make, torch.channels_last) for make in (wrong, full, full_in_training)}
     monkeypatch.setattr(candidates, "CONVNEXTS", candidates.CONVNEXTS | more)
+    monkeypatch.setitem(candidates.MVITS, "atto", "mvitv2_tiny")
     main(["bench", "compare", *options, "--json", str(tmp_path / "rows.json")])
     rows = {row["candidate"]: row for row in json.loads((tmp_path / "rows.json").read_text())["rows"]}
     assert rows["sparse-fcmae"]["ours_over_it"] == 1
