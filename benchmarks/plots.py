@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
 COLOURS = {  # Okabe and Ito's, told apart by the colour-blind too
     **{"native": "#0072b2", "torch": "#56b4e9", "masked": "#999999", "minkowski": "#e69f00"},
-    **{"dense": "#999999", "sparse": "#0072b2", "ideal": "#444444", "matrix products": "#009e73"},
+    **{"dense": "#999999", "sparse": "#0072b2", "sparse-fcmae": "#0072b2", "matrix products": "#009e73"},
 }
-SPARE_COLOURS = ("#d55e00", "#cc79a7", "#f0e442", "#000000")
+SPARE_COLOURS = ("#d55e00", "#cc79a7", "#e69f00", "#009e73", "#56b4e9", "#f0e442")
 LABELS = {
     "mask-ratio": "share of the patches that is masked",
     "image-size": "side of the image, pixels",
@@ -71,8 +71,9 @@ def bars(groups: dict[str, dict[str, float]], ylabel: str, spec: str = ".1f", lo
 
 def colour(name: str, names: list[str]) -> str:
     """A candidate's colour."""
-    others = [n for n in names if n not in COLOURS]
-    return COLOURS.get(name) or SPARE_COLOURS[others.index(name) % len(SPARE_COLOURS)]
+    known = {n: COLOURS[n.split(", ")[0]] for n in names if n.split(", ")[0] in COLOURS}
+    others = [n for n in names if n not in known]
+    return known.get(name) or SPARE_COLOURS[others.index(name) % len(SPARE_COLOURS)]
 
 
 def draw_gflops(rows: list[Row]) -> "Figure":
