@@ -44,7 +44,7 @@ def report(**options: Any) -> Path:
     """Measures, writes the folder --out and returns the page's path; options are those of `ReportConfig`."""
     config = ReportConfig(**options)
     out, device = Path(config.out), choose_device(config.device)
-    models = listed("models", config.models, str, SIZES)
+    models = listed("model", config.model, str, SIZES)
     if config.rounds < 1:
         raise UserError("--rounds must be at least 1")
     plots.require_matplotlib()

@@ -144,8 +144,10 @@ def command(benchmark: str, config: OutputConfig) -> str:
     words = ["sparse-fcmae", "bench", benchmark]
     for f in fields(config):
         value = getattr(config, f.name)
-        if f.name in ("json", "csv", "png") or value == f.default:
+        if f.name in ("json", "csv", "png", "out", "overwrite") or value == f.default:
             continue
+        if f.name == "data":  # whose place is another on every machine
+            value = "IMAGES"
         words += [flag(f.name)] if value is True else [flag(f.name), str(value)]
     return shlex.join(words)
 

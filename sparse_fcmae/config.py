@@ -269,7 +269,7 @@ class ReportConfig:
     """Options of `sparse-fcmae bench report`."""
 
     out: str = option("runs/bench", help="folder to make for report.html, plots and rows")
-    models: str = option("atto,tiny", help="sizes to measure, with commas between them")
+    model: str = option("atto,tiny", help="sizes to measure, with commas between them")
     data: str | None = option(None, help="folder of images, to measure loading too")
     rounds: int = option(5, help="timed rounds, all candidates taking turns")
     seed: int = option(0, help="of weights, images and masks")

@@ -1,6 +1,8 @@
 import csv
 import json
+import re
 import sys
+from html.parser import HTMLParser
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sparse_fcmae import UserError, available_backends
 from sparse_fcmae.backends import BACKENDS, NativeLayout
-from sparse_fcmae.benchmarks import results, steps, throughput, timing
+from sparse_fcmae.benchmarks import report, results, steps, throughput, timing
 from sparse_fcmae.benchmarks.gflops import gflops
 from sparse_fcmae.benchmarks.kernels import kernels
 from sparse_fcmae.benchmarks.scaling import scaling
@@ -204,7 +206,7 @@ def test_scaling_has_an_ideal_line(tmp_path):
         ("kernels --model nano2", "unknown model 'nano2'"),
         ("gflops --compare mvit", "give timm:NAME@PIXELS"),
         ("gflops --compare timm:nonsense@224", "Unknown model"),
-        ("report --models giga", "unknown model 'giga'"),
+        ("report --model giga", "unknown model 'giga'"),
     ],
 )
 def test_a_wrong_option_is_one_line(capsys, command, message):
@@ -214,6 +216,87 @@ def test_a_wrong_option_is_one_line(capsys, command, message):
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1
     assert message in lines[0]
+
+
+@pytest.fixture
+def small_report(monkeypatch):
+    """The report on what is measured in seconds."""
+    every = report.sections
+
+    def some(*arguments):
+        small = {"batch_size": 1, "image_size": "64", "rounds": 1}
+        measures = {
+            "gflops": lambda: gflops(model="atto,tiny", image_size="224"),
+            "throughput": lambda: throughput.throughput(**small, mask_ratio="0.5", backend="native,masked"),
+            "mask ratio": lambda: scaling(**small, values="0,0.5"),
+            "kernels": lambda: [],
+            "compare": lambda: (_ for _ in ()).throw(UserError("<timm> is not there & so on")),
+        }
+        parts = [part for part in every(*arguments) if part.name in measures]
+        for part in parts:
+            part.measure = measures[part.name]
+        return parts
+
+    monkeypatch.setattr(report, "sections", some)
+
+
+def test_report_is_one_page_with_plots_and_rows(small_report, tmp_path):
+    out = tmp_path / "bench"
+    main(["bench", "report", "--out", str(out), "--model", "atto"])
+    page = (out / "report.html").read_text()
+    assert page.count("<svg") == page.count("</svg>") == 4
+    assert not re.search(r"""(src|href|url)\s*[=(]\s*["']?https?:""", page.replace("xlink:href", ""))
+    assert "&lt;timm&gt; is not there &amp; so on" in page
+    assert "over dense convolution with a mask, atto, fp32" in page
+    parser = HTMLParser()
+    parser.feed(page)
+    parser.close()
+    names = {"report.html", "rows.json", "rows.csv", "gflops.png", "throughput.png", "memory.png"}
+    assert {path.name for path in out.iterdir()} == names | {"scaling-mask-ratio.png"}
+    rows = json.loads((out / "rows.json").read_text())
+    assert rows["sections"]["compare"] == [{"refused": "<timm> is not there & so on"}]
+    assert rows["environment"]["command"] == "sparse-fcmae bench report --model atto"
+    with (out / "rows.csv").open() as file:
+        assert {row["benchmark"] for row in csv.DictReader(file)} == {"gflops", "throughput", "mask ratio", "compare"}
+
+
+def test_report_replaces_reports_alone(capsys, small_report, tmp_path):
+    out = tmp_path / "bench"
+    out.mkdir()
+    (out / "mine.txt").write_text("mine")
+    for flags, message in (([], "give --overwrite"), (["--overwrite"], "holds no report")):
+        with pytest.raises(SystemExit) as stop:
+            main(["bench", "report", "--out", str(out), *flags])
+        assert stop.value.code == 2
+        assert message in capsys.readouterr().err
+    assert [path.name for path in tmp_path.rglob("*")] == ["bench", "mine.txt"]
+    (out / "report.html").write_text("an earlier one")
+    main(["bench", "report", "--out", str(out), "--overwrite"])
+    assert "<svg" in (out / "report.html").read_text()
+
+
+def test_an_interrupted_report_leaves_the_earlier_one(monkeypatch, small_report, tmp_path):
+    out = tmp_path / "bench"
+    out.mkdir()
+    (out / "report.html").write_text("an earlier one")
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(report, "measured", interrupt)
+    with pytest.raises(SystemExit) as stop:
+        main(["bench", "report", "--out", str(out), "--overwrite"])
+    assert stop.value.code == 130
+    assert [path.name for path in tmp_path.rglob("*")] == ["bench", "report.html"]
+
+
+def test_pictures_need_matplotlib(capsys, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    for command in (["report", "--out", str(tmp_path / "x")], ["scaling", "--png", str(tmp_path / "x.png")]):
+        with pytest.raises(SystemExit):
+            main(["bench", *command])
+        assert "pip install 'sparse-fcmae[plots]'" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_kernels_gates_and_writes_rows(capsys, tmp_path):

@@ -4,6 +4,7 @@ import torch
 from helpers import dense_encoder, masks, randomise, relative_error
 
 from sparse_fcmae import UserError, available_backends, create_encoder, create_fcmae, random_mask
+from sparse_fcmae.backends import minkowski
 from sparse_fcmae.encoder import SIZES
 
 MINKOWSKI = available_backends("cpu")["minkowski"] is None
@@ -225,6 +226,15 @@ def test_dtypes_without_native_kernels_run_on_the_torch_backend():
     encoder.float().backend = "native"
     with pytest.raises(UserError, match="take float32 or bfloat16"):
         encoder.double()(images.double(), mask)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_features_draw_no_random_numbers(backend):
+    minkowski._layer.cache_clear()
+    encoder, images = create_encoder("atto", backend=backend), torch.randn(1, 3, 32, 32)
+    state = torch.get_rng_state()
+    encoder(images)
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_empty_batch():

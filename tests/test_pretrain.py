@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from sparse_fcmae import UserError, load_encoder, pretrain
+from sparse_fcmae import UserError, available_backends, load_encoder, pretrain
 from sparse_fcmae.cli import main
 from sparse_fcmae.training.optim import adamw, cosine_lr, load_optimizer, set_lr
 
@@ -146,9 +146,23 @@ def test_micro_batches_change_rounding_at_most(pictures, whole, tmp_path):
     assert losses(tmp_path / "run") == pytest.approx(losses(whole), rel=1e-4)
 
 
-def test_backends_train_alike(pictures, whole, tmp_path):
-    pretrain(data=pictures, out=tmp_path / "run", **SMALL, backend="torch")
+@pytest.mark.parametrize("backend", ["torch", "minkowski"])
+def test_backends_train_alike(pictures, whole, tmp_path, backend):
+    if reason := available_backends("cpu")[backend]:
+        pytest.skip(reason)
+    pretrain(data=pictures, out=tmp_path / "run", **SMALL, backend=backend)
     assert losses(tmp_path / "run") == pytest.approx(losses(whole), rel=1e-4)
+
+
+@pytest.mark.skipif(bool(available_backends("cpu")["minkowski"]), reason="MinkowskiEngine is not installed")
+def test_minkowski_engine_computes_in_float32_uncompiled(pictures, tmp_path):
+    options = SMALL | {"epochs": 1, "dtype": "auto"}
+    pretrain(data=pictures, out=tmp_path / "run", **options, backend="minkowski")
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["dtype"] == "fp32"
+    for more, message in (({"dtype": "bf16"}, "give --dtype fp32"), ({"compile": True}, "can't be compiled")):
+        with pytest.raises(UserError, match=message):
+            pretrain(data=pictures, out=tmp_path / "none", **options | more, backend="minkowski")
+    assert not (tmp_path / "none").exists()
 
 
 def test_compiled_model_trains_alike(pictures, whole, tmp_path):

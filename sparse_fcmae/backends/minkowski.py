@@ -96,12 +96,10 @@ def _map_type(device: torch.device):
 @cache
 def _layer(inputs: int, outputs: int, kernel_size: int, depthwise: bool, device: torch.device) -> nn.Module:
     """One of its layers, to be called with the encoder's parameters."""
-    if not depthwise:
-        return (
-            engine()
-            .MinkowskiConvolution(inputs, outputs, kernel_size=kernel_size, stride=kernel_size, bias=True, dimension=2)
-            .to(device)
-        )
-    kinds = ("MinkowskiDepthwiseConvolution", "MinkowskiChannelwiseConvolution")  # the first in a fork, for CUDA
-    kind = next(k for k in kinds[device.type == "cpu" :] if hasattr(engine(), k))
-    return getattr(engine(), kind)(inputs, kernel_size=kernel_size, bias=True, dimension=2).to(device)
+    options = {"kernel_size": kernel_size, "bias": True, "dimension": 2}
+    with torch.random.fork_rng(devices=[]):  # for the parameters that it draws and will not use
+        if not depthwise:
+            return engine().MinkowskiConvolution(inputs, outputs, stride=kernel_size, **options).to(device)
+        kinds = ("MinkowskiDepthwiseConvolution", "MinkowskiChannelwiseConvolution")  # the first in a fork, for CUDA
+        kind = next(k for k in kinds[device.type == "cpu" :] if hasattr(engine(), k))
+        return getattr(engine(), kind)(inputs, **options).to(device)
