@@ -10,8 +10,7 @@ SOURCES := pyproject.toml setup.py $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h)
 
 SANITIZED := baseline native $(if $(filter x86_64,$(shell uname -m)),avx2)
 
-# what takes minutes to build is kept, apart for each version of torch, as it serves that one alone
-WHEELS := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/sparse-fcmae/$(TORCH)
+CACHE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/sparse-fcmae
 
 .PHONY: demo test test-gpu test-sanitize bench minkowski lint wheel clean
 
@@ -34,7 +33,8 @@ build/sanitize-%: tests/sanitize.cpp $(SOURCES)
 	$(CXX) -std=c++20 -O1 -g -Wall -Wextra -Wno-psabi -fopenmp -fsanitize=address,undefined \
 		-fno-sanitize-recover=all $(FLAGS) kernels/cpu/*.cpp $< -o $@
 
-bench: .venv/minkowski  ## runs/bench/report.html: the suite on this machine; with DATA=folder, loading those images too
+bench: .venv/installed  ## runs/bench/report.html: the suite on this machine; with DATA=folder, loading those images too
+	-$(MAKE) minkowski
 	$(BIN)/sparse-fcmae bench report --out runs/bench --overwrite $(if $(DATA),--data '$(DATA)')
 
 minkowski: .venv/minkowski  ## the peer that sparse convolution is measured against; needs OpenBLAS and its headers
@@ -65,12 +65,16 @@ clean:
 	@if [ $$(uname) = Linux ] && ! $(BIN)/python -c 'import triton' 2>/dev/null; then $(PIP) install $(TRITON); fi
 	touch $@
 
-# its setup.py imports torch, calls whatever pip it finds and is too old for setuptools 80
+# its setup.py imports torch, calls whatever pip it finds and is too old for setuptools 80; what it builds serves the torch
+# that it was built with alone, so it is kept apart for each
 .venv/minkowski: .venv/installed
-	@$(PIP) install --no-index --find-links '$(WHEELS)' --no-deps $(MINKOWSKI) 2>/dev/null || { \
-		echo 'building $(MINKOWSKI), once for $(TORCH): some minutes'; \
-		$(PIP) install 'setuptools>=77,<80' wheel ninja numpy && \
-		PATH="$(CURDIR)/$(BIN):$$PATH" MAX_JOBS=$$(nproc) $(PIP) wheel --no-build-isolation --no-deps --wheel-dir '$(WHEELS)' \
-			--config-settings=--build-option=--cpu_only --config-settings=--build-option=--blas=openblas $(MINKOWSKI) && \
-		$(PIP) install --no-index --find-links '$(WHEELS)' --no-deps $(MINKOWSKI); }
+	set -e; wheels="$(CACHE)/$$($(BIN)/python -c 'import torch; print("torch-" + torch.__version__)')"; \
+	get="env PIP_FIND_LINKS= $(PIP) install --force-reinstall --no-index --find-links $$wheels --no-deps $(MINKOWSKI)"; \
+	$$get 2>/dev/null || { \
+		echo 'building $(MINKOWSKI): some minutes'; \
+		$(PIP) install 'setuptools>=77,<80' wheel ninja numpy; \
+		PATH="$(CURDIR)/$(BIN):$$PATH" MAX_JOBS=$$(nproc) $(PIP) wheel --no-cache-dir --no-build-isolation --no-deps \
+			--config-settings=--build-option=--cpu_only --config-settings=--build-option=--blas=openblas \
+			--wheel-dir "$$wheels" $(MINKOWSKI); \
+		$$get; }
 	touch $@

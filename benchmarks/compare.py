@@ -1,8 +1,8 @@
 """A whole training step of this package against what a user would take instead: fine-tuning, or pretraining.
 
-All candidates have the same images and take turns. One that has our weights and whose logits are not ours in float32 is
-refused, and so is one of another architecture whose loss does not fall. A library that can't be imported is named with
-the reason, and a candidate that does not fit into memory leaves the others alone.
+All candidates have the same images and take turns. One that has our weights is refused where its logits are not those
+of dense convolution in float32, and one of another architecture where its loss does not fall. A library that can't be
+imported is named with the reason, and a candidate that does not fit into memory leaves the others alone.
 """
 
 import math
@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from sparse_fcmae.benchmarks.candidates import TASKS, Candidate
-from sparse_fcmae.benchmarks.results import Columns, Row, check_outputs, emit
-from sparse_fcmae.benchmarks.timing import OUT_OF_MEMORY, take_turns, within_memory
+from sparse_fcmae.benchmarks.results import Columns, Results, Row
+from sparse_fcmae.benchmarks.timing import OUT_OF_MEMORY, failing_beyond_memory, take_turns, within_memory
 from sparse_fcmae.config import CompareConfig, image_size_of
 from sparse_fcmae.errors import UserError
 from sparse_fcmae.training.distributed import choose_device
@@ -38,6 +38,7 @@ COLUMNS: Columns = {
 }
 
 
+@failing_beyond_memory()
 def compare(**options: Any) -> list[Row]:
     """Prints and returns a row a candidate; options are those of `CompareConfig`.
 
@@ -45,12 +46,10 @@ def compare(**options: Any) -> list[Row]:
     rounds' ratios. Raises UserError for options that make no sense; what can't be measured has a row with the reason.
     """
     config = CompareConfig(**options)
-    if config.batch_size < 1 or config.rounds < 1:
-        raise UserError("--batch-size and --rounds must be at least 1")
     if config.task == "pretrain" and config.drop_path:
         raise UserError("--drop-path is of --task finetune: pretraining has none")
-    check_outputs(config)
     device, size = choose_device(config.device), image_size_of(config.image_size)
+    results = Results("compare", config, COLUMNS, device)
     torch.manual_seed(config.seed)
     builds = TASKS[config.task](config, size, device)
 
@@ -87,7 +86,8 @@ def compare(**options: Any) -> list[Row]:
         if ours in candidates:
             ratios = [t / o for o, t in zip(times[ours], times[name], strict=True)]
             rows[name]["ours_over_it"] = statistics.median(ratios)
-    return emit("compare", config, list(rows.values()), COLUMNS, device)
+    results.add(list(rows.values()))
+    return results.finish()
 
 
 def gated(build: Callable[[], Candidate]) -> tuple[Candidate, str | None]:

@@ -16,7 +16,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from sparse_fcmae.benchmarks.results import Columns, Row, check_outputs, emit
+from sparse_fcmae.benchmarks.results import Columns, Results, Row
 from sparse_fcmae.benchmarks.timing import take_turns
 from sparse_fcmae.config import DataConfig, image_size_of
 from sparse_fcmae.data import (
@@ -30,7 +30,6 @@ from sparse_fcmae.data import (
 )
 from sparse_fcmae.errors import UserError
 from sparse_fcmae.formats.libraries import entry
-from sparse_fcmae.training.configure import check_values
 
 OURS = "sparse-fcmae"
 BATCH = 32  # images that are stacked and normalised at once
@@ -48,6 +47,17 @@ COLUMNS: Columns = {
 }
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@one_thread()
 def data(**options: Any) -> list[Row]:
     """Prints and returns a row a candidate; options are those of `DataConfig`.
 
@@ -55,8 +65,7 @@ def data(**options: Any) -> list[Row]:
     options and where no image can be read.
     """
     config = DataConfig(**options)
-    check_values(config, ["images", "rounds"], ["seed"])
-    check_outputs(config)
+    results = Results("data", config, COLUMNS, torch.device("cpu"))
     size = image_size_of(config.image_size)
     if min(size) < 1:
         raise UserError(f"--image-size {config.image_size} must be greater than 0")
@@ -68,38 +77,28 @@ def data(**options: Any) -> list[Row]:
 
     rows: dict[str, Row] = {OURS: {}}
     runs: dict[str, Callable[[], None]] = {}
-    with one_thread():
-        mean, greatest = differences(folder, indices[:COMPARED], size, config.seed)
-        rows[OURS] = {"difference": mean, "max_difference": greatest}
-        if mean < TOLERANCE:
-            runs[OURS] = ours(folder, indices, size, config.seed)
-        else:
-            rows[OURS]["refused"] = f"its pixels differ by {mean:.1f} of 255"
-        for name, make in CANDIDATES.items():
-            rows[name] = {}
-            try:
-                runs[name] = theirs(folder, indices, make(size), config.seed)
-            except UserError as error:
-                rows[name]["refused"] = str(error)
-        times = take_turns(runs, config.rounds, torch.device("cpu"))
-        for name, seconds in times.items():
-            median = statistics.median(seconds)
-            rows[name] |= {"ms": 1e3 * median / len(indices), "images_per_second": len(indices) / median}
-            if OURS in times:
-                rows[name]["ours_over_it"] = statistics.median(t / o for o, t in zip(times[OURS], seconds, strict=True))
-        counts = {"images": len(indices), "unreadable": len(looked_at) - len(indices) or None}
-        result = [{"candidate": name, **counts, **row} for name, row in rows.items()]
-        return emit("data", config, result, COLUMNS, torch.device("cpu"))
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
+    mean, greatest = differences(folder, indices[:COMPARED], size, config.seed)
+    rows[OURS] = {"difference": mean, "max_difference": greatest}
+    if mean < TOLERANCE:
+        runs[OURS] = ours(folder, indices, size, config.seed)
+    else:
+        rows[OURS]["refused"] = f"its pixels differ by {mean:.1f} of 255"
+    for name, make in CANDIDATES.items():
+        rows[name] = {}
+        try:
+            runs[name] = theirs(folder, indices, make(size), config.seed)
+        except UserError as error:
+            rows[name]["refused"] = str(error)
+    times = take_turns(runs, config.rounds, torch.device("cpu"))
+    for name, seconds in times.items():
+        median = statistics.median(seconds)
+        rows[name] |= {"ms": 1e3 * median / len(indices), "images_per_second": len(indices) / median}
+        if OURS in times:
+            rows[name]["ours_over_it"] = statistics.median(t / o for o, t in zip(times[OURS], seconds, strict=True))
+    counts = {"images": len(indices), "unreadable": len(looked_at) - len(indices) or None}
+    result = [{"candidate": name, **counts, **row} for name, row in rows.items()]
+    results.add(result)
+    return results.finish()
 
 
 def readable(folder: ImageFolder, index: int) -> bool:

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from sparse_fcmae import kernels
 from sparse_fcmae.benchmarks.results import Columns, Results, Row
-from sparse_fcmae.benchmarks.steps import Case, run_step
-from sparse_fcmae.benchmarks.throughput import gate
+from sparse_fcmae.benchmarks.steps import Case, builds
+from sparse_fcmae.benchmarks.throughput import after_one_run, gated
 from sparse_fcmae.benchmarks.timing import OUT_OF_MEMORY, take_turns, within_memory
 from sparse_fcmae.config import KernelsConfig, image_size_of
 from sparse_fcmae.errors import UserError
@@ -40,11 +40,13 @@ def gpu_kernels(config: KernelsConfig, device: torch.device) -> list[Row]:
     torch.manual_seed(config.seed)
     size, bf16 = image_size_of(config.image_size), config.dtype == "bf16"
     case = Case(config.model, size, config.mask_ratio, config.batch_size, bf16, device)
-    if not gate(case, ["native"])[1]:
-        raise UserError("the kernels' features or gradients differ from those of dense convolution: not measured")
     results = Results("kernels", config, COLUMNS, device)
+    if reason := gated(case, "step", ["native"])[1].get("native"):
+        raise UserError(f"the kernels are not measured: {reason}")
     setting = {k: getattr(config, k) for k in ("model", "batch_size", "image_size", "mask_ratio", "dtype")}
-    results.add([setting | row for row in time_kernels(case, config.rounds, *measure_ceilings(device, config.rounds))])
+    copy, flops = measure_ceilings(device, config.rounds)
+    setting |= {"measured_bytes_per_second": copy, "measured_flops_per_second": flops}
+    results.add([setting | row for row in time_kernels(case, config.rounds, copy, flops)])
     return results.finish()
 
 
@@ -68,9 +70,8 @@ def time_kernels(case: Case, rounds: int, copy: float, flops: float) -> Iterator
         templates = [a.to("meta") if isinstance(a, Tensor) and a.is_floating_point() else a for a in arguments]
         seen.setdefault(key, (kernel, grid, templates, sizes, sum(t.nbytes for t in tensors), work))
 
-    encoder, (images, mask) = case.encoder(), case.inputs()
-    step = partial(run_step, encoder, "native", images, mask, case.kept, case.bf16)
-    if within_memory(lambda: step() or step) is None:  # tiles are timed beforehand
+    step = within_memory(partial(after_one_run, builds(case, "step", ["native"])["native"]))  # which times tiles too
+    if step is None:
         yield {"kernel": "all", "refused": OUT_OF_MEMORY}
         return
     with patch.object(ours, "launch", record):
@@ -95,6 +96,4 @@ def measure_ceilings(device: torch.device, rounds: int) -> tuple[float, float]:
     square, out = torch.randn(2, side, side, device=device).unbind()
     runs = {"copy": lambda: target.copy_(source), "product": lambda: torch.mm(square, square, out=out)}
     best = {name: min(times) for name, times in take_turns(runs, rounds, device).items()}
-    copy, flops = 2 * source.nbytes / best["copy"], 2 * side**3 / best["product"]
-    print(f"a large copy moves {copy / 1e9:.0f} GB/s, a large float32 product does {flops / 1e12:.1f} TFLOP/s")
-    return copy, flops
+    return 2 * source.nbytes / best["copy"], 2 * side**3 / best["product"]

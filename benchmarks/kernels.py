@@ -17,8 +17,15 @@ from sparse_fcmae import ops
 from sparse_fcmae.backends.blocks import TorchLayout
 from sparse_fcmae.benchmarks.gpu_kernels import gpu_kernels
 from sparse_fcmae.benchmarks.results import Columns, Results, Row
-from sparse_fcmae.benchmarks.timing import draw_mask, relative, take_turns
-from sparse_fcmae.config import KernelsConfig, image_size_of
+from sparse_fcmae.benchmarks.timing import (
+    OUT_OF_MEMORY,
+    draw_mask,
+    failing_beyond_memory,
+    relative,
+    take_turns,
+    within_memory,
+)
+from sparse_fcmae.config import KernelsConfig, image_size_of, listed
 from sparse_fcmae.encoder import SIZES, Block, SparseEncoder
 from sparse_fcmae.errors import UserError
 from sparse_fcmae.kernels import cpu
@@ -56,13 +63,11 @@ class Case:
     flops: tuple[tuple[float, float], tuple[float, float]]
 
 
+@failing_beyond_memory()
 def kernels(**options: Any) -> list[Row]:
     """Prints and returns a row for each op, stage and pass; options are those of `KernelsConfig`."""
     config = KernelsConfig(**options)
-    if config.batch_size < 1 or config.rounds < 1:
-        raise UserError("--batch-size and --rounds must be at least 1")
-    if config.model not in SIZES:
-        raise UserError(f"unknown model {config.model!r}: choose one of {', '.join(SIZES)}")
+    listed("model", config.model, str, SIZES)
     if (device := choose_device(config.device)).type != "cpu":
         return gpu_kernels(config, device)
     if cpu.unusable():
@@ -78,9 +83,15 @@ def kernels(**options: Any) -> list[Row]:
     rows = []
     for stage, channels in enumerate(SIZES[config.model][1]):
         side = 8 >> stage
-        for case in cases(VisiblePatches.of(mask), side, channels, dtype):
-            place = {"op": case.op, "stage": stage + 1, "features": f"{side}x{side}x{channels}"}
-            rows += [setting | place | row for row in measure(case, rates, TOLERANCE[config.dtype], config.rounds)]
+        place = setting | {"stage": stage + 1, "features": f"{side}x{side}x{channels}"}
+
+        def of_stage(side: int = side, channels: int = channels) -> list[Row]:
+            every = cases(VisiblePatches.of(mask), side, channels, dtype)
+            tolerance = TOLERANCE[config.dtype]
+            return [{"op": c.op} | row for c in every for row in measure(c, rates, tolerance, config.rounds)]
+
+        found = within_memory(of_stage)
+        rows += [place | row for row in ([{"op": "all", "refused": OUT_OF_MEMORY}] if found is None else found)]
     results.add(rows)
     return results.finish()
 

@@ -1,5 +1,6 @@
 """Rows of the benchmarks as pictures. Needs matplotlib."""
 
+import re
 from collections.abc import Iterable
 from io import StringIO
 from pathlib import Path
@@ -167,4 +168,5 @@ def as_svg(figure: "Figure", title: str) -> str:
     with matplotlib.rc_context(settings):
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Title": title})
     text = buffer.getvalue()
-    return text[text.index("<svg") :]
+    text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{title}-", text[text.index("<svg") :])
+    return text.replace("<svg ", f'<svg role="img" aria-label="{title}" ', 1)

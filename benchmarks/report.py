@@ -10,13 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
+from sparse_fcmae.backends import BACKENDS
 from sparse_fcmae.benchmarks import compare, gflops, kernels, plots, scaling, throughput
 from sparse_fcmae.benchmarks import data as loading
-from sparse_fcmae.benchmarks.results import Columns, Row, append_csv, as_text, environment
+from sparse_fcmae.benchmarks.results import Columns, Row, append_csv, as_text, check_numbers, environment
 from sparse_fcmae.config import ReportConfig, listed
+from sparse_fcmae.data import ImageFolder
 from sparse_fcmae.encoder import SIZES
 from sparse_fcmae.errors import UserError
-from sparse_fcmae.files import new_folder, write_atomic, write_json
+from sparse_fcmae.files import new_folder, one_line, write_atomic, write_json
 from sparse_fcmae.training.distributed import choose_device
 
 if TYPE_CHECKING:
@@ -45,9 +47,10 @@ def report(**options: Any) -> Path:
     config = ReportConfig(**options)
     out, device = Path(config.out), choose_device(config.device)
     models = listed("model", config.model, str, SIZES)
-    if config.rounds < 1:
-        raise UserError("--rounds must be at least 1")
+    check_numbers(config)
     plots.require_matplotlib()
+    if config.data:
+        ImageFolder(config.data)  # raises where there are no images, not at the end
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         if not config.overwrite:
             raise UserError(f"--out {out} is there already: give --overwrite to replace it, or another folder")
@@ -103,7 +106,10 @@ def sections(config: ReportConfig, models: list[str], gpu: bool) -> list[Section
             "plain PyTorch, minkowski is MinkowskiEngine, in float32 only. Each gave the same features and gradients "
             "before it was timed.",
             throughput.COLUMNS,
-            lambda: over_models(lambda **o: throughput.throughput(dtype="fp32,bf16", **o)),
+            lambda: (
+                over_models(throughput.throughput, dtype="fp32,bf16", backend=",".join(BACKENDS))
+                + throughput.absent_peers()
+            ),
             {"throughput": speed, "memory": memory},
         ),
         Section(
@@ -168,11 +174,11 @@ def batch_of(model: str, gpu: bool) -> int:
 
 
 def measured(section: Section) -> list[Row]:
-    """A section's rows; the reason where it can't be measured here."""
+    """A section's rows; the reason where it can't be measured here, so that the others are not lost."""
     try:
         return section.measure()
-    except UserError as error:
-        return [{"refused": str(error)}]
+    except Exception as error:
+        return [{"refused": one_line(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"}]
 
 
 def make_page(parts: list[Section], setting: Row, folder: Path) -> str:
@@ -181,7 +187,7 @@ def make_page(parts: list[Section], setting: Row, folder: Path) -> str:
     bodies = []
     for section in parts:
         pictures = []
-        if any("refused" not in row for row in section.rows):
+        if not all(row.get("refused") for row in section.rows):
             for name, draw in section.draw.items():
                 figure = draw(section.rows)
                 plots.save_png(figure, folder / f"{name}.png")
@@ -231,12 +237,11 @@ def headlines(parts: list[Section]) -> list[tuple[str, str]]:
     """The figures that one looks for first, where they were measured."""
     found = []
     rows = next(section.rows for section in parts if section.name == "throughput")
-    steps = {(r["model"], r["dtype"], r["candidate"]): r for r in rows if r.get("work") == "step" and "ms" in r}
-    for (model, dtype, name), row in steps.items():
-        if name != "native":
+    for row in rows:
+        if (row.get("work"), row.get("candidate")) != ("step", "native"):
             continue
-        if "speedup" in row:
-            found.append((f"{row['speedup']:.1f} times", f"over dense convolution with a mask, {model}, {dtype}"))
-        if peer := steps.get((model, dtype, "minkowski")):
-            found.append((f"{peer['ms'] / row['ms']:.1f} times", f"over MinkowskiEngine, {model}, {dtype}"))
+        where = f"{row['model']}, {row['dtype']}"
+        for key, what in (("speedup", "dense convolution with a mask"), ("over_minkowski", "MinkowskiEngine")):
+            if row.get(key):
+                found.append((f"{row[key]:.1f} times", f"a training step of the encoder over {what}, {where}"))
     return found

@@ -20,10 +20,12 @@ from sparse_fcmae import __version__
 from sparse_fcmae.config import OutputConfig, flag
 from sparse_fcmae.errors import UserError
 from sparse_fcmae.files import check_writable, write_atomic, write_json
+from sparse_fcmae.training.configure import check_values
 
 Row = dict[str, Any]
 Columns = dict[str, tuple[str, str]]  # key in the rows: title, format; a column that no row has is left out
 CSV_START = "benchmark,"
+MOST = 1 << 24
 OTHERS = ("triton", "MinkowskiEngine", "timm", "transformers", "torchvision", "pillow")
 
 
@@ -31,12 +33,12 @@ class Results:
     """The rows of a benchmark as they come: each table is printed and appended to the CSV file at once, so that an
     interrupted one keeps what it has; the JSON is written at the end.
 
-    With `--json -` the JSON goes to the standard output and the tables to the standard error. Raises UserError where
-    the files asked for can't be written, before anything is measured.
+    With `--json -` the JSON goes to the standard output and the tables to the standard error. Raises UserError for
+    numbers that make no sense and files that can't be written, before anything is measured.
     """
 
     def __init__(self, benchmark: str, config: OutputConfig, columns: Columns, device: torch.device) -> None:
-        check_outputs(config)
+        check(config)
         self.config, self.columns, self.rows = config, columns, []
         self.result = {"benchmark": benchmark, "environment": environment(benchmark, config, device), "rows": self.rows}
 
@@ -57,22 +59,29 @@ class Results:
         return self.rows
 
 
-def emit(benchmark: str, config: OutputConfig, rows: list[Row], columns: Columns, device: torch.device) -> list[Row]:
-    """Prints, writes and returns all the rows of a benchmark."""
-    results = Results(benchmark, config, columns, device)
-    results.add(rows)
-    return results.finish()
-
-
-def check_outputs(config: OutputConfig) -> None:
-    """Raises UserError where the files asked for can't be written."""
-    for path in (config.json, config.csv, getattr(config, "png", None)):
-        if path and path != "-":
-            check_writable(Path(path))
+def check(config: OutputConfig) -> None:
+    """Raises UserError where numbers make no sense or the files asked for can't be written."""
+    check_numbers(config)
+    files = {name: getattr(config, name, None) for name in ("json", "csv", "png")}
+    files = {name: Path(path) for name, path in files.items() if path and path != "-"}
+    if len({path.resolve() for path in files.values()}) < len(files):
+        raise UserError(f"{' and '.join(map(flag, files))} can't be the same file")
+    for path in files.values():
+        check_writable(path)
     if config.csv and os.path.exists(config.csv):
         with open(config.csv, errors="replace") as file:
             if file.read(len(CSV_START)) not in ("", CSV_START):
                 raise UserError(f"--csv {config.csv}: rows are appended to a file of a benchmark's, which this is not")
+
+
+def check_numbers(config: Any) -> None:
+    """Raises UserError where a number of a benchmark's config makes no sense."""
+    numbers = {f.name for f in fields(config) if isinstance(getattr(config, f.name), int)}
+    positive = sorted(numbers & {"batch_size", "rounds", "images"})
+    check_values(config, positive, numbers & {"seed"})
+    for name in positive:
+        if getattr(config, name) > MOST:
+            raise UserError(f"{flag(name)} must be at most {MOST}, not {getattr(config, name)}")
 
 
 def format_table(rows: list[Row], columns: Columns) -> str:

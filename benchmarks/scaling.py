@@ -4,6 +4,7 @@ Ideally the time grows as the multiply-accumulates of the visible positions and 
 the first value on. Everything takes turns, so that a drift of the machine's speed does not look like a trend.
 """
 
+import os
 import statistics
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,7 +18,7 @@ from sparse_fcmae.backends import BACKENDS
 from sparse_fcmae.benchmarks.plots import draw_scaling, require_matplotlib, save_png
 from sparse_fcmae.benchmarks.results import Columns, Results, Row
 from sparse_fcmae.benchmarks.steps import Case, Run, builds
-from sparse_fcmae.benchmarks.throughput import BASELINE, after_one_run, gate
+from sparse_fcmae.benchmarks.throughput import BASELINE, MAX_BATCH, after_one_run, gated, ratio
 from sparse_fcmae.benchmarks.timing import OUT_OF_MEMORY, failing_beyond_memory, take_turns, within_memory
 from sparse_fcmae.config import ScalingConfig, image_size_of, listed, shown_size
 from sparse_fcmae.encoder import SIZES
@@ -45,15 +46,15 @@ COLUMNS: Columns = {
 }
 
 
+@failing_beyond_memory()
 def scaling(**options: Any) -> list[Row]:
     """Prints and returns a row for each value and backend; options are those of `ScalingConfig`.
 
     of_ideal is the ideal time over the measured one: more than 1 is better than from the first value on.
     """
     config = ScalingConfig(**options)
-    if config.rounds < 1 or config.batch_size < 1:
-        raise UserError("--batch-size and --rounds must be at least 1")
     device = choose_device(config.device)
+    results = Results("scaling", config, COLUMNS, device)
     values = values_of(config, device)
     names = list(BACKENDS) if config.backend == "all" else listed("backend", config.backend, str, BACKENDS)
     listed("model", config.model, str, SIZES)
@@ -64,10 +65,8 @@ def scaling(**options: Any) -> list[Row]:
         _ = case.kept  # refuses ratios and sizes that do not fit together
     if config.png:
         require_matplotlib()
-    results = Results("scaling", config, COLUMNS, device)
     torch.manual_seed(config.seed)
-    with failing_beyond_memory():
-        results.add(measure(config, cases, names))
+    results.add(measure(config, cases, names))
     if config.png:
         save_png(draw_scaling(results.rows), Path(config.png))
     return results.finish()
@@ -76,20 +75,23 @@ def scaling(**options: Any) -> list[Row]:
 def values_of(config: ScalingConfig, device: torch.device) -> list[Any]:
     """The values to measure at. Raises UserError for those that can't be."""
     usual, kind = USUAL[config.over]
-    values = listed("values", config.values or usual, kind, SIZES if config.over == "model" else None)
+    name, known = ("model", SIZES) if config.over == "model" else ("values", None)
+    values = listed(name, config.values or usual, kind, known)
     if config.over == "threads":
         if device.type != "cpu":
             raise UserError("--over threads is about the CPU: give --device cpu")
         if not config.values:
             values = [n for n in values if n <= torch.get_num_threads()]
-    if config.over in ("threads", "batch-size") and min(values) < 1:
-        raise UserError("--values must be at least 1")
+        if max(values) > (os.cpu_count() or 1):
+            raise UserError(f"--values: this machine runs {os.cpu_count()} threads at most")
+    if config.over in ("threads", "batch-size") and not 1 <= min(values) <= max(values) <= MAX_BATCH:
+        raise UserError(f"--values must be from 1 to {MAX_BATCH}")
     return values
 
 
 def vary(case: Case, over: str, value: Any) -> Case:
     """The case at a value."""
-    field = {"mask-ratio": "mask_ratio", "image-size": "size", "batch-size": "batch", "model": "model"}.get(over)
+    field = {"mask-ratio": "mask_ratio", "image-size": "size", "batch-size": "batch", "model": "model_name"}.get(over)
     return replace(case, **{field: value}) if field else case
 
 
@@ -101,42 +103,36 @@ def measure(config: ScalingConfig, cases: dict[Any, Case], names: list[str]) -> 
     for value, case in cases.items():
         shown = shown_size(value) if config.over == "image-size" else value
         place = setting | {"over": config.over, "value": shown, config.over.replace("-", "_"): shown}
-        dtype = torch.bfloat16 if case.bf16 else torch.float32
-        reasons = {name: BACKENDS[name].unusable(case.device, dtype) for name in names}
-        usable = [name for name, reason in reasons.items() if not reason]
-        checked = within_memory(partial(gate, replace(case, batch=min(case.batch, GATE_BATCH)), usable))
+        refused = gated(replace(case, batch=min(case.batch, GATE_BATCH)), "step", names)[1]
         for name in names:
-            row = rows[value, name] = place | {"candidate": name}
-            if reasons[name] or not checked or name not in checked[1]:
-                wrong = "features or gradients differ" if checked else OUT_OF_MEMORY
-                row["refused"] = reasons[name] or wrong
-        exact = [name for name in usable if "refused" not in rows[value, name]]
-        for name, build in builds(case, "step", exact, compiled=False).items():
+            reason = {"refused": refused[name]} if name in refused else {}
+            rows[value, name] = place | {"candidate": name} | reason
+        for name, build in builds(case, "step", [name for name in names if name not in refused]).items():
+            if name not in names:
+                continue
             run = within_memory(partial(after_one_run, build))
             if run is None:
                 rows[value, name]["refused"] = OUT_OF_MEMORY
             else:
-                rows.setdefault((value, name), place | {"candidate": name})
                 runs[value, name] = with_threads(run, value) if config.over == "threads" else run
-    for (value, name), seconds in take_turns(runs, config.rounds, next(iter(cases.values())).device).items():
-        typical = statistics.median(seconds)
-        rows[value, name] |= {"ms": 1e3 * typical, "images_per_second": cases[value].batch / typical}
-    for (value, name), row in rows.items():
-        if "ms" not in row:
-            continue
-        if (value, BASELINE) in runs:
-            row["speedup"] = rows[value, BASELINE]["ms"] / row["ms"]
-        first = next(v for v in cases if "ms" in rows.get((v, name), {}))
+    times = within_memory(partial(take_turns, runs, config.rounds, next(iter(cases.values())).device))
+    for key in runs if times is None else ():
+        rows[key]["refused"] = f"{OUT_OF_MEMORY} beside the others"
+    for (value, name), seconds in (times or {}).items():
+        typical, row = statistics.median(seconds), rows[value, name]
+        row |= {"ms": 1e3 * typical, "images_per_second": cases[value].batch / typical}
+        row["speedup"] = ratio(times, (value, BASELINE), (value, name))
+        first = next(v for v in cases if (v, name) in times)
         if name != BASELINE:
             share = work(config.over, cases[value], value) / work(config.over, cases[first], first)
-            row["ideal_ms"] = rows[first, name]["ms"] * share
-            row["of_ideal"] = row["ideal_ms"] / row["ms"]
+            row["ideal_ms"] = 1e3 * statistics.median(times[first, name]) * share
+            row["of_ideal"] = share * ratio(times, (first, name), (value, name))
     return list(rows.values())
 
 
 def work(over: str, case: Case, value: Any) -> float:
     """What the time would be proportional to, ideally."""
-    macs = case.batch * count(case.model, image_size=case.size, mask_ratio=case.mask_ratio)["encoder"].sparse
+    macs = case.batch * count(case.model_name, image_size=case.size, mask_ratio=case.mask_ratio)["encoder"].sparse
     return macs / value if over == "threads" else macs
 
 

@@ -1,10 +1,12 @@
 """Backend against backend: the encoder's forward pass, that and its backward pass, whole pretraining steps.
 
 All backends run on the same images, masks and weights, taking turns, so that the ratios hold on a noisy machine
-although the times do not. A backend whose features or gradients are not those of `masked` is refused, not reported: in
-float32 they must be equal, in bfloat16 as near to `masked` in float32 as `masked` in bfloat16 is, within a factor.
+although the times do not. A backend whose features, loss or gradients are not those of `masked` is refused, not
+reported: in float32 they must be equal, in bfloat16 as near to `masked` in float32 as `masked` in bfloat16 is, within a
+factor. A backend compiled or in a CUDA graph must give what it gives plainly.
 """
 
+import importlib.util
 import statistics
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,7 +20,7 @@ from torch import Tensor
 
 from sparse_fcmae.backends import BACKENDS
 from sparse_fcmae.benchmarks.results import Columns, Results, Row
-from sparse_fcmae.benchmarks.steps import WORKS, Case, Run, builds, forward, matrix_products
+from sparse_fcmae.benchmarks.steps import WORKS, Case, Run, builds, computed, matrix_products
 from sparse_fcmae.benchmarks.timing import (
     OUT_OF_MEMORY,
     failing_beyond_memory,
@@ -36,6 +38,8 @@ from sparse_fcmae.training.distributed import choose_device
 BASELINE = "masked"
 FORWARD_TOLERANCE, GRADIENT_TOLERANCE = 1e-5, 1e-4  # relative Frobenius error, float32
 ROUNDING_FACTOR = 2  # of the baseline's own bfloat16 error
+LOSS_ROUNDING = 1e-3  # of the loss in bfloat16, relative, that is allowed for at least
+VARIANT_TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2, "loss": 1e-2}  # relative, of a variant against its backend
 GATE_BATCH = 8
 PEERS = {  # that can't be measured, and why
     "spconv": "has no depthwise convolution: its groups must be 1",
@@ -56,14 +60,16 @@ COLUMNS: Columns = {
     "p80_ms": ("p80", ".1f"),
     "images_per_second": ("images/s", ".1f"),
     "speedup": (f"over {BASELINE}", ".2f"),
+    "over_minkowski": ("over minkowski", ".2f"),
     "over_limit": ("times the products", ".2f"),
     "peak_mb": ("peak MB", ".0f"),
     "kept_mb": ("kept MB", ".0f"),
-    "forward_error": ("error of features", ".0e"),
+    "forward_error": ("error of result", ".0e"),
     "gradient_error": ("of gradients", ".0e"),
 }
 
 
+@failing_beyond_memory()
 def throughput(**options: Any) -> list[Row]:
     """Prints and returns a row a backend, kind of work and setting; options are those of `ThroughputConfig`.
 
@@ -71,9 +77,7 @@ def throughput(**options: Any) -> list[Row]:
     that of `masked`, and of that of the visible positions' matrix products alone to it.
     """
     config = ThroughputConfig(**options)
-    if config.rounds < 1:
-        raise UserError("--rounds must be at least 1")
-    device = choose_device(config.device)
+    results = Results("throughput", config, COLUMNS, device := choose_device(config.device))
     works = listed("work", config.work, str, WORKS)
     names = list(BACKENDS) if config.backend == "all" else listed("backend", config.backend, str, BACKENDS)
     models = listed("model", config.model, str, SIZES)
@@ -81,76 +85,99 @@ def throughput(**options: Any) -> list[Row]:
     ratios = listed("mask_ratio", config.mask_ratio, float)
     dtypes = listed("dtype", config.dtype, str, ("fp32", "bf16"))
     batches = listed("batch_size", config.batch_size, lambda text: text if text == "max" else int(text))
-    if any(batch != "max" and batch < 1 for batch in batches):
-        raise UserError("--batch-size must be at least 1, or max")
-    for size, ratio in product(sizes, ratios):
-        if Case("atto", size, ratio, 1, False, device).kept and not ratio and "pretrain" in works:
+    if any(batch != "max" and not 1 <= batch <= MAX_BATCH for batch in batches):
+        raise UserError(f"--batch-size must be from 1 to {MAX_BATCH}, or max")
+    cases = [
+        Case(model, size, ratio, GATE_BATCH, dtype == "bf16", device)
+        for model, size, ratio, dtype in product(models, sizes, ratios, dtypes)
+    ]
+    for case in cases:
+        if case.kept and not case.mask_ratio and "pretrain" in works:
             raise UserError("pretraining needs masks: give a --mask-ratio greater than 0, or --work forward,step")
-    results = Results("throughput", config, COLUMNS, device)
     if config.backend == "all":
-        results.add([{"candidate": name, "refused": reason} for name, reason in PEERS.items()])
+        results.add(absent_peers())
     torch.manual_seed(config.seed)
-    with failing_beyond_memory():
-        for model, size, ratio, dtype in product(models, sizes, ratios, dtypes):
-            case = Case(model, size, ratio, GATE_BATCH, dtype == "bf16", device)
-            usable, refused = [], {}
-            for name in names:
-                reason = BACKENDS[name].unusable(device, torch.bfloat16 if case.bf16 else torch.float32)
-                refused |= {name: reason} if reason else {}
-                usable += [] if reason else [name]
-            checked = within_memory(partial(gate, case, usable))
-            errors, exact = checked or ({}, [])
-            refused |= {
-                n: "features or gradients differ" if checked else OUT_OF_MEMORY for n in usable if n not in exact
-            }
-            setting = {"model": model, "image_size": shown_size(size), "mask_ratio": ratio, "dtype": dtype}
-            rows = [{"candidate": name, "refused": reason} | errors.get(name, {}) for name, reason in refused.items()]
-            results.add([setting | row for row in rows])
-            for batch, work in product(batches, works):
-                rows = measure(case, batch, work, exact, config)
-                results.add([setting | row | errors.get(row["candidate"], {}) for row in rows])
+    for case in cases:
+        setting = {"model": case.model_name, "image_size": shown_size(case.size), "mask_ratio": case.mask_ratio}
+        setting |= {"dtype": "bf16" if case.bf16 else "fp32"}
+        gates = {kind: gated(case, kind, names) for kind in dict.fromkeys(gate_of(work) for work in works)}
+        refused = {name: reason for _, reasons in gates.values() for name, reason in reasons.items()}
+        results.add([setting | {"candidate": name, "refused": reason} for name, reason in refused.items()])
+        for batch, work in product(batches, works):
+            errors, _ = gates[gate_of(work)]
+            exact = [name for name in names if name not in refused]
+            rows = measure(case, batch, work, exact, config)
+            results.add([setting | row | errors.get(row["candidate"], {}) for row in rows])
     return results.finish()
 
 
+def absent_peers() -> list[Row]:
+    """Rows for what can't be measured, with the reason."""
+    rows = []
+    for name, reason in PEERS.items():
+        there = "" if importlib.util.find_spec(name.lower()) else "not installed, and "
+        rows.append({"candidate": name, "refused": there + reason})
+    return rows
+
+
 def measure(case: Case, batch: int | str, work: str, backends: list[str], config: ThroughputConfig) -> list[Row]:
-    """A row for each candidate; one that does not fit into memory says so."""
+    """A row for each candidate; one that does not fit into memory says so, and so does a variant that is not exact."""
     torch.compiler.reset()  # or else the second batch size would be compiled for any
     batches = {name: largest_batch(case, work, name) if batch == "max" else batch for name in backends}
-    rows: dict[str, Row] = {name: {} for name in backends}
+    rows: dict[str, Row] = {name: {} if batches[name] else {"refused": OUT_OF_MEMORY} for name in backends}
     runs: dict[str, Run] = {}
-    for size in set(batches.values()) - {0}:
+    for size in sorted(set(batches.values()) - {0}):
         together = [name for name in backends if batches[name] == size]
-        for name, build in builds(replace(case, batch=size), work, together, config.compiled).items():
-            batches[name] = size
-            built = within_memory(partial(after_one_run, build))
-            rows[name] = {} if built else {"refused": OUT_OF_MEMORY}
-            if built:
-                runs[name] = built
-                if "graph" not in name:  # which has taken its memory beforehand
-                    rows[name]["peak_mb"] = peak_megabytes(built, case.device)
-    rows |= {name: {"refused": OUT_OF_MEMORY} for name in backends if not batches[name]}
+        sized = replace(case, batch=size)
+        for name, build in builds(sized, work, together, config.compiled).items():
+            if batch == "max" and name not in backends:
+                continue  # a graph's own memory would leave too little to the others
+            batches[name], rows[name] = size, {}
+            run = within_memory(partial(after_one_run, build))
+            if run is None:
+                rows[name]["refused"] = OUT_OF_MEMORY
+                continue
+            plain = runs.get(name.split(", ")[0])
+            if name not in backends and not (plain and alike(run, plain, work, case.bf16, config.seed)):
+                rows[name]["refused"] = "what it computes differs"
+                continue
+            runs[name] = run
+            if name in backends:  # the others have taken their memory beforehand
+                rows[name]["peak_mb"] = within_memory(partial(peak_megabytes, run, case.device))
+                rows[name]["kept_mb"] = within_memory(partial(kept_of_step, sized, name)) if work == "step" else None
     if runs:
-        batches[LIMIT] = max(batches[name] for name in runs)
+        batches[LIMIT] = min(batches[name] for name in runs)
         limit = within_memory(partial(matrix_products, replace(case, batch=batches[LIMIT]), work))
         runs |= {LIMIT: limit} if limit else {}
     times = within_memory(partial(take_turns, runs, config.rounds, case.device))
-    for name in rows.keys() & runs.keys() if times is None else ():
+    for name in runs.keys() - {LIMIT} if times is None else ():
         rows[name]["refused"] = f"{OUT_OF_MEMORY} beside the others"
+    each = {name: [s / batches[name] for s in seconds] for name, seconds in (times or {}).items()}
     for name, seconds in (times or {}).items():
-        each = [s / batches[name] for s in seconds]
         low, middle, high = (1e3 * float(q) for q in np.percentile(seconds, (20, 50, 80)))
         row = rows.setdefault(name, {})
-        row |= {"p20_ms": low, "ms": middle, "p80_ms": high, "images_per_second": 1 / statistics.median(each)}
-        if name == LIMIT:
-            continue
-        for other, key, inverted in ((BASELINE, "speedup", False), (LIMIT, "over_limit", True)):
-            if other in times:
-                ratios = [o / batches[other] / e for o, e in zip(times[other], each, strict=True)]
-                row[key] = statistics.median(1 / r if inverted else r for r in ratios)
-    if work == "step":
-        for name in rows.keys() & runs.keys() & set(backends):
-            rows[name]["kept_mb"] = kept_of_step(replace(case, batch=batches[name]), name)
+        row |= {"p20_ms": low, "ms": middle, "p80_ms": high, "images_per_second": 1 / statistics.median(each[name])}
+        if name != LIMIT:
+            row |= {"speedup": ratio(each, BASELINE, name), "over_minkowski": ratio(each, "minkowski", name)}
+            row["over_limit"] = ratio(each, name, LIMIT)
     return [{"work": work, "batch_size": batches[name], "candidate": name, **row} for name, row in rows.items()]
+
+
+def ratio(times: dict[Any, list[float]], slower: Any, faster: Any) -> float | None:
+    """The median over the rounds of one's time by the other's, where both are there."""
+    if slower not in times or faster not in times:
+        return None
+    return statistics.median(s / f for s, f in zip(times[slower], times[faster], strict=True))
+
+
+def alike(run: Run, plain: Run, work: str, bf16: bool, seed: int) -> bool:
+    """Whether a variant computes what its backend does, on the same masks."""
+    results = []
+    for candidate in (run, plain):
+        torch.manual_seed(seed)
+        results.append(torch.cat([t.detach().flatten().float() for t in candidate()]))
+    tolerance = VARIANT_TOLERANCE["loss" if work == "pretrain" else "bf16" if bf16 else "fp32"]
+    return relative(*results) < tolerance
 
 
 def after_one_run(build: Callable[[], Run]) -> Run:
@@ -161,49 +188,75 @@ def after_one_run(build: Callable[[], Run]) -> Run:
 
 
 def kept_of_step(case: Case, backend: str) -> float:
-    encoder, (images, mask) = case.encoder(), case.inputs()
-    return kept_megabytes(lambda: forward(encoder, backend, images, mask, case.kept, case.bf16))
+    encoder, (images, mask) = case.model("step"), case.inputs()
+    return kept_megabytes(lambda: computed(encoder, backend, images, mask, case))
 
 
 def largest_batch(case: Case, work: str, backend: str) -> int:
-    """The largest power of two of images that fits into memory, up to MAX_BATCH; 0 where one image does not."""
-    fitting, batch = 0, 1
+    """The largest power of two of images of which twice as many fit into memory, up to MAX_BATCH; 0 if one does not.
+
+    What is left is for the candidates that it takes turns with.
+    """
+    batch = 1
     while batch <= MAX_BATCH:
-        build = builds(replace(case, batch=batch), work, [backend], compiled=False)[backend]
+        build = builds(replace(case, batch=batch), work, [backend])[backend]
         if within_memory(partial(after_one_run, build)) is None:
-            break
-        fitting, batch = batch, 2 * batch
-    return fitting
+            return batch // 4 or batch // 2
+        batch *= 2
+    return MAX_BATCH
 
 
-def gate(case: Case, backends: list[str]) -> tuple[dict[str, Row], list[str]]:
-    """Errors of each backend's features and of all its gradients against BASELINE in float32, and who passes.
+def gate_of(work: str) -> str:
+    """The kind of work by whose results backends are checked."""
+    return "pretrain" if work == "pretrain" else "step"
+
+
+def gated(case: Case, work: str, names: list[str]) -> tuple[dict[str, Row], dict[str, str]]:
+    """Errors of the backends that can run, as columns of a row, and why the others can't or are not exact."""
+    dtype = torch.bfloat16 if case.bf16 else torch.float32
+    reasons = {name: BACKENDS[name].unusable(case.device, dtype) for name in names}
+    usable = [name for name, reason in reasons.items() if not reason]
+    checked = within_memory(partial(gate, case, work, usable))
+    errors, exact = checked or ({}, [])
+    wrong = OUT_OF_MEMORY if checked is None else f"{'loss' if work == 'pretrain' else 'features'} or gradients differ"
+    return errors, {name: reasons[name] or wrong for name in names if name not in exact}
+
+
+def gate(case: Case, work: str, backends: list[str]) -> tuple[dict[str, Row], list[str]]:
+    """Errors of each backend's features or loss and of all gradients against BASELINE in float32, and who passes.
 
     In float32 the second error is the greatest of any parameter, in bfloat16 that of all of them as one vector.
     """
-    encoder, (images, mask) = case.encoder(), case.inputs()
-    probe = torch.randn(len(images), encoder.num_features, *case.grid, device=case.device)
+    model, (images, mask) = case.model(work), case.inputs()
+    exactly = replace(case, bf16=False)
+    probe = torch.ones((), device=case.device)
+    if work != "pretrain":
+        probe = torch.randn(len(images), model.num_features, *case.grid, device=case.device)
 
-    def values(backend: str, bf16: bool) -> tuple[Tensor, list[Tensor]]:
-        encoder.zero_grad()
-        features = forward(encoder, backend, images, mask, case.kept, bf16)
-        (features.float() * probe).sum().backward()
-        return features.detach(), [p.grad.clone() for p in encoder.parameters()]
+    def values(backend: str, case: Case) -> tuple[Tensor, list[Tensor]]:
+        model.zero_grad()
+        result = computed(model, backend, images, mask, case)
+        (result.float() * probe).sum().backward()
+        return result.detach(), [p.grad.clone() for p in model.parameters()]
 
-    def error(backend: str, bf16: bool) -> tuple[float, float]:
-        ours, grads = values(backend, bf16)
-        if bf16:
+    def error(backend: str, case: Case) -> tuple[float, float]:
+        result, grads = values(backend, case)
+        if case.bf16:
             whole = (torch.cat([g.flatten() for g in s]) for s in (grads, gradients))
-            return relative(ours, features), relative(*whole)
-        return relative(ours, features), max(relative(a, b) for a, b in zip(grads, gradients, strict=True))
+            return relative(result, expected), relative(*whole)
+        return relative(result, expected), max(relative(a, b) for a, b in zip(grads, gradients, strict=True))
 
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        features, gradients = values(BASELINE, bf16=False)
-        errors = {name: error(name, bf16=False) for name in backends}
+        expected, gradients = values(BASELINE, exactly)
+        errors = {name: error(name, exactly) for name in backends}
         passing = [n for n, (f, g) in errors.items() if f < FORWARD_TOLERANCE and g < GRADIENT_TOLERANCE]
         if case.bf16:
-            limit = [ROUNDING_FACTOR * e for e in error(BASELINE, bf16=True)]
-            rounded = {name: error(name, bf16=True) for name in passing}
+            own = error(BASELINE, case)
+            limit = [
+                ROUNDING_FACTOR * max(own[0], LOSS_ROUNDING if work == "pretrain" else 0),
+                ROUNDING_FACTOR * own[1],
+            ]
+            rounded = {name: error(name, case) for name in passing}
             passing = [n for n, (f, g) in rounded.items() if f <= limit[0] and g <= limit[1]]
             errors |= rounded
     return {n: {"forward_error": f, "gradient_error": g} for n, (f, g) in errors.items()}, passing

@@ -5,7 +5,7 @@ import gc
 import re
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from sparse_fcmae.masking import random_mask
 
 FILLED_BYTES = 1 << 30  # a third of a millisecond on a GPU of 2023, whose caches have 50 MB
 OUT_OF_MEMORY = "out of memory"
-NO_MEMORY = re.compile(r"out of memory|can't allocate memory|cannot allocate memory|could not (create|execute) a", re.I)
+NO_MEMORY = re.compile(r"out of memory|can(no|')t allocate memory|could not create a memory", re.I)
 SPARE = 0.95  # the share of the memory available that a benchmark may take
 
 
@@ -88,13 +88,19 @@ def peak_megabytes(run: Callable[[], Any], device: torch.device) -> float | None
         torch.cuda.synchronize(device)
         return (torch.cuda.max_memory_allocated(device) - before) / 1e6
     try:
-        ctypes.CDLL(None).malloc_trim(0)  # what is free in the heap would be taken without growing
+        _trim()  # what is free in the heap would be taken without growing
         Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark to what is resident
         before = _status("VmRSS")
         run()
         return (_status("VmHWM") - before) / 1e6
     except (OSError, AttributeError):
         return None
+
+
+def _trim() -> None:
+    """Has the C library give back what is free, where it can."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _status(name: str) -> int:
@@ -112,6 +118,7 @@ def within_memory(do: Callable[[], Any]) -> Any:
         if not NO_MEMORY.search(str(error)):
             raise
     gc.collect()
+    _trim()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     return None
@@ -139,7 +146,8 @@ def failing_beyond_memory() -> Iterator[None]:
 def _within_cgroup(available: int) -> int:
     """What is available to a container that may use less than the machine has."""
     try:
-        limit, used = (Path(f"/sys/fs/cgroup/memory.{name}").read_text().strip() for name in ("max", "current"))
-        return available if limit == "max" else max(0, min(available, int(limit) - int(used)))
-    except OSError:
+        limit, used, stat = (Path(f"/sys/fs/cgroup/memory.{k}").read_text() for k in ("max", "current", "stat"))
+        cached = int(re.search(r"^inactive_file (\d+)", stat, re.M)[1])  # given back where it is needed
+        return min(available, int(limit) - int(used) + cached)
+    except (OSError, ValueError, TypeError):  # there is no such group, or it may use all
         return available

@@ -217,7 +217,9 @@ def main(arguments: list[str] | None = None) -> None:
         if error.filename is None:
             raise
         stop(f"{error.filename}: {error.strerror}")
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
         stop(f"out of memory, lower --micro-batch-size or --batch-size: {str(error).splitlines()[0]}")
     except (Interrupted, KeyboardInterrupt):
         sys.exit(130)

@@ -219,7 +219,7 @@ class ThroughputConfig(OutputConfig):
     """Options of `sparse-fcmae bench throughput`."""
 
     model: str = option("atto", help="sizes, with commas between them")
-    batch_size: str = option("32", help="images a step, with commas; max for as many as fit, a power of two")
+    batch_size: str = option("32", help="images a step, with commas; max for the most that fit twice, a power of two")
     image_size: str = option("224", help="pixels, with commas; 224x320 is height first")
     mask_ratio: str = option("0.6", help="shares of the patches that are masked, with commas, 0 for none")
     dtype: str = option("fp32", help="fp32, or bf16 for autocast, or both with a comma")
@@ -328,7 +328,7 @@ def listed(name: str, value: str, kind: Callable[[str], Any], known: Iterable[st
         raise UserError(f"unknown {name.replace('_', ' ')} {unknown[0]!r}: choose of {', '.join(known)}")
     if not parts:
         raise UserError(f"{flag(name)} is empty: give at least one")
-    return parts
+    return list(dict.fromkeys(parts))
 
 
 def flag(name: str) -> str:

@@ -130,7 +130,7 @@ def load_crop(
     if not reducible:  # turned at once, as some of these formats' readers turn by themselves when they decode
         ImageOps.exif_transpose(image, in_place=True)
     orientation = image.getexif().get(ORIENTATION, 1)
-    full = image.size[::-1] if orientation >= 5 else image.size
+    full = image.size[::-1] if 5 <= orientation <= 8 else image.size  # files have others too, which mean nothing
     if rng is not None:
         box, flip = random_crop_box(*full, rng, (least, 1.0)), rng.random() < 0.5
     else:

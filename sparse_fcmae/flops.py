@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from sparse_fcmae.classifier import Classifier
-from sparse_fcmae.encoder import SIZES
-from sparse_fcmae.fcmae import FCMAE
+from sparse_fcmae.encoder import SIZES, Block
+from sparse_fcmae.errors import UserError
 from sparse_fcmae.masking import kept_patches
 
 KERNEL, REACH = 7, 3  # of the depthwise convolution; how far it looks to either side
@@ -62,14 +62,16 @@ def count(
     mask: bool [B, rows, cols], True = masked: the sparse MACs are the mean over these images, exactly. Without it they
     are what to expect of uniformly random masks of `mask_ratio`. A stage has the downsampling before it. The decoder
     computes all patches, and so does the classifier: of these two the sparse count is the dense one. Raises UserError
-    for a size that the model can't take or a ratio that keeps or masks nothing (0 is allowed).
+    for a size that the model can't take, a mask of another, or a ratio that keeps or masks nothing (0 is allowed).
     """
     options = {"image_size": image_size, "in_chans": in_chans, "stem_stride": stem_stride}
     with torch.device("meta"):
         model = Classifier(name, num_classes=num_classes, **options)
-        fcmae = FCMAE(name, decoder_dim=decoder_dim, decoder_depth=decoder_depth, mask_ratio=0.5, **options)
+        block = Block(decoder_dim)
     rows, cols = grid = model.grid(*image_size)
     patches = rows * cols
+    if mask is not None and tuple(mask.shape[1:]) != grid:
+        raise UserError(f"the mask is of {mask.shape[1]}x{mask.shape[2]} patches, the images of {rows}x{cols}")
     visible = (~mask).sum().item() / len(mask) if mask is not None else kept(grid, mask_ratio)
 
     parts = {}
@@ -90,8 +92,10 @@ def count(
     parts["head"] = Part(parameters(model.norm) + parameters(model.head), head, head)
     whole = together((parts["encoder"], parts["head"]))
     parts["classifier"] = Part(whole.parameters, whole.dense, whole.dense)
-    cost = macs(decoder_products(fcmae), patches) + decoder_depth * KERNEL**2 * decoder_dim * patches
-    parts["decoder"] = Part(parameters(fcmae) - parameters(fcmae.encoder), cost, cost)
+    products = decoder_products(name, decoder_dim, decoder_depth, in_chans, stem_stride)
+    cost = macs(products, patches) + decoder_depth * KERNEL**2 * decoder_dim * patches
+    around = sum(outputs * (inputs + 1) for _, inputs, outputs in (products[0], products[-1])) + decoder_dim
+    parts["decoder"] = Part(around + decoder_depth * parameters(block), cost, cost)
     return parts
 
 
@@ -108,10 +112,12 @@ def stage_products(name: str, stage: int, in_chans: int = 3, stem_stride: int = 
     return [(side, inputs, dim), *[(side, dim, 4 * dim), (side, 4 * dim, dim)] * depths[stage]]
 
 
-def decoder_products(fcmae: FCMAE) -> list[Product]:
-    """The matrix products that one image's patch takes in the decoder."""
-    convs = (fcmae.proj, *(layer for b in fcmae.decoder for layer in (b.pwconv1, b.pwconv2)), fcmae.pred)
-    return [(1, *reversed(layer.weight.shape[:2])) for layer in convs]
+def decoder_products(
+    name: str, dim: int = 512, depth: int = 1, in_chans: int = 3, stem_stride: int = 4
+) -> list[Product]:
+    """The matrix products that one image's patch takes in the decoder: projection, blocks, prediction of its pixels."""
+    pixels = (SIDES[0] * stem_stride) ** 2 * in_chans
+    return [(1, SIZES[name][1][-1], dim), *[(1, dim, 4 * dim), (1, 4 * dim, dim)] * depth, (1, dim, pixels)]
 
 
 def macs(products: Iterable[Product], patches: float) -> float:

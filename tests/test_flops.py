@@ -7,7 +7,7 @@ import timm
 import torch
 from helpers import masks
 
-from sparse_fcmae import create_classifier, create_fcmae, random_mask
+from sparse_fcmae import UserError, create_classifier, create_fcmae, random_mask
 from sparse_fcmae.encoder import SIZES
 from sparse_fcmae.flops import PUBLISHED, SIDES, count, expected_taps, module_macs, visible_taps
 
@@ -76,6 +76,9 @@ def test_sparse_counts():
     drawn = count("base", mask=random_mask(500, (7, 7), 0.6))
     assert drawn["encoder"].sparse == pytest.approx(parts["encoder"].sparse, rel=1e-3)
     assert drawn["encoder"].dense == parts["encoder"].dense
+    with pytest.raises(UserError, match="the mask is of 3x3 patches, the images of 7x7"):
+        count("base", mask=torch.zeros(1, 3, 3, dtype=torch.bool))
+    assert count("atto", image_size=(32, 32), mask_ratio=0)["encoder"].sparse > 0
     whole = count("base", mask_ratio=0)
     assert whole["encoder"].sparse == pytest.approx(whole["encoder"].dense, rel=0.01)  # less the taps beyond the border
     assert whole["encoder"].sparse < whole["encoder"].dense

@@ -15,6 +15,7 @@ class MaskedLayout(Layout):
     def __init__(self, mask: Tensor, kept: int | None = None) -> None:
         super().__init__(mask, kept)
         self.hides = kept != mask.shape[1] * mask.shape[2]
+        self.masks: dict[int, Tensor] = {}  # by positions along a patch
 
     def enter(self, x: Tensor) -> Tensor:
         return self._hide(x.permute(0, 2, 3, 1).contiguous())
@@ -42,5 +43,6 @@ class MaskedLayout(Layout):
         if not self.hides:
             return x
         side = x.shape[1] // self.mask.shape[1]
-        mask = self.mask.repeat_interleave(side, 1).repeat_interleave(side, 2)
-        return x.masked_fill(mask[..., None], 0)
+        if side not in self.masks:
+            self.masks[side] = self.mask.repeat_interleave(side, 1).repeat_interleave(side, 2)[..., None]
+        return x.masked_fill(self.masks[side], 0)

@@ -58,15 +58,13 @@ class MinkowskiLayout(TorchLayout):
         return None
 
     def tile_conv(self, x: Tensor, conv: nn.Conv2d) -> Tensor:
-        return self._convolve(x, conv, x.shape[1] // conv.stride[0])
+        return self._convolve(x, conv, x.shape[1] // conv.stride[0]) if self.manager else super().tile_conv(x, conv)
 
     def dwconv(self, x: Tensor, conv: nn.Conv2d) -> Tensor:
-        return self._convolve(x, conv, x.shape[1])
+        return self._convolve(x, conv, x.shape[1]) if self.manager else super().dwconv(x, conv)
 
     def _convolve(self, x: Tensor, conv: nn.Conv2d, side: int) -> Tensor:
         shape = (len(x), side, side, conv.out_channels)
-        if self.manager is None:
-            return x.new_zeros(shape)
         layer = _layer(conv.in_channels, conv.out_channels, conv.kernel_size[0], conv.groups > 1, x.device)
         kernel = conv.weight.permute(3, 2, 1, 0).flatten(0, 1)  # taps from left to right, then down: [k * k, in, out]
         parameters = {"kernel": kernel[:, 0] if conv.groups > 1 else kernel, "bias": conv.bias[None]}
