@@ -169,4 +169,5 @@ def as_svg(figure: "Figure", title: str) -> str:
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Title": title})
     text = buffer.getvalue()
     text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{title}-", text[text.index("<svg") :])
-    return text.replace("<svg ", f'<svg role="img" aria-label="{title}" ', 1)
+    legible = f"min-width: {60 * figure.get_figwidth():.0f}px"
+    return text.replace("<svg ", f'<svg role="img" aria-label="{title}" style="{legible}" ', 1)
