@@ -238,7 +238,7 @@ def test_scaling_has_an_ideal_line(tmp_path):
         ("throughput --batch-size 99999999999999999999", "--batch-size must be from 1 to 16384, or max"),
         ("throughput --seed -1", "--seed must be 0 or more"),
         ("throughput --seed 99999999999999999999999", "--seed must be 0 or more"),
-        ("throughput --json /tmp/same --csv /tmp/same", "--json and --csv can't be the same file"),
+        ("throughput --json same.rows --csv same.rows", "--json and --csv can't be the same file"),
         ("compare --batch-size 99999999999999999999", "--batch-size must be at most"),
         ("kernels --rounds 0", "--rounds must be greater than 0"),
         ("report --seed -1", "--seed must be 0 or more"),
