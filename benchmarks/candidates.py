@@ -7,13 +7,10 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from sparse_fcmae.benchmarks.timing import relative
 from sparse_fcmae.classifier import Classifier
@@ -21,7 +18,7 @@ from sparse_fcmae.config import CompareConfig
 from sparse_fcmae.data import normalise
 from sparse_fcmae.errors import UserError
 from sparse_fcmae.fcmae import FCMAE
-from sparse_fcmae.flops import count
+from sparse_fcmae.flops import count, module_macs
 from sparse_fcmae.formats.layouts import LAYOUTS
 from sparse_fcmae.formats.libraries import CONFIG, entry, huggingface_configs
 from sparse_fcmae.formats.weights import Weights
@@ -52,9 +49,8 @@ VITS: dict[str, tuple[str, dict[str, int]]] = {  # of ViTMAEConfig
 
 @dataclass(frozen=True)
 class Candidate:
-    """step: one step of training, which returns its loss. macs: multiply-accumulates of an image's forward pass. error:
-    of its logits, relative to those of dense convolution, for a model
-    that has our weights."""
+    """step: one step of training, which returns its loss. macs: multiply-accumulates of an image's forward pass.
+    error: of the logits of a model that has our weights, relative to those of dense convolution."""
 
     step: Callable[[], Tensor]
     macs: float
@@ -200,12 +196,7 @@ def training_step(
     return run
 
 
-@torch.no_grad()
 def macs_of(model: nn.Module, size: tuple[int, int]) -> float:
     """Multiply-accumulates of an image's forward pass; by shapes alone, as the CPU's fused attention goes uncounted."""
-    model.eval()
-    tensors: dict[str, Any] = dict(chain(model.named_parameters(), model.named_buffers()))
-    shapes = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
-    with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        torch.func.functional_call(model, shapes, (torch.empty(1, 3, *size),))
-    return counter.get_total_flops() / 2
+    with torch.device("meta"):
+        return module_macs(copy.deepcopy(model).to("meta"), torch.empty(1, 3, *size))

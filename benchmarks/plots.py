@@ -66,7 +66,7 @@ def bars(groups: dict[str, dict[str, float]], ylabel: str, spec: str = ".1f", lo
         axes.set_yscale("log")
     handles = [Patch(color=colour(name, names), label=name) for name in names]
     figure.legend(handles=handles, loc="outside upper left", fontsize=8, frameon=False, ncols=5)
-    axes.margins(y=0.12)
+    axes.margins(x=0.01, y=0.12)
     return figure
 
 

@@ -210,27 +210,36 @@ def anchor(section: Section) -> str:
 
 
 def make_table(rows: list[Row], columns: Columns) -> str:
-    """A sortable table; columns that no row has are left out."""
-    kept = {key: column for key, column in columns.items() if any(row.get(key) is not None for row in rows)}
-    refused = any(row.get("refused") for row in rows)
+    """A sortable table, without the columns that no row has, and a list of what was not measured."""
+    measured, refused = [row for row in rows if not row.get("refused")], [row for row in rows if row.get("refused")]
+    kept = {key: column for key, column in columns.items() if any(row.get(key) is not None for row in measured)}
 
     def cell(row: Row, key: str, spec: str) -> str:
         value = row.get(key)
         exact = "" if value is None else escape(str(value))
         return f'<td{" class=text" if spec == "" else ""} data-value="{exact}">{escape(as_text(value, spec))}</td>'
 
-    head = [(title, spec) for title, spec in kept.values()] + ([("not measured", "")] if refused else [])
     titles = "".join(
         f'<th scope="col"><button{" class=text" if spec == "" else ""}>{escape(title)}</button></th>'
-        for title, spec in head
+        for title, spec in kept.values()
     )
-    lines = []
-    for row in rows:
-        cells = "".join(cell(row, key, spec) for key, (_, spec) in kept.items())
-        reason = escape(row.get("refused") or "")
-        lines.append(f"<tr>{cells}{f'<td class=note>{reason}</td>' if refused else ''}</tr>")
-    body = "\n".join(lines)
-    return f'<div class="table"><table><thead><tr>{titles}</tr></thead><tbody>\n{body}\n</tbody></table></div>'
+    lines = (f"<tr>{''.join(cell(row, key, spec) for key, (_, spec) in kept.items())}</tr>" for row in measured)
+    body, missing = "\n".join(lines), "\n".join(f"<li>{escape(reason(row, columns))}</li>" for row in refused)
+    parts = []
+    if measured:
+        parts.append(
+            f'<div class="table"><table><thead><tr>{titles}</tr></thead><tbody>\n{body}\n</tbody></table></div>'
+        )
+    if refused:
+        parts.append(f'<p class="soft">Not measured:</p>\n<ul class="soft">{missing}</ul>')
+    return "\n".join(parts)
+
+
+def reason(row: Row, columns: Columns) -> str:
+    """What was not measured, by the columns that are settings, and why."""
+    known = [column for column in columns.items() if row.get(column[0]) is not None and "." not in column[1][1]]
+    place = ", ".join(row[key] if spec == "" else f"{title} {row[key]}" for key, (title, spec) in known)
+    return f"{place}: {row['refused']}" if place else row["refused"]
 
 
 def headlines(parts: list[Section]) -> list[tuple[str, str]]:

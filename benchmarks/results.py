@@ -177,7 +177,8 @@ def cpu_model() -> str:
         found = None
     name = found[1] if found else platform.processor() or platform.machine()
     able = getattr(torch.cpu, "get_capabilities", dict)()
-    return " ".join([name, *(k for k in ("avx512_bf16", "amx_bf16") if able.get(k))])
+    sets = ", ".join(k for k in ("avx2", "avx512_f", "avx512_bf16", "amx_bf16") if able.get(k))
+    return f"{name} ({sets})" if sets else name
 
 
 def installed(name: str) -> str | None:

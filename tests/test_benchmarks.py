@@ -303,7 +303,7 @@ def test_report_is_one_page_with_plots_and_rows(small_report, tmp_path):
     assert len(ids) == len(set(ids))
     assert set(re.findall(r'href="#([^"]+)"', page)) <= set(ids)
     assert not re.search(r"""(src|href|url)\s*[=(]\s*["']?https?:""", page.replace("xlink:href", ""))
-    assert "&lt;timm&gt; is not there &amp; so on" in page
+    assert "<li>&lt;timm&gt; is not there &amp; so on</li>" in page
     assert "over dense convolution with a mask, atto, fp32" in page
     parser = HTMLParser()
     parser.feed(page)
