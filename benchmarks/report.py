@@ -8,6 +8,7 @@ from pathlib import Path
 from string import Template
 from typing import TYPE_CHECKING, Any
 
+import torch
 from tqdm import tqdm
 
 from sparse_fcmae.backends import BACKENDS
@@ -19,7 +20,7 @@ from sparse_fcmae.data import ImageFolder
 from sparse_fcmae.encoder import SIZES
 from sparse_fcmae.errors import UserError
 from sparse_fcmae.files import new_folder, one_line, write_atomic, write_json
-from sparse_fcmae.training.distributed import choose_device
+from sparse_fcmae.training.distributed import choose_device, choose_dtype
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 PAGE, ROWS, TABLE = "report.html", "rows.json", "rows.csv"
 BATCHES = {"atto": 32, "femto": 32, "pico": 16, "nano": 16, "tiny": 8, "base": 4, "large": 2, "huge": 1}  # on a CPU
 GPU_SCALE = 16  # times as many on a GPU
+SLOW_BF16 = "this machine has no instructions for it, so that it is slower than fp32"
 
 
 @dataclass
@@ -57,7 +59,7 @@ def report(**options: Any) -> Path:
         if not (out / PAGE).is_file():
             raise UserError(f"--out {out} holds no report, and is not replaced: choose another folder")
     with new_folder(out) as folder:
-        parts = sections(config, models, device.type == "cuda")
+        parts = sections(config, models, device)
         for section in (bar := tqdm(parts, unit="part")):
             bar.set_description(section.name)
             bar.clear()  # the tables start on a line of their own
@@ -72,14 +74,20 @@ def report(**options: Any) -> Path:
     return out / PAGE
 
 
-def sections(config: ReportConfig, models: list[str], gpu: bool) -> list[Section]:
+def sections(config: ReportConfig, models: list[str], device: torch.device) -> list[Section]:
     """What is measured, in the page's order."""
+    gpu = device.type == "cuda"
     common = {"rounds": config.rounds, "seed": config.seed, "device": config.device}
     batches = {model: batch_of(model, gpu) for model in models}
     scaled = {"model": models[0], "rounds": min(3, config.rounds), **{k: common[k] for k in ("seed", "device")}}
 
     def over_models(measure: Callable[..., list[Row]], **options: Any) -> list[Row]:
         return [row for model in models for row in measure(model=model, batch_size=batches[model], **common, **options)]
+
+    def backends() -> list[Row]:
+        fast = choose_dtype("auto", device, "auto") == torch.bfloat16
+        rows = over_models(throughput.throughput, dtype="fp32,bf16" if fast else "fp32", backend=",".join(BACKENDS))
+        return rows + throughput.absent_peers() + ([] if fast else [{"dtype": "bf16", "refused": SLOW_BF16}])
 
     def speed(rows: list[Row]) -> "Figure":
         return plots.draw_throughput(rows, "speedup", f"images/s over {throughput.BASELINE}")
@@ -106,10 +114,7 @@ def sections(config: ReportConfig, models: list[str], gpu: bool) -> list[Section
             "plain PyTorch, minkowski is MinkowskiEngine, in float32 only. Each gave the same features and gradients "
             "before it was timed.",
             throughput.COLUMNS,
-            lambda: (
-                over_models(throughput.throughput, dtype="fp32,bf16", backend=",".join(BACKENDS))
-                + throughput.absent_peers()
-            ),
+            backends,
             {"throughput": speed, "memory": memory},
         ),
         Section(

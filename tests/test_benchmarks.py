@@ -17,7 +17,7 @@ from sparse_fcmae.benchmarks.kernels import kernels
 from sparse_fcmae.benchmarks.scaling import scaling
 from sparse_fcmae.benchmarks.throughput import PEERS
 from sparse_fcmae.cli import main
-from sparse_fcmae.config import OutputConfig, ThroughputConfig
+from sparse_fcmae.config import OutputConfig, ReportConfig, ThroughputConfig
 from sparse_fcmae.fcmae import FCMAE
 from sparse_fcmae.flops import count, macs, stage_products
 
@@ -315,6 +315,17 @@ def test_report_is_one_page_with_plots_and_rows(small_report, tmp_path):
     assert rows["environment"]["command"] == "sparse-fcmae bench report --model atto"
     with (out / "rows.csv").open() as file:
         assert {row["benchmark"] for row in csv.DictReader(file)} == {"gflops", "throughput", "mask ratio", "compare"}
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_report_measures_bfloat16_where_it_is_fast(monkeypatch, fast):
+    monkeypatch.setattr(report, "choose_dtype", lambda *_: torch.bfloat16 if fast else torch.float32)
+    monkeypatch.setattr(report.throughput, "throughput", lambda **options: [{"dtypes": options["dtype"]}])
+    config = ReportConfig(model="atto")
+    backends = next(s for s in report.sections(config, ["atto"], torch.device("cpu")) if s.name == "throughput")
+    rows = backends.measure()
+    assert rows[0] == {"dtypes": "fp32,bf16" if fast else "fp32"}
+    assert any(row.get("dtype") == "bf16" and row["refused"] for row in rows) is not fast
 
 
 def test_report_replaces_reports_alone(capsys, small_report, tmp_path):
