@@ -73,7 +73,7 @@ clean:
 	$$get 2>/dev/null || { \
 		echo 'building $(MINKOWSKI): some minutes'; \
 		$(PIP) install 'setuptools>=77,<80' wheel ninja numpy; \
-		PATH="$(CURDIR)/$(BIN):$$PATH" MAX_JOBS=$$(nproc) $(PIP) wheel --no-cache-dir --no-build-isolation --no-deps \
+		PATH="$(CURDIR)/$(BIN):$$PATH" MAX_JOBS=$$(nproc) $(PIP) wheel --no-cache-dir --use-pep517 --no-build-isolation --no-deps \
 			--config-settings=--build-option=--cpu_only --config-settings=--build-option=--blas=openblas \
 			--wheel-dir "$$wheels" $(MINKOWSKI); \
 		$$get; }

@@ -69,6 +69,8 @@ def data(**options: Any) -> list[Row]:
     size = image_size_of(config.image_size)
     if min(size) < 1:
         raise UserError(f"--image-size {config.image_size} must be greater than 0")
+    if not config.data:
+        raise UserError("--data is missing: name the folder with the images")
     folder = ImageFolder(config.data)
     looked_at = range(min(config.images, len(folder)))
     indices = [i for i in looked_at if readable(folder, i)]

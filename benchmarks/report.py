@@ -54,10 +54,10 @@ def report(**options: Any) -> Path:
     if config.data:
         ImageFolder(config.data)  # raises where there are no images, not at the end
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        if not config.overwrite:
-            raise UserError(f"--out {out} is there already: give --overwrite to replace it, or another folder")
         if not (out / PAGE).is_file():
             raise UserError(f"--out {out} holds no report, and is not replaced: choose another folder")
+        if not config.overwrite:
+            raise UserError(f"--out {out} is there already: give --overwrite to replace it, or another folder")
     with new_folder(out) as folder:
         parts = sections(config, models, device)
         for section in (bar := tqdm(parts, unit="part")):

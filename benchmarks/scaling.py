@@ -18,7 +18,7 @@ from sparse_fcmae.backends import BACKENDS
 from sparse_fcmae.benchmarks.plots import draw_scaling, require_matplotlib, save_png
 from sparse_fcmae.benchmarks.results import Columns, Results, Row
 from sparse_fcmae.benchmarks.steps import Case, Run, builds
-from sparse_fcmae.benchmarks.throughput import BASELINE, MAX_BATCH, after_one_run, gated, ratio
+from sparse_fcmae.benchmarks.throughput import BASELINE, CROWDED, MAX_BATCH, after_one_run, check_usable, gated, ratio
 from sparse_fcmae.benchmarks.timing import OUT_OF_MEMORY, failing_beyond_memory, take_turns, within_memory
 from sparse_fcmae.config import ScalingConfig, image_size_of, listed, shown_size
 from sparse_fcmae.encoder import SIZES
@@ -63,6 +63,7 @@ def scaling(**options: Any) -> list[Row]:
     cases = {value: vary(base, config.over, value) for value in values}
     for case in cases.values():
         _ = case.kept  # refuses ratios and sizes that do not fit together
+    check_usable(names, {base.dtype}, device)
     if config.png:
         require_matplotlib()
     torch.manual_seed(config.seed)
@@ -117,7 +118,7 @@ def measure(config: ScalingConfig, cases: dict[Any, Case], names: list[str]) -> 
                 runs[value, name] = with_threads(run, value) if config.over == "threads" else run
     times = within_memory(partial(take_turns, runs, config.rounds, next(iter(cases.values())).device))
     for key in runs if times is None else ():
-        rows[key]["refused"] = f"{OUT_OF_MEMORY} beside the others"
+        rows[key]["refused"] = CROWDED
     for (value, name), seconds in (times or {}).items():
         typical, row = statistics.median(seconds), rows[value, name]
         row |= {"ms": 1e3 * typical, "images_per_second": cases[value].batch / typical}

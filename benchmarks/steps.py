@@ -39,6 +39,11 @@ class Case:
             return SparseEncoder("atto", image_size=self.size).grid(*self.size)
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of the features."""
+        return torch.bfloat16 if self.bf16 else torch.float32
+
+    @property
     def kept(self) -> int:
         """Visible patches of each image."""
         return kept(self.grid, self.mask_ratio)
@@ -164,11 +169,10 @@ def matrix_products(case: Case, work: str) -> Run:
     jobs = [(visible * side**2, i, o) for stage in range(4) for side, i, o in stage_products(case.model_name, stage)]
     if work == "pretrain":
         jobs += [(every * side**2, i, o) for side, i, o in decoder_products(case.model_name)]
-    dtype = torch.bfloat16 if case.bf16 else torch.float32
 
     def tensors(rows: int, inputs: int, outputs: int) -> list[Tensor]:
         shapes = ((rows, inputs), (outputs, inputs), (rows, outputs))
-        given = [torch.randn(*s, device=case.device).to(dtype) for s in shapes]
+        given = [torch.randn(*s, device=case.device).to(case.dtype) for s in shapes]
         return given + [torch.empty_like(given[i]) for i in (2, 0, 1)]
 
     buffers = {job: tensors(*job) for job in set(jobs)}

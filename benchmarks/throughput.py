@@ -47,6 +47,7 @@ PEERS = {  # that can't be measured, and why
 }
 MAX_BATCH = 1 << 14  # where the search for the largest one ends
 LIMIT = "matrix products"
+CROWDED = f"{OUT_OF_MEMORY} beside the others"
 COLUMNS: Columns = {
     "model": ("model", ""),
     "image_size": ("pixels", ">"),
@@ -86,7 +87,7 @@ def throughput(**options: Any) -> list[Row]:
     dtypes = listed("dtype", config.dtype, str, ("fp32", "bf16"))
     batches = listed("batch_size", config.batch_size, lambda text: text if text == "max" else int(text))
     if any(batch != "max" and not 1 <= batch <= MAX_BATCH for batch in batches):
-        raise UserError(f"--batch-size must be from 1 to {MAX_BATCH}, or max")
+        raise UserError(f"--batch-size must be from 1 to {MAX_BATCH}, or max, not {config.batch_size}")
     cases = [
         Case(model, size, ratio, GATE_BATCH, dtype == "bf16", device)
         for model, size, ratio, dtype in product(models, sizes, ratios, dtypes)
@@ -94,8 +95,7 @@ def throughput(**options: Any) -> list[Row]:
     for case in cases:
         if case.kept and not case.mask_ratio and "pretrain" in works:
             raise UserError("pretraining needs masks: give a --mask-ratio greater than 0, or --work forward,step")
-    if config.backend == "all":
-        results.add(absent_peers())
+    check_usable(names, {case.dtype for case in cases}, device)
     torch.manual_seed(config.seed)
     for case in cases:
         setting = {"model": case.model_name, "image_size": shown_size(case.size), "mask_ratio": case.mask_ratio}
@@ -108,7 +108,16 @@ def throughput(**options: Any) -> list[Row]:
             exact = [name for name in names if name not in refused]
             rows = measure(case, batch, work, exact, config)
             results.add([setting | row | errors.get(row["candidate"], {}) for row in rows])
+    if config.backend == "all":
+        results.add(absent_peers())
     return results.finish()
+
+
+def check_usable(backends: list[str], dtypes: set[torch.dtype], device: torch.device) -> None:
+    """Raises UserError, with the reasons, where none of the backends can be used with any of the dtypes."""
+    reasons = [BACKENDS[name].unusable(device, dtype) for name in backends for dtype in dtypes]
+    if all(reasons):
+        raise UserError("; ".join(dict.fromkeys(reasons)))
 
 
 def absent_peers() -> list[Row]:
@@ -122,15 +131,29 @@ def absent_peers() -> list[Row]:
 
 def measure(case: Case, batch: int | str, work: str, backends: list[str], config: ThroughputConfig) -> list[Row]:
     """A row for each candidate; one that does not fit into memory says so, and so does a variant that is not exact."""
+    if batch != "max":
+        return take_turns_at(dict.fromkeys(backends, batch), case, work, config)
+    batches = {name: largest_batch(case, work, name) for name in backends}
+    while True:  # what fits alone may not fit beside the others
+        rows = take_turns_at(batches, case, work, config, variants=False)
+        if max(batches.values(), default=0) <= 1 or not any(row.get("refused") == CROWDED for row in rows):
+            return rows
+        batches = {name: max(size // 2, min(size, 1)) for name, size in batches.items()}
+
+
+def take_turns_at(
+    batches: dict[str, int], case: Case, work: str, config: ThroughputConfig, variants: bool = True
+) -> list[Row]:
+    """The rows of backends, and of their variants if wanted, at a batch size each, 0 for one of which none fits."""
     torch.compiler.reset()  # or else the second batch size would be compiled for any
-    batches = {name: largest_batch(case, work, name) if batch == "max" else batch for name in backends}
+    backends, batches = list(batches), dict(batches)
     rows: dict[str, Row] = {name: {} if batches[name] else {"refused": OUT_OF_MEMORY} for name in backends}
     runs: dict[str, Run] = {}
     for size in sorted(set(batches.values()) - {0}):
         together = [name for name in backends if batches[name] == size]
         sized = replace(case, batch=size)
         for name, build in builds(sized, work, together, config.compiled).items():
-            if batch == "max" and name not in backends:
+            if name not in backends and not variants:
                 continue  # a graph's own memory would leave too little to the others
             batches[name], rows[name] = size, {}
             run = within_memory(partial(after_one_run, build))
@@ -151,7 +174,7 @@ def measure(case: Case, batch: int | str, work: str, backends: list[str], config
         runs |= {LIMIT: limit} if limit else {}
     times = within_memory(partial(take_turns, runs, config.rounds, case.device))
     for name in runs.keys() - {LIMIT} if times is None else ():
-        rows[name]["refused"] = f"{OUT_OF_MEMORY} beside the others"
+        rows[name]["refused"] = CROWDED
     each = {name: [s / batches[name] for s in seconds] for name, seconds in (times or {}).items()}
     for name, seconds in (times or {}).items():
         low, middle, high = (1e3 * float(q) for q in np.percentile(seconds, (20, 50, 80)))
@@ -213,8 +236,7 @@ def gate_of(work: str) -> str:
 
 def gated(case: Case, work: str, names: list[str]) -> tuple[dict[str, Row], dict[str, str]]:
     """Errors of the backends that can run, as columns of a row, and why the others can't or are not exact."""
-    dtype = torch.bfloat16 if case.bf16 else torch.float32
-    reasons = {name: BACKENDS[name].unusable(case.device, dtype) for name in names}
+    reasons = {name: BACKENDS[name].unusable(case.device, case.dtype) for name in names}
     usable = [name for name, reason in reasons.items() if not reason]
     checked = within_memory(partial(gate, case, work, usable))
     errors, exact = checked or ({}, [])

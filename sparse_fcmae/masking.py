@@ -27,8 +27,8 @@ def kept_patches(grid: tuple[int, int], ratio: float) -> int:
     if not 0 < kept < total:
         what = "keeps no patch" if kept <= 0 else "masks no patch"
         raise UserError(
-            f"mask ratio {ratio} {what} of {grid[0]}x{grid[1]}: choose another --mask-ratio or image size, or a "
-            "smaller --stem-stride"
+            f"mask ratio {ratio} {what} of {grid[0]}x{grid[1]}: choose another --mask-ratio, or larger "
+            "images or a smaller stride of the stem"
         )
     return kept
 
