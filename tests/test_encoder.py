@@ -11,6 +11,11 @@ MINKOWSKI = available_backends("cpu")["minkowski"] is None
 BACKENDS = ("native", "torch", "masked", *["minkowski"] * MINKOWSKI)
 
 
+def same(a, b, backend):
+    """Bit for bit, but for MinkowskiEngine, whose sums on several threads are rounded otherwise at each call."""
+    return relative_error(a, b) < 1e-5 if backend == "minkowski" else torch.equal(a, b)
+
+
 def gradients(module):
     return {name: p.grad.clone() for name, p in module.named_parameters()}
 
@@ -103,7 +108,7 @@ def test_an_image_does_not_feel_the_others(backend):
     others[1:] = torch.randn(2, 3, 96, 96) * 100
     others[2] = float("nan")
     with torch.no_grad():
-        assert torch.equal(encoder(others, mask)[0], encoder(images, mask)[0])
+        assert same(encoder(others, mask)[0], encoder(images, mask)[0], backend)
 
 
 @pytest.mark.parametrize("change", ["hook", "epsilon", "replaced", "parametrized"])
@@ -133,7 +138,7 @@ def test_masked_pixels_are_never_read():
     for backend in BACKENDS:
         encoder = randomise(create_encoder("atto", backend=backend))
         features = [encoder(images.masked_fill(hidden, value), mask) for value in (0.0, float("nan"))]
-        assert torch.equal(*features)
+        assert same(*features, backend)
 
 
 def test_bf16_autocast_is_near_float32():
@@ -186,7 +191,7 @@ def test_wrong_inputs():
 def test_known_number_of_kept_patches_changes_nothing(backend):
     images, mask = torch.randn(2, 3, 64, 96), random_mask(2, (2, 3), 0.5)
     encoder = randomise(create_encoder("atto", backend=backend))
-    assert torch.equal(encoder(images, mask, kept=3), encoder(images, mask))
+    assert same(encoder(images, mask, kept=3), encoder(images, mask), backend)
     assert relative_error(encoder(images), encoder(images, torch.zeros_like(mask))) < 1e-6
 
 
