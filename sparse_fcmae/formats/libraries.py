@@ -137,11 +137,10 @@ def entry(module: str, name: str) -> Any:
     """What a library offers under a name. Raises UserError with the reason where it can't be imported."""
     try:
         return getattr(importlib.import_module(module), name)  # some libraries import themselves at that point only
-    except ModuleNotFoundError as error:
-        if error.name == (package := module.split(".")[0]):
+    except Exception as error:  # not installed, or, like torchvision beside another torch, unusable
+        package = module.split(".")[0]
+        if isinstance(error, ModuleNotFoundError) and error.name == package:
             raise UserError(f"{package} is not installed: pip install {package}") from None
-        raise UserError(f"{module} can't be imported ({one_line(error)})") from None
-    except Exception as error:  # like torchvision's beside another torch
         raise UserError(f"{module} can't be imported ({one_line(error)})") from None
 
 
