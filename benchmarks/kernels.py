@@ -31,7 +31,7 @@ from sparse_fcmae.errors import UserError
 from sparse_fcmae.kernels import cpu
 from sparse_fcmae.masking import VisiblePatches
 from sparse_fcmae.ops import reference
-from sparse_fcmae.training.distributed import choose_device
+from sparse_fcmae.training.distributed import choose_device, choose_dtype
 
 TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}  # relative Frobenius error of the result and of every gradient
 GELU_FLOPS, SLOPE_FLOPS, NORM_FLOPS = 46, 4, 8  # per element, a multiply-add counting two; GELU_FLOPS as approximated
@@ -99,12 +99,15 @@ def kernels(**options: Any) -> list[Row]:
 def measure_rates(dtype: torch.dtype, rounds: int) -> dict[str, float]:
     """What this CPU reaches with all threads: bytes copied, and flops of matrix products in `dtype` and float32."""
     source, target = torch.zeros(2, 1 << 26).unbind()
-    square = {d: torch.randn(2048, 2048).to(d) for d in (dtype, torch.float32)}
+    has_bf16 = choose_dtype("auto", torch.device("cpu"), "auto") == torch.bfloat16
+    # a product in bfloat16 takes a hundred times as long where the CPU has no instructions for it
+    side = {torch.bfloat16: 2048 if has_bf16 else 512, torch.float32: 2048}
+    square = {d: torch.randn(side[d], side[d]).to(d) for d in (dtype, torch.float32)}
     out = {d: torch.empty_like(a) for d, a in square.items()}
     runs: dict[str, Callable[[], Any]] = {"bytes": lambda: target.copy_(source)}
     runs |= {str(d): lambda d=d: torch.mm(square[d], square[d], out=out[d]) for d in square}
     best = {name: min(times) for name, times in take_turns(runs, rounds, torch.device("cpu")).items()}
-    matrix, other = (2 * 2048**3 / best[str(d)] for d in (dtype, torch.float32))
+    matrix, other = (2 * side[d] ** 3 / best[str(d)] for d in (dtype, torch.float32))
     return {"bytes": 2 * source.nbytes / best["bytes"], "matrix_flops": matrix, "flops": other}
 
 

@@ -125,7 +125,7 @@ def test_imagenet_subsets_and_corruptions(colours, tmp_path):
     for name, colour in zip([ids[p] for p in places], ("green", "red", "blue"), strict=True):
         wrong.mkdir(exist_ok=True)
         (wrong / name).symlink_to(colours / "val" / colour)
-    found = evaluate(data=tmp_path / "c", init=tmp_path / "ours")
+    found = evaluate(data=tmp_path / "c", init=tmp_path / "ours", num_workers=0)
     assert found["errors"]["snow"] == {"1": 0, "2": 0, "3": 0, "4": 0, "5": 1}
     assert found["mean_error"] == pytest.approx(0.2 / 15)
     assert found["mCE"] == pytest.approx(0.2 / ALEXNET["snow"] / 15)
