@@ -116,7 +116,8 @@ def measure(config: ScalingConfig, cases: dict[Any, Case], names: list[str]) -> 
                 rows[value, name]["refused"] = OUT_OF_MEMORY
             else:
                 runs[value, name] = with_threads(run, value) if config.over == "threads" else run
-    times = within_memory(partial(take_turns, runs, config.rounds, next(iter(cases.values())).device))
+    device = next(iter(cases.values())).device
+    times = within_memory(partial(take_turns, runs, config.rounds, device, ready=True))
     for key in runs if times is None else ():
         rows[key]["refused"] = CROWDED
     for (value, name), seconds in (times or {}).items():

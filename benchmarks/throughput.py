@@ -170,9 +170,10 @@ def take_turns_at(
                 rows[name]["kept_mb"] = within_memory(partial(kept_of_step, sized, name)) if work == "step" else None
     if runs:
         batches[LIMIT] = min(batches[name] for name in runs)
-        limit = within_memory(partial(matrix_products, replace(case, batch=batches[LIMIT]), work))
+        products = partial(matrix_products, replace(case, batch=batches[LIMIT]), work)
+        limit = within_memory(partial(after_one_run, products))
         runs |= {LIMIT: limit} if limit else {}
-    times = within_memory(partial(take_turns, runs, config.rounds, case.device))
+    times = within_memory(partial(take_turns, runs, config.rounds, case.device, ready=True))
     for name in runs.keys() - {LIMIT} if times is None else ():
         rows[name]["refused"] = CROWDED
     each = {name: [s / batches[name] for s in seconds] for name, seconds in (times or {}).items()}

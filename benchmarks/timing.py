@@ -30,13 +30,15 @@ def relative(a: Tensor, b: Tensor) -> float:
     return ((a - b).norm() / b.norm().clamp_min(1e-12)).item()
 
 
-def take_turns(candidates: dict[str, Callable[[], Any]], rounds: int, device: torch.device) -> dict[str, list[float]]:
-    """Seconds of every candidate in each of `rounds`, after one round that is not counted."""
+def take_turns(
+    candidates: dict[str, Callable[[], Any]], rounds: int, device: torch.device, ready: bool = False
+) -> dict[str, list[float]]:
+    """Seconds of every candidate in each of `rounds`; before them is one not counted, unless all have run already."""
     times: dict[str, list[float]] = {name: [] for name in candidates}
-    for turn in range(rounds + 1):
+    for turn in range(0 if ready else -1, rounds):
         for name, run in candidates.items():
             seconds = _seconds_on_gpu(run, device) if device.type == "cuda" else _seconds(run)
-            if turn:
+            if turn >= 0:
                 times[name].append(seconds)
     return times
 

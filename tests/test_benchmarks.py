@@ -131,7 +131,7 @@ def test_what_does_not_fit_into_memory_is_said_and_the_rest_goes_on(monkeypatch)
 
 
 def test_largest_batches_are_halved_until_all_fit_beside_each_other(monkeypatch):
-    def crowded(runs, *_):
+    def crowded(runs, *_, **__):
         sizes.append({name: run.args[2].shape[0] for name, run in runs.items() if name in ("native", "masked")})
         if len(sizes) < 3:
             raise MemoryError
