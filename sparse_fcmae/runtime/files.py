@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sparse_fcmae.errors import UserError
+from sparse_fcmae.runtime.errors import UserError
 
 
 def write_atomic(path: Path, write: Callable[[Path], None]) -> None:

@@ -1,0 +1,147 @@
+"""Options as fields of dataclasses: declared once, with help, choices and range, for Python and the command line.
+
+A config is a frozen dataclass whose fields are made by `option`. The command line makes a flag of each field, `check`
+refuses values outside the declared range, and `keywords_of` gives a function the config's fields as its keywords.
+"""
+
+import inspect
+import math
+import os
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import MISSING, field, fields
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
+
+from sparse_fcmae.runtime.errors import UserError
+
+P = ParamSpec("P")
+Result = TypeVar("Result")
+Config = TypeVar("Config")
+ARGUMENT = re.compile(r"`([a-z]\w*)(?:=([^`]*))?`")  # as in the messages of a UserError
+BOUNDS: dict[str, tuple[Callable[[Any, Any], bool], str]] = {
+    "above": (lambda value, bound: value > bound, "greater than"),
+    "at_least": (lambda value, bound: value >= bound, "at least"),
+    "below": (lambda value, bound: value < bound, "less than"),
+    "at_most": (lambda value, bound: value <= bound, "at most"),
+}
+
+
+def option(
+    default: Any = MISSING,
+    *,
+    help: str,
+    choices: tuple[str, ...] | None = None,
+    above: float | None = None,
+    at_least: float | None = None,
+    below: float | None = None,
+    at_most: float | None = None,
+    path: bool = False,
+    resumable: bool = False,
+    positional: bool = False,
+) -> Any:
+    """A dataclass field that is an option.
+
+    help: what the flag's help says. choices, above, at_least, below, at_most: which values `check` accepts. path: the
+    value names a file or folder. resumable: the value may differ when a run is resumed. positional: an argument of the
+    command line without a flag.
+    """
+    bounds = {"above": above, "at_least": at_least, "below": below, "at_most": at_most}
+    metadata = {"help": help, "choices": choices, "path": path, "resumable": resumable, "positional": positional}
+    return field(default=default, metadata=metadata | {"bounds": {k: v for k, v in bounds.items() if v is not None}})
+
+
+def check(config: Any) -> None:
+    """Raises UserError for the first option that is not finite, not among its choices, or out of its bounds."""
+    for f in fields(config):
+        value = getattr(config, f.name)
+        if value is None:
+            continue
+        choices = f.metadata["choices"]
+        if choices and value not in choices:
+            raise UserError(f"`{f.name}` {value}: choose one of {', '.join(choices)}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"`{f.name}` must be a finite number, not {value}")
+        for name, bound in f.metadata["bounds"].items():
+            holds, words = BOUNDS[name]
+            if not holds(value, bound):
+                raise UserError(f"`{f.name}` must be {words} {bound}, not {value}")
+
+
+def keywords_of(config: Callable[P, Config]) -> Callable[[Callable[[dict[str, Any]], Result]], Callable[P, Result]]:
+    """Has a function of the given options take them as keywords, which are the fields of `config`.
+
+    Editors and `help` show each with its type and default. The function gets a dict of those that the caller gave, with
+    path objects as strings. Raises TypeError for a keyword that is no field.
+    """
+
+    def decorate(function: Callable[[dict[str, Any]], Result]) -> Callable[P, Result]:
+        signature = inspect.signature(config)
+        defaults = "\n".join(f"    {f.name}: {f.metadata['help']}" for f in fields(config))  # type: ignore[arg-type]
+
+        @wraps(function)
+        def accept(*arguments: P.args, **given: P.kwargs) -> Result:
+            bound = signature.bind_partial(*arguments, **given)
+            return function({k: os.fspath(v) if isinstance(v, os.PathLike) else v for k, v in bound.arguments.items()})
+
+        accept.__signature__ = signature.replace(return_annotation=inspect.signature(function).return_annotation)
+        accept.__doc__ = f"{inspect.cleandoc(function.__doc__ or '')}\n\nOptions:\n{defaults}\n"
+        return accept
+
+    return decorate
+
+
+def flag(name: str) -> str:
+    """The command line's flag of an option: "--kebab-case"."""
+    return "--" + name.replace("_", "-")
+
+
+def as_flags(message: str, names: Iterable[str]) -> str:
+    """The message of a UserError as the command line shows it, with the arguments of these names as flags."""
+    known = set(names)
+
+    def replace(match: re.Match[str]) -> str:
+        name, value = match.groups()
+        if name not in known:
+            return match[0]
+        return flag(name) if value in (None, "True") else f"{flag(name)} {value}"
+
+    return ARGUMENT.sub(replace, message)
+
+
+def differences(a: Any, b: Any) -> list[str]:
+    """The names of the options in which two configs differ, without those that may differ when a run is resumed."""
+    return [f.name for f in fields(a) if not f.metadata["resumable"] and getattr(a, f.name) != getattr(b, f.name)]
+
+
+def shown_size(size: tuple[int, int]) -> str:
+    """(height, width) as an option has it: "224", or "224x320"."""
+    return "x".join(map(str, dict.fromkeys(size)))
+
+
+def image_size_of(value: str | int | Sequence[int]) -> tuple[int, int]:
+    """(height, width) of 224, "224", "224x320" or (224, 320)."""
+    if isinstance(value, int):
+        value = (value,)
+    try:
+        sides = [int(side) for side in (value.lower().split("x") if isinstance(value, str) else value)]
+        height, width = sides * 2 if len(sides) == 1 else sides
+    except (TypeError, ValueError):
+        raise UserError(f"`image_size` {value}: give pixels as 224 or, height first, 224x320") from None
+    return height, width
+
+
+def listed(name: str, value: Any, kind: Callable[[str], Any], known: Iterable[str] | None = None) -> list[Any]:
+    """The parts of an option that is a list with commas, without repetition.
+
+    Raises UserError where a part is not of its kind, or not one of those known.
+    """
+    try:
+        parts = [kind(part.strip()) for part in str(value).split(",") if part.strip()]
+    except ValueError:
+        raise UserError(f"`{name}` {value}: give numbers with commas between them") from None
+    if unknown := [part for part in parts if known is not None and part not in known]:
+        raise UserError(f"unknown {name.replace('_', ' ')} {unknown[0]!r}: choose of {', '.join(map(str, known))}")
+    if not parts:
+        raise UserError(f"`{name}` is empty: give at least one")
+    return list(dict.fromkeys(parts))

@@ -1,0 +1,135 @@
+"""What the folder of a run holds, and which folders are refused before anything in them is lost.
+
+RUN/config.json  metrics.jsonl  evaluations.jsonl  train.log  loss.png  accuracy.png  events.out.tfevents.*
+RUN/checkpoints/step-00000100/{model.safetensors, trainer.pt, meta.json}   valid only once meta.json is there
+RUN/checkpoints/latest      name of the newest valid one
+RUN/exported/{model.safetensors, config.json}   dense encoder or classifier
+RUN/exported-ema/                               the moving average of a classifier's weights
+RUN/reconstructions/step-00000100.png
+"""
+
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+from sparse_fcmae.runtime.errors import UserError
+from sparse_fcmae.runtime.files import read_json, write_json, writing
+
+MODEL, TRAINER, META, LATEST = "model.safetensors", "trainer.pt", "meta.json", "latest"
+CONFIG, LOCK = "config.json", ".lock"
+TEMPORARY_ENDS = ("tmp", "old")  # of the names that `files` gives to what is not whole yet
+PARTS = (
+    "metrics.jsonl",
+    "evaluations.jsonl",
+    "train.log",
+    "events.out.tfevents.*",
+    "loss.png",
+    "accuracy.png",
+    "checkpoints",
+    "exported",
+    "exported-ema",
+    "reconstructions",
+    CONFIG,
+)
+RENAMED = {"every": "eval_every"}  # options under the names that earlier versions wrote into config.json
+
+
+class RunFolder:
+    """The folder of a run of a task, such as "pretraining". Constructing it touches nothing on the disk."""
+
+    def __init__(self, path: str | Path, task: str) -> None:
+        self.path, self.task, self.format = Path(path), task, f"sparse-fcmae {task} run"
+        self.checkpoints = self.path / "checkpoints"
+
+    def check(self, resume: bool, overwrite: bool) -> None:
+        """Raises UserError where the folder can't be used as asked."""
+        if resume and overwrite:
+            raise UserError("`resume` and `overwrite` exclude each other: give one")
+        with writing(self.path):
+            if self.path.exists() and not self.path.is_dir():
+                raise UserError(f"`out` {self.path} is a file: choose another")
+            empty = not self.path.exists() or not {p.name for p in self.path.iterdir()} - {LOCK}
+        is_run = not empty and self.saved_options() is not None
+        if resume and not is_run:
+            raise UserError(f"`out` {self.path} holds no {self.task} run to resume: leave `resume` out to start one")
+        if not empty and not is_run:
+            raise UserError(f"`out` {self.path} is not empty and holds no {self.task} run: choose another")
+        if not empty and not (resume or overwrite):
+            raise UserError(
+                f"`out` {self.path} holds a run: give `resume=True` to go on or `overwrite=True` to delete it"
+            )
+
+    def saved_options(self) -> dict[str, Any] | None:
+        """The options that the run was started with, or None where the folder is no run's."""
+        path = self.path / CONFIG
+        saved = read_json(path) if path.is_file() else None
+        if not isinstance(saved, dict) or saved.pop("format", None) != self.format:
+            return None
+        return {RENAMED.get(name, name): value for name, value in saved.items()}
+
+    def begin(self, config: Any, **beside: Any) -> None:
+        """Makes the folder, keeps other processes out of it, and writes the config, with `beside` next to the options.
+
+        Where the config says `overwrite`, an earlier run's files are deleted, else only what a killed process left half
+        written. Raises UserError where another process is training there.
+        """
+        half_written = [
+            f"{folder}.*.{end}" for folder in ("", "checkpoints/", "reconstructions/") for end in TEMPORARY_ENDS
+        ]
+        with writing(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock()
+            for pattern in (*half_written, *(PARTS if config.overwrite else ())):
+                for part in self.path.glob(pattern):
+                    shutil.rmtree(part) if part.is_dir() else part.unlink()
+        options = {k: v for k, v in asdict(config).items() if k not in ("resume", "overwrite")}
+        write_json(self.path / CONFIG, {"format": self.format, **options, **beside})
+        with writing(self.path):
+            self.checkpoints.mkdir(exist_ok=True)
+
+    def _lock(self) -> None:
+        """Holds a lock until this object or the process is gone."""
+        if fcntl is None:
+            return
+        self._held = (self.path / LOCK).open("w")
+        try:
+            fcntl.lockf(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock not shared with forked workers
+        except (BlockingIOError, PermissionError):
+            raise UserError(f"`out` {self.path} is in use by another process: wait for it or choose another") from None
+        except OSError:  # a file system without locks
+            return
+
+
+def newest_checkpoint(run: Path) -> Path | None:
+    """The folder of a run's newest checkpoint, or None where there is none. Raises UserError where it is damaged."""
+    pointer = run / "checkpoints" / LATEST
+    if not pointer.exists():
+        return None
+    folder = pointer.parent / pointer.read_text().strip()
+    check_whole(folder)
+    return folder
+
+
+def check_whole(checkpoint: Path) -> None:
+    """Raises UserError unless a checkpoint's folder holds its files at their full sizes."""
+    if not (checkpoint / META).is_file():
+        raise UserError(f"{checkpoint} is no checkpoint: {META} is missing")
+    for name, size in read_json(checkpoint / META)["bytes"].items():
+        if not (checkpoint / name).is_file() or (checkpoint / name).stat().st_size != size:
+            raise UserError(
+                f"checkpoint {checkpoint} is damaged: {name} is missing or truncated; {way_back(checkpoint)}"
+            )
+
+
+def way_back(checkpoint: Path) -> str:
+    """What the user can do where a checkpoint is damaged."""
+    others = [p.name for p in sorted(checkpoint.parent.glob("step-*")) if p.name < checkpoint.name]
+    if not others:
+        return "there is no earlier one, start the run anew with `overwrite=True`"
+    return f"to go on from the one before, write {others[-1]} into {checkpoint.parent / LATEST}"
