@@ -6,7 +6,7 @@ TRITON ?= triton==3.7.1
 MINKOWSKI ?= MinkowskiEngine==0.5.4
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
-SOURCES := pyproject.toml setup.py $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h)
+SOURCES := pyproject.toml setup.py kernels/constants.py $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h)
 
 SANITIZED := baseline native $(if $(filter x86_64,$(shell uname -m)),avx2)
 
@@ -29,10 +29,10 @@ test-sanitize: $(SANITIZED:%=build/sanitize-%)  ## the C++ kernels under address
 
 build/sanitize-native: FLAGS := -march=native
 build/sanitize-avx2: FLAGS := -mavx2 -mfma
-build/sanitize-%: tests/sanitize.cpp $(SOURCES)
+build/sanitize-%: tests/kernels/sanitize.cpp $(SOURCES)
 	mkdir -p build
 	$(CXX) -std=c++20 -O1 -g -Wall -Wextra -Wno-psabi -fopenmp -fsanitize=address,undefined \
-		-fno-sanitize-recover=all $(FLAGS) kernels/cpu/*.cpp $< -o $@
+		-fno-sanitize-recover=all $(FLAGS) $(shell $(PYTHON) kernels/constants.py) kernels/cpu/*.cpp $< -o $@
 
 bench: .venv/installed  ## runs/bench/report.html: the suite on this machine; with DATA=folder, loading those images too
 	-$(MAKE) minkowski

@@ -6,7 +6,9 @@ and one wheel serves every torch version. Where no compiler exists the package i
 
 import copy
 import platform
+import runpy
 import sys
+from glob import glob
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -20,7 +22,7 @@ if platform.machine().lower() in ("x86_64", "amd64"):
         "avx512_bf16": [*AVX512, "-mavx512bf16"],
     }
 
-SOURCES = [f"kernels/cpu/{name}.cpp" for name in ("block_dwconv", "gelu_grn", "layer_norm", "one_mask", "abi")]
+CONSTANTS = runpy.run_path("kernels/constants.py")["CXX_FLAGS"]
 OPENMP = [] if sys.platform == "darwin" else ["-fopenmp"]  # Apple's compiler has none: one thread there
 
 
@@ -39,9 +41,9 @@ setup(
     ext_modules=[
         Extension(
             f"sparse_fcmae.kernels.cpu._{name}",
-            sources=SOURCES,
-            depends=["kernels/cpu/layer_norm.h", "kernels/cpu/vector.h"],
-            extra_compile_args=["-O3", "-std=c++20", "-Wno-psabi", "-g0", *OPENMP, *flags],
+            sources=sorted(glob("kernels/cpu/*.cpp")),
+            depends=[*glob("kernels/cpu/*.h"), "kernels/constants.py"],
+            extra_compile_args=["-O3", "-std=c++20", "-Wno-psabi", "-g0", *CONSTANTS, *OPENMP, *flags],
             extra_link_args=OPENMP,
             py_limited_api=True,
             optional=True,

@@ -1,9 +1,9 @@
 // 7x7 depthwise convolution over visible blocks, with layer normalisation behind it if asked for; float32 or bfloat16
 // storage, float32 accumulation.
 //
-// Features are [T, S, S, C]: T visible patches, S x S positions each (S = 8, 4, 2 or 1), channels last. `slot` is
-// [B, rows + 6, cols + 6]: the row in T of every patch, -1 where it is masked or outside. `index[t]` is patch t's flat
-// position in [B, rows, cols]. Masked neighbours are skipped, so only taps between visible positions are computed. Whole
+// Features are [T, S, S, C]: T visible patches, S x S positions each (S = 8, 4, 2 or 1), channels last. `patch_to_row`
+// [B, rows + 6, cols + 6] is the row in T of every patch, -1 where it is masked or outside. `row_to_patch[t]` is patch
+// t's flat position in [B, rows, cols]. Masked neighbours are skipped, so only taps between visible positions are computed. Whole
 // images can be computed apart: features then hold the `blocks` patches of the batch from `first` on.
 //
 // Built once per instruction set (see setup.py); no Python and no PyTorch header is needed.
@@ -20,14 +20,14 @@ namespace {
 constexpr int K = 7, PAD = 3, TAPS = K * K;
 
 struct Geometry {
-  const int32_t* slot;
-  const int64_t* index;
+  const int32_t* patch_to_row;
+  const int64_t* row_to_patch;
   int64_t first, blocks, rows, cols, channels;
 
-  // Address in the slot map of patch first + t; neighbours are at (dr * (cols + 6) + dc) from it.
+  // Address in the patch_to_row of patch first + t; neighbours are at (dr * (cols + 6) + dc) from it.
   INLINE const int32_t* at(int64_t t) const {
-    const int64_t flat = index[first + t], image = flat / (rows * cols), r = flat / cols % rows, c = flat % cols;
-    return slot + (image * (rows + 2 * PAD) + r + PAD) * (cols + 2 * PAD) + c + PAD;
+    const int64_t flat = row_to_patch[first + t], image = flat / (rows * cols), r = flat / cols % rows, c = flat % cols;
+    return patch_to_row + (image * (rows + 2 * PAD) + r + PAD) * (cols + 2 * PAD) + c + PAD;
   }
 };
 
@@ -71,9 +71,9 @@ INLINE void forward_chunk(const Geometry& g, int64_t t, int64_t c, const E* x, c
       const float* w = weight + ky * K * C + c;
       each_column<S>([&](auto column) ALWAYS_INLINE {
         constexpr int dc = decltype(column)::value;
-        const int32_t slot = here[dr * stride + dc];
-        if (slot < 0) return;
-        const E* row = x + ((slot - g.first) * S + iy - dr * S) * S * C + c;
+        const int32_t neighbour = here[dr * stride + dc];
+        if (neighbour < 0) return;
+        const E* row = x + ((neighbour - g.first) * S + iy - dr * S) * S * C + c;
         UNROLL for (int ix = 0; ix < S; ++ix) {
           if (!reaches<S, dc>(ix)) continue;
           UNROLL for (int u = 0; u < U; ++u) {
@@ -110,9 +110,9 @@ INLINE void weight_chunk(const Geometry& g, int64_t begin, int64_t end, int64_t 
           UNROLL for (int u = 0; u < U; ++u) go[ox][u] = load<V>(grad + ((t * S + oy) * S + ox) * C + c + u * V);
         each_column<S>([&](auto column) ALWAYS_INLINE {
           constexpr int dc = decltype(column)::value;
-          const int32_t slot = here[dr * stride + dc];
-          if (slot < 0) return;
-          const E* row = x + ((slot - g.first) * S + iy - dr * S) * S * C + c;
+          const int32_t neighbour = here[dr * stride + dc];
+          if (neighbour < 0) return;
+          const E* row = x + ((neighbour - g.first) * S + iy - dr * S) * S * C + c;
           UNROLL for (int ix = 0; ix < S; ++ix) {
             if (!reaches<S, dc>(ix)) continue;
             UNROLL for (int u = 0; u < U; ++u) {
@@ -200,11 +200,11 @@ void weight_gradient(const Geometry& g, const E* x, const float* grad, float* su
   constexpr int64_t TILE = 64 / (S * S);  // blocks whose sums stay in registers together
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (int part = 0; part < threads; ++part) {
-    float* const mine = sums + part * (TAPS + 1) * g.channels;
+    float* const own_sums = sums + part * (TAPS + 1) * g.channels;
     const int64_t last = g.blocks * (part + 1) / threads;
     for (int64_t begin = g.blocks * part / threads; begin < last; begin += TILE)
       each_chunk<WIDTH, WEIGHT_CHUNK<S>>(0, g.channels, [&]<int V, int U>(Chunk<V, U>, int64_t c) ALWAYS_INLINE {
-        weight_chunk<S, V, U>(g, begin, std::min(begin + TILE, last), c, x, grad, mine);
+        weight_chunk<S, V, U>(g, begin, std::min(begin + TILE, last), c, x, grad, own_sums);
       });
   }
 }
@@ -228,10 +228,10 @@ void with_side(int side, F f) {
 // input is the same convolution with the taps reversed and no bias.
 extern "C" void sparse_fcmae_block_dwconv(const void* x, int x_is_bf16, const float* weight, const float* bias,
                                          const float* norm_weight, const float* norm_bias, const void* residual,
-                                         const int32_t* slot, const int64_t* index, int64_t first, int64_t blocks,
-                                         int64_t rows, int64_t cols, int side, int64_t channels, float* convolved,
-                                         void* out, int out_is_bf16, int threads) {
-  const Geometry g{slot, index, first, blocks, rows, cols, channels};
+                                         const int32_t* patch_to_row, const int64_t* row_to_patch, int64_t first,
+                                         int64_t blocks, int64_t rows, int64_t cols, int side, int64_t channels,
+                                         float* convolved, void* out, int out_is_bf16, int threads) {
+  const Geometry g{patch_to_row, row_to_patch, first, blocks, rows, cols, channels};
   const Norm norm{norm_weight, norm_bias};
   with_side(side, [&](auto S) {
     with_type(x, x_is_bf16, [&](auto* x) {
@@ -243,10 +243,11 @@ extern "C" void sparse_fcmae_block_dwconv(const void* x, int x_is_bf16, const fl
 }
 
 // Adds to sums [threads, 50, C]: over the threads, the gradients of the 49 taps, then of the bias. grad is float32.
-extern "C" void sparse_fcmae_block_dwconv_weight(const void* x, int x_is_bf16, const float* grad, const int32_t* slot,
-                                                const int64_t* index, int64_t first, int64_t blocks, int64_t rows,
-                                                int64_t cols, int side, int64_t channels, float* sums, int threads) {
-  const Geometry g{slot, index, first, blocks, rows, cols, channels};
+extern "C" void sparse_fcmae_block_dwconv_weight(const void* x, int x_is_bf16, const float* grad,
+                                                const int32_t* patch_to_row, const int64_t* row_to_patch, int64_t first,
+                                                int64_t blocks, int64_t rows, int64_t cols, int side, int64_t channels,
+                                                float* sums, int threads) {
+  const Geometry g{patch_to_row, row_to_patch, first, blocks, rows, cols, channels};
   with_side(side, [&](auto S) {
     with_type(x, x_is_bf16, [&](auto* x) { weight_gradient<S>(g, x, grad, sums, threads); });
   });

@@ -23,7 +23,7 @@
 
 namespace {
 
-constexpr float EPS = 1e-6f;
+constexpr float EPS = SPARSE_FCMAE_EPS;
 constexpr int64_t TILE = 256;  // positions a tile
 
 // exp(-a) * sqrt(1 / (2 pi)) for a in [0, 87], relative error below 2e-7.
@@ -151,15 +151,15 @@ void forward(const E* x, const float* bias, const float* gamma, const float* bet
   }
 }
 
-// The first pass leaves h in `out` and gelu' in `slope`, so that the second computes neither again.
+// The first pass leaves h in `out` and gelu' in `derivative`, so that the second computes neither again.
 template <class E>
 void backward(const E* grad, const E* x, const float* bias, const float* gamma, const float* beta,
-              const int64_t* offsets, const float* norm, int64_t images, int64_t H, E* grad_x, E* out, E* slope,
+              const int64_t* offsets, const float* norm, int64_t images, int64_t H, E* grad_x, E* out, E* derivative,
               float* grad_bias, float* grad_gamma, float* grad_beta, int threads) {
   const std::vector<Tile> tiles = tiles_of(offsets, images);
   const int64_t count = tiles.size();
   std::vector<float> of_products(count * H), of_grad(count * H), of_grad_x(count * H);
-  std::vector<float> sums(images * H), scale(images * H), pull(images * H);
+  std::vector<float> sums(images * H), scale(images * H), coupling(images * H);
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (int64_t i = 0; i < count; ++i) {
     float* const products = of_products.data() + i * H;
@@ -174,7 +174,7 @@ void backward(const E* grad, const E* x, const float* bias, const float* gamma, 
         fvec<V> cdf, pdf;
         normal<V>(a, cdf, pdf);
         const fvec<V> h = a * cdf;
-        store<V>(slope + at, cdf + a * pdf);
+        store<V>(derivative + at, cdf + a * pdf);
         store<V>(out + at, h);
         product += g * h;
         sum += g;
@@ -195,7 +195,7 @@ void backward(const E* grad, const E* x, const float* bias, const float* gamma, 
     for (int64_t c = 0; c < H; ++c) {
       scale[b * H + c] = 1.0f + gamma[c] * (G[c] * inverse);
       // the norm's gradient at zero is taken as zero; `!=` lets NaN through
-      pull[b * H + c] = G[c] != 0.0f ? (gamma[c] * A[c] * inverse - shared) / G[c] : 0.0f;
+      coupling[b * H + c] = G[c] != 0.0f ? (gamma[c] * A[c] * inverse - shared) / G[c] : 0.0f;
       A[c] *= G[c] * inverse;  // the image's part of gamma's gradient
     }
   }
@@ -204,16 +204,16 @@ void backward(const E* grad, const E* x, const float* bias, const float* gamma, 
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (int64_t i = 0; i < count; ++i) {
     const float* const s = scale.data() + tiles[i].image * H;
-    const float* const p = pull.data() + tiles[i].image * H;
+    const float* const p = coupling.data() + tiles[i].image * H;
     float* const grads = of_grad_x.data() + i * H;
     each_position(tiles[i], H, [&]<int V, int R>(Chunk<V, 1>, std::integral_constant<int, R>, int64_t c, int64_t n)
                                    ALWAYS_INLINE {
-      const fvec<V> factor = load<V>(s + c), pulled = load<V>(p + c), shift = load_or_zero<V>(beta, c);
+      const fvec<V> factor = load<V>(s + c), coupled = load<V>(p + c), shift = load_or_zero<V>(beta, c);
       fvec<V> sum = load<V>(grads + c);
       UNROLL for (int r = 0; r < R; ++r) {
         const int64_t at = (n + r) * H + c;
         const fvec<V> h = load<V>(out + at);
-        const fvec<V> g = (load<V>(grad + at) * factor + h * pulled) * load<V>(slope + at);
+        const fvec<V> g = (load<V>(grad + at) * factor + h * coupled) * load<V>(derivative + at);
         store<V>(out + at, h * factor + shift);
         store<V>(grad_x + at, g);
         sum += g;
@@ -240,16 +240,16 @@ extern "C" void sparse_fcmae_gelu_grn(const void* x, int is_bf16, const float* b
   });
 }
 
-// grad, grad_x, out and slope are as x. grad_x may be grad; slope is scratch and may be x; out is computed again. Added to:
-// grad_bias, grad_gamma, grad_beta [H].
+// grad, grad_x, out and derivative are as x. grad_x may be grad; derivative is scratch and may be x; out is computed
+// again. Added to: grad_bias, grad_gamma, grad_beta [H].
 extern "C" void sparse_fcmae_gelu_grn_backward(const void* grad, const void* x, int is_bf16, const float* bias,
                                                const float* gamma, const float* beta, const int64_t* offsets,
                                                const float* norm, int64_t images, int64_t channels, void* grad_x,
-                                               void* out, void* slope, float* grad_bias, float* grad_gamma,
+                                               void* out, void* derivative, float* grad_bias, float* grad_gamma,
                                                float* grad_beta, int threads) {
   with_type(x, is_bf16, [&]<class E>(const E* x) {
     backward(static_cast<const E*>(grad), x, bias, gamma, beta, offsets, norm, images, channels,
-             static_cast<E*>(grad_x), static_cast<E*>(out), static_cast<E*>(slope), grad_bias, grad_gamma, grad_beta,
-             threads);
+             static_cast<E*>(grad_x), static_cast<E*>(out), static_cast<E*>(derivative), grad_bias, grad_gamma,
+             grad_beta, threads);
   });
 }

@@ -36,13 +36,13 @@ void backward(const E* x, const G* grad, const float* weight, const Tiles& tiles
     std::vector<float> run(2 * C);
 #pragma omp for schedule(static)
     for (int part = 0; part < threads; ++part) {
-      float* const mine = sums + part * 2 * C;
+      float* const own_sums = sums + part * 2 * C;
       const int64_t last = positions * (part + 1) / threads;
       for (int64_t begin = positions * part / threads; begin < last; begin += RUN) {
         std::fill(run.begin(), run.end(), 0.0f);
         for (int64_t i = begin; i < std::min(begin + RUN, last); ++i)
           normalise_backward(x + i * C, grad + tiles(i) * C, weight, C, grad_x + i * C, run.data(), run.data() + C);
-        for (int64_t c = 0; c < 2 * C; ++c) mine[c] += run[c];
+        for (int64_t c = 0; c < 2 * C; ++c) own_sums[c] += run[c];
       }
     }
   }

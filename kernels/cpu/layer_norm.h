@@ -7,7 +7,7 @@
 
 namespace {
 
-constexpr float NORM_EPS = 1e-6f;
+constexpr float NORM_EPS = SPARSE_FCMAE_EPS;
 
 struct Moments {
   float mean, inverse_deviation;
@@ -43,7 +43,7 @@ INLINE void normalise_backward(const E* x, const G* grad, const float* weight, i
   const float mean = sum_channels(C, [&]<int V>(Chunk<V, 1>, int64_t c) ALWAYS_INLINE {
                        return load<V>(grad + c) * load<V>(weight + c);
                      }) / C;
-  const float slope = sum_channels(C, [&]<int V>(Chunk<V, 1>, int64_t c) ALWAYS_INLINE {
+  const float projection = sum_channels(C, [&]<int V>(Chunk<V, 1>, int64_t c) ALWAYS_INLINE {
                         const fvec<V> n = (load<V>(x + c) - m.mean) * m.inverse_deviation;
                         return load<V>(grad + c) * load<V>(weight + c) * n;
                       }) / C;
@@ -51,7 +51,7 @@ INLINE void normalise_backward(const E* x, const G* grad, const float* weight, i
     const fvec<V> g = load<V>(grad + c), n = (load<V>(x + c) - m.mean) * m.inverse_deviation;
     store<V>(grad_weight + c, load<V>(grad_weight + c) + g * n);
     store<V>(grad_bias + c, load<V>(grad_bias + c) + g);
-    store<V>(grad_x + c, (g * load<V>(weight + c) - mean - n * slope) * m.inverse_deviation);
+    store<V>(grad_x + c, (g * load<V>(weight + c) - mean - n * projection) * m.inverse_deviation);
   });
 }
 

@@ -1,4 +1,4 @@
-"""Loads the C++ kernels that suit this CPU, and calls them."""
+"""Loads the C++ kernels that suit this CPU, and makes functions of them."""
 
 import ctypes
 from functools import cache
@@ -6,21 +6,46 @@ from pathlib import Path
 
 import torch  # first, so that the kernels share its OpenMP runtime and thus its thread pool
 
-ABI = 2  # of the functions' signatures, as in abi.cpp
-SETS = ["avx512_bf16", "avx512", "avx2", "baseline"]  # builds, the best first
+from sparse_fcmae.kernels import observe
+from sparse_fcmae.kernels.constants import ABI
 
-_POINTER, _INT, _LONG = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
-_STORED = [_POINTER, _INT]  # address, whether it holds bfloat16
-_BLOCKS = [_POINTER, _POINTER, *[_LONG] * 4, _INT, _LONG]  # slot, index, first, blocks, rows, cols, side, channels
-_SIGNATURES = {
-    "block_dwconv": [*_STORED, *[_POINTER] * 5, *_BLOCKS, _POINTER, *_STORED, _INT],
-    "block_dwconv_weight": [*_STORED, _POINTER, *_BLOCKS, _POINTER, _INT],
-    "layer_norm": [*_STORED, _POINTER, _POINTER, _LONG, _INT, _LONG, _INT, *_STORED, _INT],
-    "layer_norm_backward": [*_STORED, *_STORED, _POINTER, _LONG, _INT, _LONG, _INT, _POINTER, _POINTER, _INT],
-    "one_mask": [_POINTER, _POINTER, *[_LONG] * 4, _POINTER, _LONG, _INT],
-    "gelu_grn": [*_STORED, *[_POINTER] * 4, _LONG, _LONG, _POINTER, _POINTER, _INT],
-    "gelu_grn_backward": [_POINTER, *_STORED, *[_POINTER] * 5, _LONG, _LONG, *[_POINTER] * 6, _INT],
-}
+SETS = ["avx512_bf16", "avx512", "avx2", "baseline"]  # instruction sets that there are builds for, the best first
+
+POINTER, INT, LONG = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
+TENSOR = (POINTER, INT)  # features: the address, and whether they are bfloat16 rather than float32
+Argument = torch.Tensor | int | None
+
+
+class Kernel:
+    """The C function `sparse_fcmae_<name>` of the loaded library, with its argument types.
+
+    Its last argument, the number of threads, is added by each call and always torch's own.
+    """
+
+    def __init__(self, name: str, *arguments: type | tuple[type, ...], result: type | None = None) -> None:
+        self.name, self.result = name, result
+        self.arguments = [t for a in arguments for t in (a if isinstance(a, tuple) else (a,))] + [INT]
+
+    def __call__(self, *arguments: Argument) -> int | None:
+        """Calls it; tensors, which must be contiguous, are passed by address.
+
+        Raises RuntimeError where the kernels are unusable.
+        """
+        return observe.call(self._run, self.name, *arguments)
+
+    def _run(self, name: str, *arguments: Argument) -> int | None:
+        raw = (a.data_ptr() if isinstance(a, torch.Tensor) else a for a in arguments)
+        return _function(self)(*raw, torch.get_num_threads())
+
+
+@cache
+def _function(kernel: Kernel) -> ctypes._CFuncPtr:
+    library, reason = _load()
+    if library is None:
+        raise RuntimeError(reason)
+    function = getattr(library, f"sparse_fcmae_{kernel.name}")
+    function.argtypes, function.restype = kernel.arguments, kernel.result
+    return function
 
 
 @cache
@@ -36,13 +61,9 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
             except (OSError, AttributeError) as error:
                 reason = f"the C++ kernels can't be loaded: {error}"
                 continue
-            if abi != ABI:
-                reason = f"the C++ kernels of {file.name} are of another version or CPU: install sparse-fcmae again"
-                continue
-            for name, arguments in _SIGNATURES.items():
-                function = getattr(library, f"sparse_fcmae_{name}")
-                function.argtypes, function.restype = arguments, _INT if name == "one_mask" else None
-            return library, instruction_set
+            if abi == ABI:
+                return library, instruction_set
+            reason = f"the C++ kernels of {file.name} are of another version or CPU: install sparse-fcmae again"
     return None, reason
 
 
@@ -58,13 +79,6 @@ def unusable() -> str | None:
     return None if library else reason
 
 
-def call(name: str, *arguments: torch.Tensor | int | None) -> int | None:
-    """Calls the kernel `sparse_fcmae_<name>`; tensors, which must be contiguous, are passed by address.
-
-    Its last argument, the number of threads, is torch's. Raises RuntimeError where the kernels are unusable.
-    """
-    library, reason = _load()
-    if library is None:
-        raise RuntimeError(reason)
-    raw = (a.data_ptr() if isinstance(a, torch.Tensor) else a for a in arguments)
-    return getattr(library, f"sparse_fcmae_{name}")(*raw, torch.get_num_threads())
+def bf16(features: torch.Tensor) -> int:
+    """What TENSOR says of features beside their address."""
+    return int(features.dtype == torch.bfloat16)

@@ -8,14 +8,19 @@ masked patches are not read at all.
 
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from sparse_fcmae.kernels import constants
+from sparse_fcmae.kernels.triton.launching import launch, portions
 from sparse_fcmae.kernels.triton.layer_norm import normalised
 from sparse_fcmae.kernels.triton.tuning import TILES, tuned
 
-REACH = tl.constexpr(3)  # positions to each side, at S = 1 patches
-WINDOW = tl.constexpr(7)
+REACH = tl.constexpr(constants.HALO)
+WINDOW = tl.constexpr(constants.WINDOW)
+PARTIAL = 1 << 16  # elements of the partial sums of each quantity: enough programs to fill a GPU
 
 WEIGHT_TILES = [triton.Config({"BLOCK_C": 32 * w}, num_warps=w) for w in (4, 2)]
 # for each S: lines R of a program, and the channels of one of its warps; more does not fit into registers
@@ -33,11 +38,11 @@ def _suits(config: triton.Config, arguments: dict[str, Any]) -> bool:
 
 
 @triton.jit
-def _centre(slot, index, patch, live, rows, cols):
+def _centre(patch_to_row, row_to_patch, patch, live, rows, cols):
     """Pointers to the slots of the patches themselves."""
-    flat = tl.load(index + patch, mask=live, other=0)
+    flat = tl.load(row_to_patch + patch, mask=live, other=0)
     image, row, col = flat // (rows * cols), flat // cols % rows, flat % cols
-    return slot + (image * (rows + 2 * REACH) + row + REACH) * (cols + 2 * REACH) + col + REACH
+    return patch_to_row + (image * (rows + 2 * REACH) + row + REACH) * (cols + 2 * REACH) + col + REACH
 
 
 @tuned(TILES, key=["C", "S"], suits=_suits)
@@ -49,8 +54,8 @@ def block_dwconv_kernel(
     norm_weight,
     norm_bias,
     residual,
-    slot,
-    index,
+    patch_to_row,
+    row_to_patch,
     convolved,
     out,
     blocks,
@@ -63,12 +68,12 @@ def block_dwconv_kernel(
     R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """What `kernels.triton.block_dwconv` says; bias, norm, residual and convolved can be None."""
+    """What `block_dwconv` below says; bias, norm, residual and convolved can be None."""
     line = tl.program_id(0) * R + tl.arange(0, R)
     patch, y = line // S, line % S
     live = patch < blocks
     c = tl.arange(0, BLOCK_C)
-    centre = _centre(slot, index, patch, live, rows, cols)
+    centre = _centre(patch_to_row, row_to_patch, patch, live, rows, cols)
     sums = (tl.zeros([R, BLOCK_C], tl.float32),) * S
     for dy in range(WINDOW):
         below = y + dy - REACH + 4 * S  # counted from 4 patches above, so that it is not negative
@@ -111,8 +116,8 @@ def block_dwconv_kernel(
 def block_dwconv_weight_kernel(
     x,
     grad,
-    slot,
-    index,
+    patch_to_row,
+    row_to_patch,
     partial,
     blocks,
     first,
@@ -142,7 +147,9 @@ def block_dwconv_weight_kernel(
             grads += (tl.load(source + ((line - begin) * S + i) * C, mask=c < C, other=0.0).to(tl.float32),)
             bias += grads[i]
         below = y + dy - REACH + 4 * S
-        neighbours = _centre(slot, index, patch, True, rows, cols) + (below // S - 4) * (cols + 2 * REACH)
+        neighbours = _centre(patch_to_row, row_to_patch, patch, True, rows, cols) + (below // S - 4) * (
+            cols + 2 * REACH
+        )
         start = below % S * S
         for column in tl.static_range(-REACH, S + REACH):
             number = tl.load(neighbours + column // S, mask=dy < WINDOW, other=-1)
@@ -161,3 +168,50 @@ def block_dwconv_weight_kernel(
         tap = dy * WINDOW + dx
         tl.store(row[None, :] + tap[:, None] * C, sums[dx], mask=(dy < WINDOW)[:, None] & (c < C)[None, :])
     tl.store(row + WINDOW * WINDOW * C, bias, mask=c < C)
+
+
+def block_dwconv(
+    x: Tensor,
+    taps: Tensor,
+    bias: Tensor | None,
+    patch_to_row: Tensor,
+    row_to_patch: Tensor,
+    out: Tensor,
+    *,
+    first: int = 0,
+    norm: tuple[Tensor | None, Tensor | None] = (None, None),
+    residual: Tensor | None = None,
+    convolved: Tensor | None = None,
+) -> Tensor:
+    """Writes convolution + residual to `out` and returns it.
+
+    With norm = (weight, bias) `out` is the LayerNorm of the convolution instead, which itself goes to `convolved` if
+    that is given. x [T, S, S, C] and out are of DTYPES, each by itself; residual has out's dtype; all else is float32:
+    taps [49, C], bias [C].
+    """
+    blocks, side, _, channels = x.shape
+    place = (patch_to_row.contiguous(), row_to_patch[first:].contiguous())
+    tensors = (x, taps, bias, *norm, residual, *place, convolved, out)
+    sizes = {"C": channels, "S": side, "BLOCK_C": triton.next_power_of_2(channels)}
+    grid = lambda tile: (triton.cdiv(blocks * side, tile["R"]),)  # noqa: E731
+    launch(block_dwconv_kernel, grid, *tensors, blocks, first, *_grid_of(patch_to_row), **sizes)
+    return out
+
+
+def block_dwconv_weight(
+    x: Tensor, grad: Tensor, patch_to_row: Tensor, row_to_patch: Tensor, sums: Tensor, *, first: int = 0
+) -> None:
+    """Adds the gradients of the taps, then of the bias, to sums [1, 50, C]; grad is of DTYPES, shaped as x."""
+    blocks, side, _, channels = x.shape
+    lines = blocks * side
+    programs, per_program = portions(lines, 8, PARTIAL // channels)
+    partial = x.new_empty(programs, *sums.shape[1:], dtype=torch.float32)
+    tensors = (x, grad, patch_to_row.contiguous(), row_to_patch[first:].contiguous(), partial)
+    grid = lambda tile: (triton.cdiv(channels, tile["BLOCK_C"]), programs)  # noqa: E731
+    sizes = (blocks, first, *_grid_of(patch_to_row), per_program)
+    launch(block_dwconv_weight_kernel, grid, *tensors, *sizes, C=channels, S=side)
+    sums += partial.sum(0)
+
+
+def _grid_of(patch_to_row: Tensor) -> tuple[int, int]:
+    return patch_to_row.shape[1] - 6, patch_to_row.shape[2] - 6

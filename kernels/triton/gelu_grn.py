@@ -5,12 +5,18 @@ second pass applies these. GELU is computed in both passes: that costs less than
 (b, j, i) takes image b's positions j * R to j * R + R, then those programs * R further on, in the BLOCK_H channels i.
 """
 
+from typing import Any
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from sparse_fcmae.kernels.constants import EPS
+from sparse_fcmae.kernels.triton.launching import launch
 from sparse_fcmae.kernels.triton.tuning import tuned
 
-GRN_EPS = tl.constexpr(1e-6)
+GRN_EPS = tl.constexpr(EPS)
 SQRT_HALF = tl.constexpr(0.7071067811865476)
 GAUSS = tl.constexpr(0.3989422804014327)  # 1 / sqrt(2 pi)
 
@@ -19,6 +25,8 @@ TILES = [
     for r, h, w in ((16, 128, 4), (16, 64, 4), (8, 128, 4), (4, 256, 4))
 ]
 BLOCK = tl.constexpr(1024)  # channels that the kernels for whole images take at a time
+POSITIONS = 128  # that a program takes of an image, or more
+MOST_PROGRAMS = 4096  # of an image
 
 
 @triton.jit
@@ -112,9 +120,12 @@ def products_kernel(
 
 
 @triton.jit
-def pull_kernel(products, gamma, norm, scale, pull, grad_gamma, H: tl.constexpr):
-    """Of each image, all [B, H]: the forward pass's scale; what its norm's gradient adds to that of GELU's result, over
-    that result; its share in the gradient of gamma."""
+def coupling_kernel(products, gamma, norm, scale, coupling, grad_gamma, H: tl.constexpr):
+    """Writes three factors of each image and channel, all [B, H].
+
+    scale: the forward pass's. coupling: the gradient of h = GELU(x + bias) is grad * scale + h * coupling, whose second
+    term comes from the norm. grad_gamma: the image's part of the gradient of gamma.
+    """
     row = tl.program_id(0).to(tl.int64) * H
     total = tl.zeros([BLOCK], tl.float32)
     dot = tl.zeros([BLOCK], tl.float32)
@@ -135,7 +146,7 @@ def pull_kernel(products, gamma, norm, scale, pull, grad_gamma, H: tl.constexpr)
         tl.store(grad_gamma + row + c, product * response / mean, mask=c < H)
         # the norm's gradient at zero is taken as zero
         grad_norm = tl.where(response == 0, 0.0, product * factor / mean - of_mean)
-        tl.store(pull + row + c, grad_norm / tl.where(response == 0, 1.0, response), mask=c < H)
+        tl.store(coupling + row + c, grad_norm / tl.where(response == 0, 1.0, response), mask=c < H)
 
 
 @tuned(TILES, key=["H"], overwritten=("grad", "x"))
@@ -145,7 +156,7 @@ def unscale_kernel(
     x,
     bias,
     scale,
-    pull,
+    coupling,
     beta,
     offsets,
     grad_x,
@@ -162,17 +173,80 @@ def unscale_kernel(
     shift, last = _shift(bias, c, c < H), tl.load(offsets + b + 1)
     row = b.to(tl.int64) * H + c
     factor = tl.load(scale + row, mask=c < H, other=0.0)[None, :]
-    drawn = tl.load(pull + row, mask=c < H, other=0.0)[None, :]
+    coupled = tl.load(coupling + row, mask=c < H, other=0.0)[None, :]
     level = _shift(beta, c, c < H)
     total = tl.zeros([R, BLOCK_H], tl.float32)
     for start in range(tl.load(offsets + b) + j * R, last, programs * R):
         n = start + tl.arange(0, R)
         inside = (n < last)[:, None] & (c < H)[None, :]
         at = n.to(tl.int64)[:, None] * H + c[None, :]
-        h, slope = _gelu(tl.load(x + at, mask=inside, other=0.0).to(tl.float32) + shift)
+        h, derivative = _gelu(tl.load(x + at, mask=inside, other=0.0).to(tl.float32) + shift)
         g = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32)
-        g = tl.where(inside, (g * factor + h * drawn) * slope, 0.0)
+        g = tl.where(inside, (g * factor + h * coupled) * derivative, 0.0)
         total += g
         tl.store(grad_x + at, g, mask=inside)
         tl.store(out + at, h * factor + level, mask=inside)
     tl.store(partial + (b.to(tl.int64) * programs + j) * H + c, tl.sum(total, 0), mask=c < H)
+
+
+def gelu_grn(
+    x: Tensor,
+    gamma: Tensor,
+    offsets: Tensor,
+    out: Tensor,
+    norm: Tensor,
+    *,
+    bias: Tensor | None = None,
+    beta: Tensor | None = None,
+) -> Tensor:
+    """Writes to `out`, which may be x, and returns it; writes G to norm [B, H], for the backward pass.
+
+    x [N, H] is of DTYPES; bias [H], which is added to x, gamma and beta [H] are float32. offsets int64 [B + 1]: image b
+    has the positions offsets[b] to offsets[b + 1].
+    """
+    partial, grid = _passes(x, offsets)
+    scale, channels = torch.empty_like(norm), x.shape[-1]
+    launch(squares_kernel, grid, x, bias, offsets, partial, H=channels)
+    launch(response_kernel, (len(norm),), partial.sum(1), gamma, norm, scale, H=channels)
+    launch(scale_kernel, grid, x, bias, scale, beta, offsets, out, H=channels)
+    return out
+
+
+def gelu_grn_backward(
+    grad: Tensor,
+    x: Tensor,
+    gamma: Tensor,
+    offsets: Tensor,
+    norm: Tensor,
+    grad_x: Tensor,
+    sums: tuple[Tensor, Tensor, Tensor],
+    *,
+    out: Tensor,
+    scratch: Tensor | None = None,
+    bias: Tensor | None = None,
+    beta: Tensor | None = None,
+) -> Tensor:
+    """Writes to `grad_x`, which may be grad, and returns it; writes the forward pass's result to `out` once more.
+
+    out may be x. Adds the gradients of bias (the sum of grad_x over all positions), gamma and beta to sums, [H] each.
+    No scratch memory is needed.
+    """
+    products, grid = _passes(x, offsets)
+    channels, totals = x.shape[-1], torch.empty_like(products)
+    scale, coupling, grad_gamma = (torch.empty_like(norm) for _ in range(3))
+    launch(products_kernel, grid, grad, x, bias, offsets, products, totals, H=channels)
+    sums[2].add_(totals.sum((0, 1)))
+    launch(coupling_kernel, (len(norm),), products.sum(1), gamma, norm, scale, coupling, grad_gamma, H=channels)
+    sums[1].add_(grad_gamma.sum(0))
+    tensors = (grad, x, bias, scale, coupling, beta, offsets, grad_x, out, totals)
+    launch(unscale_kernel, grid, *tensors, H=channels)
+    sums[0].add_(totals.sum((0, 1)))
+    return grad_x
+
+
+def _passes(x: Tensor, offsets: Tensor) -> tuple[Tensor, Any]:
+    """Partial sums [B, programs, H] and the grid of gelu_grn's passes, for images of about the same size."""
+    images, channels = len(offsets) - 1, x.shape[-1]
+    programs = max(1, min(MOST_PROGRAMS, triton.cdiv(len(x), max(1, images) * POSITIONS)))
+    partial = x.new_empty(images, programs, channels, dtype=torch.float32)
+    return partial, lambda tile: (images, programs, triton.cdiv(channels, tile["BLOCK_H"]))

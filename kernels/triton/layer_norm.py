@@ -2,12 +2,17 @@
 
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from sparse_fcmae.kernels.constants import EPS
+from sparse_fcmae.kernels.triton.launching import launch, portions
 from sparse_fcmae.kernels.triton.tuning import MOST_ROWS, TILES, WARP, tuned
 
-NORM_EPS = tl.constexpr(1e-6)
+NORM_EPS = tl.constexpr(EPS)
+PARTIAL = 1 << 17  # elements of the partial sums: enough programs to fill a GPU
 
 
 def _suits(config: triton.Config, arguments: dict[str, Any]) -> bool:
@@ -93,9 +98,37 @@ def layer_norm_backward_kernel(
         grad_weight += g * z
         grad_bias += g
         g *= factor
-        slope = tl.sum(g * z, 1) / C
+        projection = tl.sum(g * z, 1) / C
         level = tl.sum(g, 1) / C
-        tl.store(grad_x + at, (g - level[:, None] - z * slope[:, None]) * scale[:, None], mask=inside)
+        tl.store(grad_x + at, (g - level[:, None] - z * projection[:, None]) * scale[:, None], mask=inside)
     row = partial + tl.program_id(0).to(tl.int64) * 2 * C + c
     tl.store(row, tl.sum(grad_weight, 0), mask=c < C)
     tl.store(row + C, tl.sum(grad_bias, 0), mask=c < C)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor, *, tile: int = 1) -> Tensor:
+    """Writes to `out` [T, S / tile, S / tile, tile * tile * C] and returns it.
+
+    x [T, S, S, C] and out are of DTYPES, each by itself; weight and bias [C] are float32.
+    """
+    blocks, side, _, channels = x.shape
+    positions = blocks * side * side
+    sizes = {"C": channels, "S": side, "TILE": tile, "BLOCK_C": triton.next_power_of_2(channels)}
+    grid = lambda tile: (triton.cdiv(positions, tile["R"]),)  # noqa: E731
+    launch(layer_norm_kernel, grid, x, weight, bias, out, positions, **sizes)
+    return out
+
+
+def layer_norm_backward(
+    x: Tensor, grad: Tensor, weight: Tensor, grad_x: Tensor, sums: Tensor, *, tile: int = 1
+) -> Tensor:
+    """Writes to `grad_x`, which may be x, and returns it; adds weight's and bias's gradients to sums [1, 2, C]."""
+    blocks, side, _, channels = x.shape
+    positions = blocks * side * side
+    programs, per_program = portions(positions, 32, PARTIAL // channels)
+    partial = x.new_empty(programs, *sums.shape[1:], dtype=torch.float32)
+    sizes = {"C": channels, "S": side, "TILE": tile, "BLOCK_C": triton.next_power_of_2(channels)}
+    tensors = (x, grad, weight, grad_x, partial)
+    launch(layer_norm_backward_kernel, (programs,), *tensors, positions, per_program, **sizes)
+    sums += partial.sum(0)
+    return grad_x

@@ -1,0 +1,203 @@
+"""The Triton kernels by the tests of the ops: on a GPU where there is one, else in Triton's interpreter."""
+
+import json
+import os
+import subprocess
+import sys
+from importlib import import_module
+from itertools import pairwise, product
+from pathlib import Path
+
+import pytest
+import test_block_dwconv as dwconv
+import test_convnext_block as block
+import test_gelu_grn as grn
+import test_layer_norm as norm
+import torch
+from helpers import masks, relative_error
+
+from sparse_fcmae import kernels
+from sparse_fcmae.backends.patch_map import PatchMap
+from sparse_fcmae.benchmarks.gpu_kernels import time_kernels
+from sparse_fcmae.benchmarks.steps import Case
+from sparse_fcmae.ops import block_dwconv, convnext_block, gelu_grn
+
+pytest.importorskip("sparse_fcmae.kernels.triton", exc_type=ImportError)
+TILES = import_module("sparse_fcmae.kernels.triton.tuning").TILES
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = pytest.mark.gpu if DEVICE == "cuda" else []
+BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
+SIDES = (8, 4, 2, 1)
+KINDS = list(masks(2, 3))
+
+
+@pytest.fixture(autouse=True)
+def _on_triton(monkeypatch):
+    monkeypatch.setattr(kernels, "platform", lambda device: "triton")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.usefixtures("poisoned")
+def test_block_dwconv(side, kind):
+    dwconv.compare(dwconv.make(side, 40, masks(2, 3)[kind], F32, True, DEVICE), F32)
+
+
+@pytest.mark.parametrize(("dtype", "with_norm", "channels"), [(BF16, False, 7), (F16, True, 17)])
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.usefixtures("poisoned")
+def test_block_dwconv_in_half_precision(side, dtype, with_norm, channels):
+    dwconv.compare(dwconv.make(side, channels, masks(2, 3)["borders"], dtype, with_norm, DEVICE), dtype)
+
+
+@pytest.mark.parametrize("channels", [3, 31, 129, 320])
+@pytest.mark.usefixtures("poisoned")
+def test_block_dwconv_of_odd_widths(channels):
+    for side in (2, 1):
+        dwconv.compare(dwconv.make(side, channels, masks(3, 4)["ragged"][1:2], F32, True, DEVICE), F32)
+
+
+def test_block_dwconv_without_patches_or_bias():
+    inputs = dwconv.make(4, 8, torch.ones(2, 3, 3, dtype=torch.bool), norm=True, device=DEVICE)
+    out, *grads = dwconv.run(block_dwconv, inputs, torch.zeros(0, 4, 4, 8, device=DEVICE))
+    assert out.shape == (0, 4, 4, 8)
+    assert all((g == 0).all() for g in grads)
+    x, weight, _, patch_to_row, row_to_patch = dwconv.make(4, 24, masks(2, 3)["ragged"], device=DEVICE)
+    bare = block_dwconv(x, weight, None, patch_to_row, row_to_patch)
+    assert (
+        relative_error(bare, block_dwconv(x, weight, torch.zeros_like(x[0, 0, 0]), patch_to_row, row_to_patch)) < 1e-6
+    )
+
+
+@pytest.mark.parametrize("kind", list(grn.OFFSETS))
+@pytest.mark.parametrize("side", [8, 1])
+@pytest.mark.usefixtures("poisoned")
+def test_gelu_grn(side, kind):
+    for dtype, channels in ((F32, 160), (BF16, 31), (F16, 129)):
+        inputs = grn.make(side, channels, grn.OFFSETS[kind], dtype, DEVICE)
+        grn.compare(inputs, dtype)
+        grn.compare(inputs[:3], dtype)  # without beta
+
+
+def test_gelu_grn_of_more_channels_than_a_program_takes():
+    grn.compare(grn.make(1, 1100, grn.OFFSETS["ragged"], device=DEVICE), F32)
+
+
+def test_gelu_grn_of_a_channel_that_is_zero_everywhere():
+    inputs = grn.make(2, 5, grn.OFFSETS["even"], device=DEVICE)
+    with torch.no_grad():
+        inputs[0][..., 2] = 0
+    grn.compare(inputs, F32)
+
+
+def test_images_do_not_touch_each_other():
+    x, gamma, offsets, beta = (t.detach() for t in grn.make(8, 40, grn.OFFSETS["ragged"], device=DEVICE))
+    together = gelu_grn(x, gamma, offsets, beta)
+    for first, last in pairwise(offsets.tolist()):
+        alone = gelu_grn(x[first:last], gamma, torch.tensor([0, last - first], device=DEVICE), beta)
+        assert torch.equal(alone, together[first:last]) or relative_error(alone, together[first:last]) < 1e-6
+
+
+@pytest.mark.parametrize(("source", "result"), [(F32, F32), (F32, BF16), (BF16, F32), (F16, F16)])
+@pytest.mark.parametrize(("side", "tile"), [(8, 2), (4, 1), (2, 2), (1, 1), (4, 4)])
+@pytest.mark.usefixtures("poisoned")
+def test_layer_norm(side, tile, source, result):
+    norm.compare(norm.make(3, side, 40, source, DEVICE), tile, result)
+
+
+@pytest.mark.parametrize("channels", [3, 31, 129, 700])
+@pytest.mark.usefixtures("poisoned")
+def test_layer_norm_of_odd_widths(channels):
+    norm.compare(norm.make(3, 2, channels, device=DEVICE), 2, F32)
+
+
+@pytest.mark.parametrize("scope", ["image", "batch"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("side", [2, 1])
+@pytest.mark.usefixtures("poisoned")
+def test_convnext_block(side, kind, scope):
+    block.compare(*block.make(side, 7, masks(2, 3)[kind], DEVICE), scope=scope, dtype=F32)
+
+
+@pytest.mark.parametrize("scope", ["image", "batch"])
+@pytest.mark.usefixtures("poisoned")
+def test_convnext_block_in_half_precision(scope):
+    block.compare(*block.make(2, 40, masks(3, 5)["ragged"], DEVICE), scope=scope, dtype=BF16)
+
+
+def test_convnext_block_in_chunks_of_images():
+    """What `first` is for, although a GPU takes the whole batch."""
+    inputs = dwconv.make(2, 24, masks(3, 4)["ragged"], norm=True)
+    x, weight, bias, *maps_and_norms = (t.detach().to(DEVICE) for t in inputs)
+    maps, norms = maps_and_norms[:2], maps_and_norms[2:]
+    whole = block_dwconv(x, weight, bias, *maps, *norms)
+    taps = weight.flatten(1).t().contiguous()
+    for first, last in pairwise(PatchMap.of(masks(3, 4)["ragged"]).image_offsets.tolist()):
+        part = x[first:last].contiguous()
+        convolve = import_module("sparse_fcmae.kernels.triton.block_dwconv").block_dwconv
+        out = convolve(part, taps, bias, *maps, torch.empty_like(part), first=first, norm=tuple(norms))
+        assert relative_error(out, whole[first:last]) < 1e-6
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_value_that_is_not_finite_spoils_its_image_alone(value):
+    x, module, visible = block.make(2, 24, masks(2, 3)["ragged"], DEVICE)
+    with torch.no_grad():
+        x[0, 0, 0, 3] = value
+    ours, exact = (f(x, module, visible, torch.ones_like(x)) for f in (block.run, block.run_exactly))
+    for a, b in zip(ours[:2], exact[:2], strict=True):
+        assert torch.equal(a.isfinite(), b.isfinite())
+
+
+def test_sums_are_the_same_again():
+    x, module, visible = block.make(4, 24, masks(2, 3)["ragged"], DEVICE)
+    first, again = (block.run(x, module, visible, torch.ones_like(x)) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+def test_opcheck():
+    ours = torch.ops.sparse_fcmae
+    mask = masks(2, 3)["ragged"]
+    torch.library.opcheck(ours.block_dwconv.default, dwconv.make(2, 9, mask, norm=True, device=DEVICE))
+    torch.library.opcheck(ours.gelu_grn.default, grn.make(1, 9, grn.OFFSETS["empty"], device=DEVICE))
+    torch.library.opcheck(ours.layer_norm.default, (*norm.make(2, 2, 9, device=DEVICE), 2, F32))
+    x, module, visible = block.make(1, 9, mask, DEVICE)
+    arguments = (x, list(module.parameters()), *block.maps_of(visible), F32, True)
+    torch.library.opcheck(ours.convnext_block.default, arguments)
+
+
+def test_every_width_leaves_tiles_to_choose_from():
+    for module in ("block_dwconv", "layer_norm"):
+        file = import_module(f"sparse_fcmae.kernels.triton.{module}")
+        for side, width in product(SIDES, (1 << i for i in range(14))):
+            choose = getattr(file, f"{module}_kernel").early_config_prune
+            assert 1 <= len(choose(TILES, {}, S=side, BLOCK_C=width)) <= 5
+
+
+def test_benchmark_times_every_kernel_that_a_step_launches():
+    case = Case("atto", (32, 32), 0, 1, False, torch.device(DEVICE))
+    calls = {row["kernel"]: row["calls"] for row in time_kernels(case, 1, 1e9, 1e9)}
+    assert calls["block_dwconv C=160 S=2 without residual convolved"] == 6
+    assert calls["layer_norm_backward C=40 S=8 TILE=2"] == 1
+    # of a block: convolutions, GRN, its norm's gradient; norms of stem and downsampling, whose gradient in the stem has
+    # the shape of a block's
+    assert len(calls) == 4 * (4 + 6 + 1) + 4 + 3
+
+
+@pytest.mark.parametrize(("capability", "models"), [(90, ["atto", "huge"]), (80, ["base"])])
+def test_kernels_compile_without_spilling_registers(capability, models):
+    """For GPUs that need not be there, whichever tiles are chosen."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "ahead_of_time.py", str(capability), *models]
+    result = subprocess.run(command, cwd=Path(__file__).parent, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    rows = json.loads(result.stdout)
+    assert len({row["kernel"] for row in rows}) == 10
+    assert not [row for row in rows if row["spilled"]]
+
+
+def test_wrong_dtype():
+    x, module, visible = block.make(1, 9, masks(2, 3)["ragged"], DEVICE)
+    with pytest.raises(ValueError, match="kernels take float32 or bfloat16 or float16"):
+        convnext_block(x.double(), list(module.parameters()), *block.maps_of(visible))
