@@ -1,4 +1,8 @@
-"""Ops: what of the encoder is not a library call. Importing this registers them with `torch.library`."""
+"""Ops: what of the network is not a library call. Importing this registers them with `torch.library`.
+
+Each op has a file here, kernels of its name in `kernels/cpu` and `kernels/triton`, and a function in `reference` that
+specifies it in plain PyTorch. An op knows no devices: `kernels.load` finds the kernels for a tensor's.
+"""
 
 from sparse_fcmae.ops.block_dwconv import block_dwconv
 from sparse_fcmae.ops.convnext_block import convnext_block

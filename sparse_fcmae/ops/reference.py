@@ -1,4 +1,4 @@
-"""The specification of every op in plain PyTorch: any device, any floating dtype, differentiable by autograd.
+"""The specification of the ops in plain PyTorch: any device, any floating dtype, differentiable by autograd.
 
 Kernels are tested against these functions in float64, and the `torch` backend runs them.
 """
@@ -7,54 +7,61 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-GRN_EPS = NORM_EPS = 1e-6
+from sparse_fcmae.kernels.constants import EPS, HALO
 
 
 def block_dwconv(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    slot: Tensor,
-    index: Tensor,
+    patch_to_row: Tensor,
+    row_to_patch: Tensor,
     norm_weight: Tensor | None = None,
     norm_bias: Tensor | None = None,
 ) -> Tensor:
-    """Submanifold 7x7 depthwise convolution: `ops.block_dwconv`, by way of a dense canvas that is zero where masked."""
+    """Submanifold 7x7 depthwise convolution by way of a dense canvas that is zero where masked: `ops.block_dwconv`."""
     _, side, _, channels = x.shape
-    batch, rows, cols = slot.shape[0], slot.shape[1] - 6, slot.shape[2] - 6
-    canvas = x.new_zeros(batch * rows * cols, side, side, channels).index_copy(0, index, x)
+    batch, rows, cols = patch_to_row.shape[0], patch_to_row.shape[1] - 2 * HALO, patch_to_row.shape[2] - 2 * HALO
+    canvas = x.new_zeros(batch * rows * cols, side, side, channels).index_copy(0, row_to_patch, x)
     canvas = canvas.view(batch, rows, cols, side, side, channels).transpose(2, 3)
     canvas = canvas.reshape(batch, rows * side, cols * side, channels).permute(0, 3, 1, 2)
-    out = F.conv2d(canvas, weight, bias, padding=3, groups=channels).permute(0, 2, 3, 1)
+    out = F.conv2d(canvas, weight, bias, padding=HALO, groups=channels).permute(0, 2, 3, 1)
     out = out.reshape(batch, rows, side, cols, side, channels).transpose(2, 3)
-    out = out.reshape(batch * rows * cols, side, side, channels)[index]
+    out = out.reshape(batch * rows * cols, side, side, channels)[row_to_patch]
     return out if norm_weight is None else layer_norm(out, norm_weight, norm_bias)
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, *, tile: int = 1, dtype: torch.dtype | None = None) -> Tensor:
     """LayerNorm over the channels, then windows of tile x tile positions side by side: `ops.layer_norm`."""
-    blocks, side, _, channels = x.shape
-    out = F.layer_norm(x, (channels,), weight, bias, NORM_EPS).to(dtype or x.dtype)
-    windows = out.view(blocks, side // tile, tile, side // tile, tile, channels).transpose(2, 3)
-    return windows.reshape(blocks, side // tile, side // tile, tile * tile * channels)
+    patches, side, _, channels = x.shape
+    out = F.layer_norm(x, (channels,), weight, bias, EPS).to(dtype or x.dtype)
+    windows = out.view(patches, side // tile, tile, side // tile, tile, channels).transpose(2, 3)
+    return windows.reshape(patches, side // tile, side // tile, tile * tile * channels)
 
 
-def gelu_grn(x: Tensor, gamma: Tensor, offsets: Tensor) -> Tensor:
-    """GELU and global response normalisation without beta: `ops.gelu_grn`."""
+def gelu_grn(x: Tensor, gamma: Tensor, image_offsets: Tensor, beta: Tensor | None = None) -> Tensor:
+    """GELU and global response normalisation over each image's positions: `ops.gelu_grn`."""
     h = F.gelu(x)
-    squares = torch.segment_reduce(h.to(accumulator(h)).square().sum((1, 2)), "sum", offsets=offsets)
+    squares = torch.segment_reduce(h.to(accumulator(h)).square().sum((1, 2)), "sum", offsets=image_offsets)
     scale = grn_scale(squares, gamma)
-    return h * scale.repeat_interleave(offsets.diff(), 0, output_size=len(h))[:, None, None].to(h.dtype)
+    scale = scale.repeat_interleave(image_offsets.diff(), 0, output_size=len(h))[:, None, None]
+    return grn(h, scale, beta)
 
 
 def grn_scale(squares: Tensor, gamma: Tensor) -> Tensor:
-    """Global response normalisation's factor 1 + gamma * N (ConvNeXt V2, section 3.2) from the sums of squares.
+    """Global response normalisation's factor 1 + gamma * N (ConvNeXt V2, section 3.2).
 
-    squares [..., H]: each channel's sum of squares over the positions that are pooled; gamma [H].
+    squares [..., H]: each channel's sum of squares over the positions that are pooled. gamma [H].
     """
     nonzero = squares != 0  # the norm's gradient at zero is taken as zero
     response = torch.where(nonzero, squares, 1).sqrt() * nonzero
-    return 1 + gamma * response / (response.mean(-1, keepdim=True) + GRN_EPS)
+    return 1 + gamma * response / (response.mean(-1, keepdim=True) + EPS)
+
+
+def grn(h: Tensor, scale: Tensor, beta: Tensor | None) -> Tensor:
+    """h * scale + beta, of h's dtype; the scale is broadcast over the positions that it was pooled over."""
+    scale = scale.to(h.dtype)
+    return h * scale if beta is None else torch.addcmul(beta.to(h.dtype), h, scale)
 
 
 def accumulator(x: Tensor) -> torch.dtype:

@@ -1,0 +1,55 @@
+"""Whether the tensors given to an op are what it takes. Every function raises ValueError where they are not."""
+
+import torch
+from torch import Tensor
+
+from sparse_fcmae import kernels
+from sparse_fcmae.kernels.constants import HALO, SIDES, WINDOW
+
+
+def check_features(x: Tensor) -> None:
+    """x is [T, S, S, C], of a dtype that the kernels for its device take."""
+    if x.dim() != 4 or x.shape[1] != x.shape[2] or x.shape[1] not in SIDES:
+        raise ValueError(f"x must be [T, S, S, C] with S one of {', '.join(map(str, SIDES))}, not {tuple(x.shape)}")
+
+
+def check_row(name: str, row: Tensor | None, x: Tensor) -> None:
+    """row is [C], on x's device, or None."""
+    if row is None:
+        return
+    if row.device != x.device:
+        raise ValueError(f"{name} must be on {x.device}, not {row.device}")
+    if row.shape != x.shape[-1:]:
+        raise ValueError(f"{name} must be [{x.shape[-1]}], not {tuple(row.shape)}")
+
+
+def check_depthwise_weight(weight: Tensor, x: Tensor) -> None:
+    """weight is [C, 1, 7, 7], on x's device."""
+    if weight.device != x.device:
+        raise ValueError(f"weight must be on {x.device}, not {weight.device}")
+    if weight.shape != (x.shape[3], 1, WINDOW, WINDOW):
+        raise ValueError(f"weight must be [{x.shape[3]}, 1, 7, 7], not {tuple(weight.shape)}")
+
+
+def check_patch_map(x: Tensor, patch_to_row: Tensor, row_to_patch: Tensor, image_offsets: Tensor | None = None) -> None:
+    """The maps describe the mask of the patches x, and the offsets, if given, do not divide an image's patches.
+
+    On a GPU shapes and dtypes alone are checked, as the host would have to wait for the values.
+    """
+    if patch_to_row.device != x.device or patch_to_row.dtype != torch.int32 or patch_to_row.dim() != 3:
+        raise ValueError(f"patch_to_row must be int32 [B, rows + 6, cols + 6] on {x.device}")
+    if min(patch_to_row.shape[1:]) < 2 * HALO:
+        raise ValueError(f"patch_to_row must be [B, rows + 6, cols + 6], not {tuple(patch_to_row.shape)}")
+    if row_to_patch.device != x.device or row_to_patch.dtype != torch.int64 or row_to_patch.shape != x.shape[:1]:
+        raise ValueError(f"row_to_patch must be int64 [{x.shape[0]}] on {x.device}")
+    if not kernels.load("mask_checks", x.device).one_mask(patch_to_row, row_to_patch, image_offsets):
+        raise ValueError("patch_to_row, row_to_patch and image_offsets are not of one mask")
+
+
+def check_image_offsets(x: Tensor, image_offsets: Tensor) -> None:
+    """The offsets ascend from 0 to the number of patches x. On a GPU their values are not looked at."""
+    on_device = image_offsets.device == x.device
+    if not on_device or image_offsets.dtype != torch.int64 or image_offsets.dim() != 1 or not len(image_offsets):
+        raise ValueError(f"image_offsets must be int64 [B + 1] on {x.device}")
+    if not kernels.load("mask_checks", x.device).ascending(image_offsets, len(x)):
+        raise ValueError(f"image_offsets must ascend from 0 to {len(x)}")
