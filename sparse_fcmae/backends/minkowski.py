@@ -1,7 +1,7 @@
 """`minkowski`: the convolutions by MinkowskiEngine, which the official pretraining code uses, to compare with.
 
-All else is as in `torch`. MinkowskiEngine finds the neighbours of a position by hashing; its positions are given to it
-in the order of the blocks, so that nothing has to be put in order between its convolutions.
+All else is as in `torch`. MinkowskiEngine finds the neighbours of a position by hashing. It is given its positions in
+the order of the blocks, so that nothing has to be put in order between its convolutions.
 """
 
 import collections
@@ -15,26 +15,24 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from sparse_fcmae.backends.blocks import TorchLayout
-from sparse_fcmae.files import one_line
+from sparse_fcmae.backends.plain_torch import TorchPatches
+from sparse_fcmae.kernels.constants import SIDES
+from sparse_fcmae.runtime.files import one_line
 
-SIDES = (8, 4, 2, 1)  # positions along a patch in the four stages
 
-
-class MinkowskiLayout(TorchLayout):
-    """Features are [T, S, S, C] as in `torch`, and to MinkowskiEngine the list of their T * S * S positions."""
+class MinkowskiPatches(TorchPatches):
+    """Features are [T, P, P, C] as in `torch`, and to MinkowskiEngine the list of their T * P * P positions."""
 
     name = "minkowski"
     compilable = False
+    dense_backend = "masked"  # as in the official code, whose decoder is dense
 
-    def __init__(self, mask: Tensor, kept: int | None = None) -> None:
-        super().__init__(mask, kept)
+    def __init__(self, mask: Tensor, num_visible: int | None = None) -> None:
+        super().__init__(mask, num_visible)
         self.manager, self.keys = None, {}
-        if not len(self.visible.index):  # MinkowskiEngine crashes on a list without positions
+        if not len(self.map.row_to_patch):  # MinkowskiEngine crashes on a list without positions
             return
-        rows, cols = mask.shape[1:]
-        index, device = self.visible.index, mask.device
-        corners = torch.stack([self.visible.image, index // cols % rows, index % cols], 1)
+        corners, device = torch.stack(self.map.coordinates, 1), mask.device
         self.manager = engine().CoordinateManager(D=2, coordinate_map_type=_map_type(device))
         for side in SIDES:
             within = torch.cartesian_prod(*map(torch.arange, (1, side, side))).to(device)
@@ -46,7 +44,7 @@ class MinkowskiLayout(TorchLayout):
     @staticmethod
     def unusable(device: torch.device, dtype: torch.dtype = torch.float32) -> str | None:
         if not importlib.util.find_spec("MinkowskiEngine"):
-            return "MinkowskiEngine is not installed: make minkowski, or see sparse-fcmae[minkowski] in the README"
+            return "MinkowskiEngine is not installed: see docs/benchmarks.md for `make minkowski`"
         try:
             on_gpus = engine().is_cuda_available()
         except Exception as error:  # built for another torch, or without a library that it needs
@@ -54,14 +52,14 @@ class MinkowskiLayout(TorchLayout):
         if device.type != "cpu" and not (device.type == "cuda" and on_gpus):
             return f"this MinkowskiEngine was built without {device.type}"
         if dtype not in (torch.float32, torch.float64):
-            return f"MinkowskiEngine computes in fp32, not in {str(dtype).removeprefix('torch.')}: give --dtype fp32"
+            return f"MinkowskiEngine computes in fp32, not in {str(dtype).removeprefix('torch.')}: give `dtype=fp32`"
         return None
-
-    def tile_conv(self, x: Tensor, conv: nn.Conv2d) -> Tensor:
-        return self._convolve(x, conv, x.shape[1] // conv.stride[0]) if self.manager else super().tile_conv(x, conv)
 
     def dwconv(self, x: Tensor, conv: nn.Conv2d) -> Tensor:
         return self._convolve(x, conv, x.shape[1]) if self.manager else super().dwconv(x, conv)
+
+    def tile_conv(self, x: Tensor, conv: nn.Conv2d) -> Tensor:
+        return self._convolve(x, conv, x.shape[1] // conv.stride[0]) if self.manager else super().tile_conv(x, conv)
 
     def _convolve(self, x: Tensor, conv: nn.Conv2d, side: int) -> Tensor:
         shape = (len(x), side, side, conv.out_channels)

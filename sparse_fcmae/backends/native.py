@@ -1,0 +1,50 @@
+"""`native`: the visible patches as blocks [T, P, P, C], by this package's own kernels: C++ on CPUs, Triton on GPUs."""
+
+import torch
+from torch import Tensor, nn
+
+from sparse_fcmae import kernels, ops
+from sparse_fcmae.backends.patches import product_dtype
+from sparse_fcmae.backends.plain_torch import TorchPatches, conv_of_windows
+from sparse_fcmae.kernels.constants import EPS
+
+
+class NativePatches(TorchPatches):
+    """As `torch`, with the ops in place of their references, and a whole block as one op."""
+
+    name = "native"
+
+    @staticmethod
+    def unusable(device: torch.device, dtype: torch.dtype = torch.float32) -> str | None:
+        return kernels.unusable(device) or kernels.unfit(device, dtype)
+
+    def stem(self, images: Tensor, conv: nn.Conv2d, norm: nn.LayerNorm) -> Tensor:
+        if not is_plain(norm):
+            return super().stem(images, conv, norm)
+        return ops.layer_norm(self.embed(images, conv), norm.weight, norm.bias, dtype=norm.weight.dtype)
+
+    def downsample(self, x: Tensor, norm: nn.LayerNorm, conv: nn.Conv2d) -> Tensor:
+        if not is_plain(norm):
+            return super().downsample(x, norm, conv)
+        windows = ops.layer_norm(x, norm.weight, norm.bias, tile=conv.kernel_size[0], dtype=product_dtype(conv))
+        return conv_of_windows(windows, conv).to(conv.weight.dtype)
+
+    def dwconv(self, x: Tensor, conv: nn.Conv2d) -> Tensor:
+        return ops.block_dwconv(x, conv.weight, conv.bias, self.map.patch_to_row, self.map.row_to_patch)
+
+    def gelu_grn(self, x: Tensor, gamma: Tensor, beta: Tensor, scope: str) -> Tensor:
+        return ops.gelu_grn(x, gamma.flatten(), self.map.pooled(scope), beta.flatten())
+
+    def fuses(self, *layers: nn.Module) -> bool:
+        return all(is_plain(layer) for layer in layers)
+
+    def fused_block(self, x: Tensor, parameters: list[Tensor], scope: str) -> Tensor:
+        maps = (self.map.patch_to_row, self.map.row_to_patch, self.map.pooled(scope))
+        return ops.convnext_block(x, parameters, *maps)
+
+
+def is_plain(layer: nn.Module) -> bool:
+    """Whether a kernel may read the layer's parameters in its stead: not replaced, not hooked, of the usual epsilon."""
+    hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
+    known = type(layer) in (nn.Conv2d, nn.Linear) or (type(layer) is nn.LayerNorm and layer.eps == EPS)
+    return known and not any(hooks)

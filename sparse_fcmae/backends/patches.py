@@ -1,0 +1,76 @@
+"""What a backend is: how it holds the features of a batch's visible patches, and what it does with them."""
+
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+
+class Patches(ABC):
+    """The visible patches of one batch: B images, each over a grid of rows x cols patches.
+
+    The layers of the network call these methods with their features [..., C]. What `...` is, each backend decides. The
+    features of a patch are P x P positions, with P = 8, 4, 2, 1 in the four stages.
+    """
+
+    name: ClassVar[str]
+    compilable: ClassVar[bool] = True  # by torch.compile, and captured by CUDA graphs
+    dense_backend: ClassVar[str | None] = None  # that runs layers which are dense by design, if not this one
+
+    def __init__(self, mask: Tensor, num_visible: int | None = None) -> None:
+        """mask: bool [B, rows, cols], True = masked. num_visible: patches of every image, where that is known."""
+        self.mask, self.num_visible = mask, num_visible
+
+    @staticmethod
+    def unusable(device: torch.device, dtype: torch.dtype = torch.float32) -> str | None:
+        """Why this backend can't run features of a dtype on a device, in one line; None where it can."""
+        return None
+
+    def of_images(self, count: int) -> "Patches":
+        """The patches of so many images, in a batch of which nothing is masked, so that all images look alike."""
+        return type(self)(self.mask[:count], self.num_visible)
+
+    @abstractmethod
+    def stem(self, images: Tensor, conv: nn.Conv2d, norm: nn.LayerNorm) -> Tensor:
+        """norm(conv(images)) at the visible positions: [B, C, H, W] -> features of the first stage.
+
+        The convolution's stride is its kernel size, so its windows tile the patches. The features have the dtype of the
+        parameters.
+        """
+
+    @abstractmethod
+    def downsample(self, x: Tensor, norm: nn.LayerNorm, conv: nn.Conv2d) -> Tensor:
+        """conv(norm(x)): features of one stage -> features of the next. Stride and dtype are as in `stem`."""
+
+    @abstractmethod
+    def dwconv(self, x: Tensor, conv: nn.Conv2d) -> Tensor:
+        """Submanifold 7x7 depthwise convolution: masked positions count as zeros, and have no output."""
+
+    @abstractmethod
+    def gelu_grn(self, x: Tensor, gamma: Tensor, beta: Tensor, scope: str) -> Tensor:
+        """GRN(GELU(x)), pooled over the visible positions of each "image", or of the whole "batch"."""
+
+    @abstractmethod
+    def gather(self, x: Tensor) -> Tensor:
+        """[B, C, rows, cols] -> features [..., C] of the visible patches, one position a patch."""
+
+    @abstractmethod
+    def scatter(self, x: Tensor) -> Tensor:
+        """Features of one position a patch -> [B, C, rows, cols], zeros where masked."""
+
+    def fuses(self, *layers: nn.Module) -> bool:
+        """Whether a block of these layers runs as one op, `fused_block`."""
+        return False
+
+    def fused_block(self, x: Tensor, parameters: list[Tensor], scope: str) -> Tensor:
+        """A whole block as one op, given its ten parameters in the official order."""
+        raise NotImplementedError(f"the backend {self.name} runs a block layer by layer")
+
+
+def product_dtype(module: nn.Module) -> torch.dtype:
+    """The dtype of a module's matrix products: autocast's where that is on, else its parameters'."""
+    weight = next(module.parameters())
+    if torch.is_autocast_enabled(weight.device.type):
+        return torch.get_autocast_dtype(weight.device.type)
+    return weight.dtype
