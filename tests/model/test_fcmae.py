@@ -4,7 +4,7 @@ import torch
 from helpers import randomise
 
 from sparse_fcmae import UserError, create_fcmae
-from sparse_fcmae.fcmae import patchify, unpatchify
+from sparse_fcmae.model.fcmae import patchify, unpatchify
 
 
 def test_output_and_official_keys():
@@ -77,11 +77,12 @@ def test_whole_image_hidden_and_whole_image_visible():
     [
         ({"mask_ratio": 1.0}, "keeps no patch"),
         ({"mask_ratio": 0.0}, "masks no patch"),
-        ({"mask_patch_size": 48}, "--mask-patch-size 48 must be a multiple"),
+        ({"mask_patch_size": 48}, "`mask_patch_size` 48 must be a multiple"),
         ({"mask_patch_size": 96}, "divides the image"),
-        ({"mask_grid": 3}, "--mask-grid 3 does not divide"),
+        ({"mask_patch_size": 16}, "or `stem_stride=2`, whose patch has 16 pixels"),
+        ({"mask_grid": 3}, "`mask_grid` 3 does not divide"),
         ({"mask_grid": 2, "mask_patch_size": 64}, "exclude each other"),
-        ({"decoder_depth": 0}, "--decoder-depth"),
+        ({"decoder_depth": 0}, "`decoder_depth`"),
     ],
 )
 def test_wrong_options(options, message):

@@ -5,7 +5,7 @@ from helpers import dense_encoder, masks, randomise, relative_error
 
 from sparse_fcmae import UserError, create_classifier
 from sparse_fcmae.backends import BACKENDS, resolve_backend
-from sparse_fcmae.encoder import Block
+from sparse_fcmae.model.convnext import Block, stochastic_depth
 
 USABLE = [name for name in BACKENDS if not BACKENDS[name].unusable(torch.device("cpu"))]
 
@@ -34,10 +34,11 @@ def test_logits_and_every_gradient_against_the_papers_definition(backend, option
 @pytest.mark.parametrize("backend", USABLE)
 def test_drop_path_skips_images_and_scales_the_others(backend):
     block = randomise(Block(40))
-    layout = resolve_backend(backend, "cpu")(torch.zeros(8, 1, 2, dtype=torch.bool), 2)
-    x = layout.enter(torch.randn(8, 40, 4, 8)).requires_grad_()
+    block.drop_path = 0.4
+    patches = resolve_backend(backend, "cpu")(torch.zeros(8, 1, 2, dtype=torch.bool), 2)
+    x = patches.gather(torch.randn(8, 40, 1, 2)).requires_grad_()
     torch.manual_seed(3)
-    out = layout.drop_path(x, block, 0.4)
+    out = stochastic_depth(block, x, patches)
     torch.manual_seed(3)
     passes = torch.rand(8) >= 0.4
     assert 0 < passes.sum() < 8
@@ -46,7 +47,7 @@ def test_drop_path_skips_images_and_scales_the_others(backend):
 
     x.grad = None
     block.zero_grad()
-    rows = layout.block(x, block).unflatten(0, (8, -1)) - x.unflatten(0, (8, -1))
+    rows = block(x, patches).unflatten(0, (8, -1)) - x.unflatten(0, (8, -1))
     weight = (passes / 0.6).view(8, *[1] * (rows.dim() - 1))
     expected = x + (weight * rows).flatten(0, 1)
     expected.square().sum().backward()
@@ -57,12 +58,13 @@ def test_drop_path_skips_images_and_scales_the_others(backend):
 
 def test_drop_path_of_everything_leaves_gradients_of_zeros():
     block = randomise(Block(40))
-    layout = resolve_backend("auto", "cpu")(torch.zeros(1, 1, 1, dtype=torch.bool), 1)
-    x = layout.enter(torch.randn(1, 40, 8, 8)).requires_grad_()
+    patches = resolve_backend("auto", "cpu")(torch.zeros(1, 1, 1, dtype=torch.bool), 1)
+    block.drop_path = 0.9
+    x = patches.gather(torch.randn(1, 40, 1, 1)).requires_grad_()
     torch.manual_seed(0)
     assert torch.rand(1) < 0.9
     torch.manual_seed(0)
-    out = layout.drop_path(x, block, 0.9)
+    out = stochastic_depth(block, x, patches)
     out.sum().backward()
     assert torch.equal(out, x)
     assert all((p.grad == 0).all() for p in block.parameters())

@@ -1,13 +1,14 @@
 """Dense ConvNeXt V2 with a classification head, on the encoder's modules and kernels.
 
-ConvNeXt V2 (Woo et al., 2023), section 4 and appendix A. State-dict keys are the official ones.
+ConvNeXt V2 (Woo et al., 2023), section 4 and appendix A. The state dict has the official names.
 """
 
 import torch
 from torch import Tensor, nn
 
-from sparse_fcmae.encoder import SparseEncoder, init_weights
-from sparse_fcmae.errors import UserError
+from sparse_fcmae.kernels.constants import EPS
+from sparse_fcmae.model.convnext import SparseEncoder, init_weights
+from sparse_fcmae.runtime.errors import UserError
 
 HEAD_INIT = 0.001  # scale of a new head's weights, so that the first steps hardly move what was pretrained
 
@@ -15,8 +16,8 @@ HEAD_INIT = 0.001  # scale of a new head's weights, so that the first steps hard
 class Classifier(SparseEncoder):
     """The encoder without a mask, mean over positions, LayerNorm, linear head.
 
-    num_classes: outputs. drop_path: probability with which an image skips the last block in training, rising from 0 in
-    the first; what is skipped is not computed. The other arguments are `SparseEncoder`'s.
+    num_classes: outputs. drop_path: the probability with which an image skips the last block in training; it rises
+    linearly from 0 in the first block. What is skipped is not computed. The other arguments are `SparseEncoder`'s.
     """
 
     def __init__(self, name: str, *, num_classes: int = 1000, drop_path: float = 0.0, **encoder_options) -> None:
@@ -24,9 +25,9 @@ class Classifier(SparseEncoder):
         if num_classes < 1:
             raise UserError(f"{num_classes} classes: there must be at least 1")
         if not 0 <= drop_path < 1:
-            raise UserError(f"--drop-path {drop_path} must be 0 or more and less than 1")
+            raise UserError(f"`drop_path` {drop_path} must be 0 or more and less than 1")
         self.num_classes = num_classes
-        self.norm = nn.LayerNorm(self.num_features, eps=1e-6)
+        self.norm = nn.LayerNorm(self.num_features, eps=EPS)
         self.head = nn.Linear(self.num_features, num_classes)
         blocks = [block for stage in self.stages for block in stage]
         for i, block in enumerate(blocks):
@@ -41,17 +42,29 @@ class Classifier(SparseEncoder):
 
     def forward(self, images: Tensor) -> Tensor:
         """images [B, C, H, W] -> logits [B, num_classes]. Raises UserError for images of another shape."""
-        return self.head(self.norm(super().forward(images).mean((2, 3))))
+        features = super().forward(images)
+        return self.head(self.norm(features.mean((2, 3))))
 
 
 def create_classifier(
     name: str,
     *,
     num_classes: int = 1000,
+    image_size: int | tuple[int, int] = 224,
     in_chans: int = 3,
     drop_path: float = 0.0,
     backend: str = "auto",
-    **options,
+    stem_stride: int = 4,
+    grn_scope: str = "image",
 ) -> Classifier:
-    """A `Classifier` with new weights; options are its further arguments."""
-    return Classifier(name, num_classes=num_classes, in_chans=in_chans, drop_path=drop_path, backend=backend, **options)
+    """A `Classifier` with new weights."""
+    return Classifier(
+        name,
+        num_classes=num_classes,
+        image_size=image_size,
+        in_chans=in_chans,
+        drop_path=drop_path,
+        backend=backend,
+        stem_stride=stem_stride,
+        grn_scope=grn_scope,
+    )

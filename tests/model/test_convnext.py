@@ -5,7 +5,7 @@ from helpers import dense_encoder, masks, randomise, relative_error
 
 from sparse_fcmae import UserError, available_backends, create_encoder, create_fcmae, random_mask
 from sparse_fcmae.backends import minkowski
-from sparse_fcmae.encoder import SIZES
+from sparse_fcmae.model.convnext import SIZES
 
 MINKOWSKI = available_backends("cpu")["minkowski"] is None
 BACKENDS = ("native", "torch", "masked", *["minkowski"] * MINKOWSKI)
@@ -166,10 +166,10 @@ def test_one_state_dict_in_the_official_layout():
         ({"name": "gigantic"}, "unknown model 'gigantic'"),
         ({"image_size": 100}, "100x100 is not a multiple of the 32-pixel patch"),
         ({"image_size": (64, 0)}, "not a multiple"),
-        ({"stem_stride": 3}, "stem stride 3"),
-        ({"grn_scope": "pixel"}, "GRN scope 'pixel'"),
+        ({"stem_stride": 3}, "`stem_stride` 3"),
+        ({"grn_scope": "pixel"}, "`grn_scope` 'pixel'"),
         ({"backend": "cuda"}, "unknown backend 'cuda'"),
-        ({"in_chans": 0}, "0 input channels"),
+        ({"in_chans": 0}, "`in_chans` 0"),
     ],
 )
 def test_wrong_options(arguments, message):
@@ -191,13 +191,13 @@ def test_wrong_inputs():
 def test_known_number_of_kept_patches_changes_nothing(backend):
     images, mask = torch.randn(2, 3, 64, 96), random_mask(2, (2, 3), 0.5)
     encoder = randomise(create_encoder("atto", backend=backend))
-    assert same(encoder(images, mask, kept=3), encoder(images, mask), backend)
+    assert same(encoder(images, mask, num_visible=3), encoder(images, mask), backend)
     assert relative_error(encoder(images), encoder(images, torch.zeros_like(mask))) < 1e-6
 
 
 def backpropagate(run, encoder, images, mask):
     encoder.zero_grad()
-    features = run(images, mask, kept=2)
+    features = run(images, mask, num_visible=2)
     features.square().sum().backward()
     return features, gradients(encoder)
 
@@ -212,7 +212,7 @@ def test_compiles_whole(backend, compiler):
     assert all(relative_error(found[name], expected[name]) < 1e-4 for name in expected)
     if compiler == "eager":  # as quick to compile again
         other = random_mask(2, (2, 2), 0.25)
-        assert relative_error(compiled(images, other, kept=3), encoder(images, other)) < 1e-5
+        assert relative_error(compiled(images, other, num_visible=3), encoder(images, other)) < 1e-5
 
 
 def test_available_backends():

@@ -12,13 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from sparse_fcmae.classifier import Classifier
-from sparse_fcmae.encoder import SIZES, Block
-from sparse_fcmae.errors import UserError
-from sparse_fcmae.masking import kept_patches
+from sparse_fcmae.kernels.constants import HALO, SIDES, WINDOW
+from sparse_fcmae.model.classifier import Classifier
+from sparse_fcmae.model.convnext import SIZES, Block
+from sparse_fcmae.model.masking import num_visible_patches
+from sparse_fcmae.runtime.errors import UserError
 
-KERNEL, REACH = 7, 3  # of the depthwise convolution; how far it looks to either side
-SIDES = (8, 4, 2, 1)  # positions along a patch in the four stages
 CLASSES = 1000  # of ImageNet-1K, as the published figures have them
 Product = tuple[int, int, int]  # positions along a patch, channels in, channels out
 
@@ -72,14 +71,14 @@ def count(
     patches = rows * cols
     if mask is not None and tuple(mask.shape[1:]) != grid:
         raise UserError(f"the mask is of {mask.shape[1]}x{mask.shape[2]} patches, the images of {rows}x{cols}")
-    visible = (~mask).sum().item() / len(mask) if mask is not None else kept(grid, mask_ratio)
+    visible = (~mask).sum().item() / len(mask) if mask is not None else visible_patches(grid, mask_ratio)
 
     parts = {}
     depths, dims = SIZES[name]
     for i, (side, depth, dim) in enumerate(zip(SIDES, depths, dims, strict=True)):
         stem, *blocks = stage_products(name, i, in_chans, stem_stride)
         taps = visible_taps(mask, side) if mask is not None else expected_taps(grid, int(visible), side)
-        convolved = (depth * dim * KERNEL**2 * side**2 * patches, depth * dim * taps)
+        convolved = (depth * dim * WINDOW**2 * side**2 * patches, depth * dim * taps)
         down, inside = model.downsample_layers[i], parameters(model.stages[i])
         if i == 0:
             parts["stem"] = Part(parameters(down), macs([stem], patches), macs([stem], visible))
@@ -93,15 +92,15 @@ def count(
     whole = together((parts["encoder"], parts["head"]))
     parts["classifier"] = Part(whole.parameters, whole.dense, whole.dense)
     products = decoder_products(name, decoder_dim, decoder_depth, in_chans, stem_stride)
-    cost = macs(products, patches) + decoder_depth * KERNEL**2 * decoder_dim * patches
+    cost = macs(products, patches) + decoder_depth * WINDOW**2 * decoder_dim * patches
     around = sum(outputs * (inputs + 1) for _, inputs, outputs in (products[0], products[-1])) + decoder_dim
     parts["decoder"] = Part(around + decoder_depth * parameters(block), cost, cost)
     return parts
 
 
-def kept(grid: tuple[int, int], ratio: float) -> int:
-    """How many patches of a grid a random mask of a ratio keeps; for a ratio of 0 all."""
-    return kept_patches(grid, ratio) if ratio else grid[0] * grid[1]
+def visible_patches(grid: tuple[int, int], ratio: float) -> int:
+    """How many patches of a grid a random mask of a ratio leaves visible; for a ratio of 0 all."""
+    return num_visible_patches(grid, ratio) if ratio else grid[0] * grid[1]
 
 
 def stage_products(name: str, stage: int, in_chans: int = 3, stem_stride: int = 4) -> list[Product]:
@@ -128,15 +127,15 @@ def macs(products: Iterable[Product], patches: float) -> float:
 def visible_taps(mask: Tensor, side: int) -> float:
     """How many taps of a 7x7 window around each visible position are visible, in all, per image; mask as in `count`."""
     seen = (~mask).repeat_interleave(side, 1).repeat_interleave(side, 2)[:, None].double()
-    window = torch.ones(1, 1, KERNEL, KERNEL, dtype=torch.double, device=mask.device)
-    return (F.conv2d(seen, window, padding=REACH) * seen).sum().item() / len(mask)
+    window = torch.ones(1, 1, WINDOW, WINDOW, dtype=torch.double, device=mask.device)
+    return (F.conv2d(seen, window, padding=HALO) * seen).sum().item() / len(mask)
 
 
 def expected_taps(grid: tuple[int, int], visible: int, side: int) -> float:
     """The mean of `visible_taps` over all masks that keep `visible` patches of a grid.
 
     Two positions of one patch are visible together in a share K / L of the masks, those of two patches in a share
-    K (K - 1) / (L (L - 1)).
+    K (K - 1) / (L (L - 1)), where K of L patches are visible.
     """
     patches = grid[0] * grid[1]
     within = patches * pairs(side) ** 2
@@ -147,7 +146,7 @@ def expected_taps(grid: tuple[int, int], visible: int, side: int) -> float:
 
 def pairs(length: int) -> int:
     """How many ordered pairs of positions on a line of some length are within a window's reach of each other."""
-    return sum(max(0, length - abs(distance)) for distance in range(-REACH, REACH + 1))
+    return sum(max(0, length - abs(distance)) for distance in range(-HALO, HALO + 1))
 
 
 def parameters(module: nn.Module) -> int:

@@ -1,0 +1,235 @@
+"""ConvNeXt V2 over the visible patches of images: one set of modules for masked and unmasked images.
+
+Sizes and block: ConvNeXt V2 (Woo et al., 2023), sections 3.1 and 3.2 and appendix A. The state dict has the official
+names and the dense shapes.
+"""
+
+from copy import copy
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from sparse_fcmae.backends import check_backend, resolve_backend
+from sparse_fcmae.backends.patches import Patches, product_dtype
+from sparse_fcmae.kernels.constants import EPS, SIDES
+from sparse_fcmae.runtime.errors import UserError
+
+SIZES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {  # name: depths, widths
+    "atto": ((2, 2, 6, 2), (40, 80, 160, 320)),
+    "femto": ((2, 2, 6, 2), (48, 96, 192, 384)),
+    "pico": ((2, 2, 6, 2), (64, 128, 256, 512)),
+    "nano": ((2, 2, 8, 2), (80, 160, 320, 640)),
+    "tiny": ((3, 3, 9, 3), (96, 192, 384, 768)),
+    "base": ((3, 3, 27, 3), (128, 256, 512, 1024)),
+    "large": ((3, 3, 27, 3), (192, 384, 768, 1536)),
+    "huge": ((3, 3, 27, 3), (352, 704, 1408, 2816)),
+}
+
+
+class GRN(nn.Module):
+    """The parameters of global response normalisation over `dim` channels."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.zeros(1, 1, 1, dim))
+        self.beta = nn.Parameter(torch.zeros(1, 1, 1, dim))
+
+
+class Block(nn.Module):
+    """ConvNeXt V2 block: x + pwconv2(GRN(GELU(pwconv1(LN(dwconv7x7(x)))))).
+
+    With h = GELU(pwconv1(...)) and G_c the norm of h_c over the visible positions of an image, GRN(h) is
+    h * (1 + gamma * G / (mean of G + eps)) + beta. Only dwconv7x7 looks at other positions, and only at visible ones.
+    """
+
+    def __init__(self, dim: int, grn_scope: str = "image") -> None:
+        super().__init__()
+        self.dwconv = nn.Conv2d(dim, dim, kernel_size=7, padding=3, groups=dim)
+        self.norm = nn.LayerNorm(dim, eps=EPS)
+        self.pwconv1 = nn.Linear(dim, 4 * dim)
+        self.grn = GRN(4 * dim)
+        self.pwconv2 = nn.Linear(4 * dim, dim)
+        self.grn_scope = grn_scope
+        self.drop_path = 0.0  # the probability with which an image skips this block in training
+
+    def forward(self, x: Tensor, patches: Patches) -> Tensor:
+        """Features [..., dim] of the patches -> features of the same shape and dtype."""
+        if patches.fuses(self.dwconv, self.norm, self.pwconv1, self.pwconv2):
+            return patches.fused_block(x, self.ten_parameters(), self.grn_scope)
+        y = patches.dwconv(x, self.dwconv)
+        y = self.norm(y)
+        y = self.pwconv1(y)
+        y = patches.gelu_grn(y, self.grn.gamma, self.grn.beta, self.grn_scope)
+        y = self.pwconv2(y)
+        return x + y
+
+    def ten_parameters(self) -> list[Tensor]:
+        """All parameters in the official order, as `ops.convnext_block` takes them."""
+        return [
+            self.dwconv.weight,
+            self.dwconv.bias,
+            self.norm.weight,
+            self.norm.bias,
+            self.pwconv1.weight,
+            self.pwconv1.bias,
+            self.grn.gamma,
+            self.grn.beta,
+            self.pwconv2.weight,
+            self.pwconv2.bias,
+        ]
+
+
+class SparseEncoder(nn.Module):
+    """ConvNeXt V2's encoder, computed at the visible patches only.
+
+    name: one of SIZES. image_size: pixels, (height, width) or one number for both, multiples of the patch; `forward`
+    takes other multiples too. in_chans: channels of the images. stem_stride: 4, 2 or 1; the patch is 8 times that.
+    grn_scope: "image", or "batch" for the pooling over the whole batch of the public code. backend: see
+    `available_backends`. Raises UserError for a wrong name, size or option.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        image_size: int | tuple[int, int] = 224,
+        in_chans: int = 3,
+        backend: str = "auto",
+        stem_stride: int = 4,
+        grn_scope: str = "image",
+    ) -> None:
+        super().__init__()
+        if name not in SIZES:
+            raise UserError(f"unknown model {name!r}: choose one of {', '.join(SIZES)}")
+        if stem_stride not in (4, 2, 1):
+            raise UserError(f"`stem_stride` {stem_stride} is not supported: choose 4, 2 or 1")
+        if grn_scope not in ("image", "batch"):
+            raise UserError(f"`grn_scope` {grn_scope!r} is unknown: choose image or batch")
+        if in_chans < 1:
+            raise UserError(f"`in_chans` {in_chans} must be at least 1")
+        check_backend(backend)
+        self.name, self.in_chans, self.backend = name, in_chans, backend
+        self.stem_stride, self.grn_scope = stem_stride, grn_scope
+        self.patch_size = SIDES[0] * stem_stride
+        self.image_size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+        self.grid(*self.image_size)
+
+        depths, dims = SIZES[name]
+        self.num_features = dims[-1]
+        stem = nn.Sequential(nn.Conv2d(in_chans, dims[0], stem_stride, stem_stride), nn.LayerNorm(dims[0], eps=EPS))
+        downs = [nn.Sequential(nn.LayerNorm(dim, eps=EPS), nn.Conv2d(dim, out, 2, 2)) for dim, out in pairwise(dims)]
+        self.downsample_layers = nn.ModuleList([stem, *downs])
+        self.stages = nn.ModuleList(
+            nn.Sequential(*(Block(dim, grn_scope) for _ in range(depth)))
+            for depth, dim in zip(depths, dims, strict=True)
+        )
+        self.apply(init_weights)
+
+    def forward(self, images: Tensor, mask: Tensor | None = None, num_visible: int | None = None) -> Tensor:
+        """The last stage's features, [B, D, H/P, W/P], zeros where masked.
+
+        images: floating [B, C, H, W]. mask: bool [B, H/P, W/P], True = masked, or None for no mask. num_visible: how
+        many patches of every image are visible, where all masks have equally many, as those of `random_mask` have. The
+        host then never waits for a GPU, and the whole can be compiled and captured in a CUDA graph. A wrong number is a
+        RuntimeError; on a GPU it is a failed assertion of the device, which the process can't use any more.
+
+        Honours autocast; the residual stream stays float32. Raises UserError for images or a mask of another shape.
+        """
+        patches = self._patches(images, mask, num_visible)
+        x = patches.stem(images, *self.downsample_layers[0])
+        x = run_blocks(self.stages[0], x, patches)
+        for downsample, stage in zip(self.downsample_layers[1:], self.stages[1:], strict=True):
+            x = patches.downsample(x, *downsample)
+            x = run_blocks(stage, x, patches)
+        return patches.scatter(x)
+
+    def with_backend(self, backend: str) -> "SparseEncoder":
+        """The same layers and parameters, not copies, run by another backend."""
+        check_backend(backend)
+        other = copy(self)
+        other.backend = backend
+        return other
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of patches of an image; UserError where its sides are not multiples of the patch."""
+        for side in (height, width):
+            if side < self.patch_size or side % self.patch_size:
+                raise UserError(
+                    f"`image_size` {height}x{width} is not a multiple of the {self.patch_size}-pixel patch: choose one "
+                    f"that is, such as {max(1, round(side / self.patch_size)) * self.patch_size}"
+                    + self.smaller_patch(height, width)
+                )
+        return height // self.patch_size, width // self.patch_size
+
+    def smaller_patch(self, *sides: int) -> str:
+        """Words to add to a refusal: the stem stride, if there is one, whose patch divides sides of so many pixels."""
+        for stride in (2, 1):
+            patch = SIDES[0] * stride
+            if stride < self.stem_stride and all(side >= patch and side % patch == 0 for side in sides):
+                return f", or `stem_stride={stride}`, whose patch has {patch} pixels"
+        return ""
+
+    def _patches(self, images: Tensor, mask: Tensor | None, num_visible: int | None) -> Patches:
+        """What the backend makes of the batch's mask."""
+        if images.dim() != 4 or images.shape[1] != self.in_chans:
+            raise UserError(f"images must be [B, {self.in_chans}, H, W], not {list(images.shape)}")
+        batch, (rows, cols) = images.shape[0], self.grid(*images.shape[2:])
+        if mask is None:
+            mask = torch.zeros(batch, rows, cols, dtype=torch.bool, device=images.device)
+            num_visible = rows * cols
+        if mask.shape != (batch, rows, cols) or mask.dtype != torch.bool:
+            raise UserError(f"the mask must be bool [{batch}, {rows}, {cols}], not {mask.dtype} {list(mask.shape)}")
+        backend = resolve_backend(self.backend, images.device.type, product_dtype(self))
+        return backend(mask.to(images.device), num_visible)
+
+
+def run_blocks(stage: nn.Sequential, x: Tensor, patches: Patches) -> Tensor:
+    """The blocks of a stage, one after the other; in training some images skip some of them."""
+    for block in stage:
+        x = stochastic_depth(block, x, patches) if block.training and block.drop_path else block(x, patches)
+    return x
+
+
+def stochastic_depth(block: Block, x: Tensor, patches: Patches) -> Tensor:
+    """The block for each image with probability 1 - block.drop_path; the other images skip it and cost nothing.
+
+    What the block adds is scaled so that its mean stays (Huang et al., 2016). For images of which nothing is masked.
+    """
+    batch, rate = len(patches.mask), block.drop_path
+    # drawn on the host, which has to know how many there are
+    images, scale = (torch.rand(batch) >= rate).nonzero()[:, 0], 1 / (1 - rate)
+    if not len(images):  # a gradient of zeros, not none, as processes that train together need
+        images, scale = torch.zeros(1, dtype=torch.long), 0.0
+    images = images.to(x.device, non_blocking=True)
+    of_image = x.unflatten(0, (batch, -1))
+    before = of_image[images].flatten(0, 1)
+    after = torch.lerp(before, block(before, patches.of_images(len(images))), scale)
+    return of_image.index_copy(0, images, after.unflatten(0, (len(images), -1))).flatten(0, 1)
+
+
+def init_weights(module: nn.Module) -> None:
+    """Truncated normal of standard deviation 0.02 for weights, zero for biases, as in the official code."""
+    if isinstance(module, nn.Conv2d | nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        nn.init.zeros_(module.bias)
+
+
+def create_encoder(
+    name: str,
+    *,
+    image_size: int | tuple[int, int] = 224,
+    in_chans: int = 3,
+    backend: str = "auto",
+    stem_stride: int = 4,
+    grn_scope: str = "image",
+) -> SparseEncoder:
+    """A `SparseEncoder` with new weights."""
+    return SparseEncoder(
+        name,
+        image_size=image_size,
+        in_chans=in_chans,
+        backend=backend,
+        stem_stride=stem_stride,
+        grn_scope=grn_scope,
+    )
