@@ -4,7 +4,8 @@ import torch
 from PIL import Image
 
 from sparse_fcmae import UserError
-from sparse_fcmae.labelled import ClassFolder, open_splits, outputs_of, wordnet_ids
+from sparse_fcmae.data.sources.class_folder import ClassFolder, open_held_out, open_splits
+from sparse_fcmae.data.splits import few_labels
 
 
 def make(root, **classes):
@@ -28,12 +29,12 @@ def test_labels_follow_the_sorted_folders(tmp_path):
 
 def test_few_labels_are_seeded_and_balanced(tmp_path):
     folder = ClassFolder(make(tmp_path, a=9, b=7))
-    few = folder.few(3, seed=1)
+    few = few_labels(folder, 3, seed=1)
     assert few.labels.bincount().tolist() == [3, 3]
-    assert few.files == folder.few(3, seed=1).files
-    assert few.files != folder.few(3, seed=2).files
-    with pytest.raises(UserError, match="--labels-per-class 8: b has 7 images"):
-        folder.few(8, seed=1)
+    assert few.files == few_labels(folder, 3, seed=1).files
+    assert few.files != few_labels(folder, 3, seed=2).files
+    with pytest.raises(UserError, match="`labels_per_class` 8: b has 7 images"):
+        few_labels(folder, 8, seed=1)
 
 
 def test_splits(tmp_path):
@@ -51,6 +52,15 @@ def test_splits(tmp_path):
     assert open_splits(tmp_path / "b", 0.2, 1)[1].files != val.files
 
 
+def test_images_to_evaluate_on(tmp_path):
+    assert len(open_held_out(make(tmp_path / "plain", x=4, y=4))) == 8
+    make(tmp_path / "split" / "train", x=2, y=2)
+    with pytest.raises(UserError, match="has no folder val or test: name a folder of classes"):
+        open_held_out(tmp_path / "split")
+    make(tmp_path / "split" / "test", x=1, y=2)
+    assert len(open_held_out(tmp_path / "split")) == 3
+
+
 def test_mistakes_in_folders_are_one_line(tmp_path):
     make(tmp_path / "one", x=2, y=2)
     make(tmp_path / "lacks" / "train", x=2, y=2)
@@ -60,8 +70,8 @@ def test_mistakes_in_folders_are_one_line(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "loose" / "z.png")
     for name, split, message in (
         ("missing", None, "no such folder"),
-        ("one", None, "has no folder train: make one, or hold images out with --val-split 0.1"),
-        ("one", 1.5, "must be between 0 and 1"),
+        ("one", None, "has no folder train: make one, or hold images out with `val_split=0.1`"),
+        ("one", 1.5, "`val_split` 1.5 leaves no image of x to train on"),
         ("one", 0.9, "leaves no image of x to train on"),
         ("lacks", 0.1, "has val already"),
         ("lacks", None, "class folder y of train is missing in val"),
@@ -70,28 +80,6 @@ def test_mistakes_in_folders_are_one_line(tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             open_splits(tmp_path / name, split, 0)
-
-
-def test_outputs_of_folders(tmp_path):
-    ids = wordnet_ids()
-    assert (len(ids), ids[0], ids[999]) == (1000, "n01440764", "n15075141")
-    assert list(ids) == sorted(ids)
-    some = ClassFolder(make(tmp_path / "r", **{ids[7]: 1, ids[300]: 1}))
-    assert outputs_of(some, 1000, None).tolist() == [7, 300]
-    assert outputs_of(some, 1000, ["tench, Tinca tinca", *(f"word {i}" for i in range(999))]).tolist() == [7, 300]
-    assert outputs_of(some, 3, ["a", ids[300], ids[7]]).tolist() == [2, 1]
-    assert outputs_of(some, 2, None).tolist() == [0, 1]
-    numbers = ClassFolder(make(tmp_path / "v2", **{"10": 1, "9": 1}))
-    assert outputs_of(numbers, 1000, None).tolist() == [10, 9]
-    for classes, names, message in (
-        (5, None, "has 2 class folders but the head 5 outputs"),
-        (2, ["a", "b"], f"class folder {ids[7]} is none of the head's 2 classes: a, b"),
-        (1000, [f"word {i}" for i in range(1000)], "is none of the head's 1000 classes: word 0, "),
-    ):
-        with pytest.raises(UserError, match=message):
-            outputs_of(some, classes, names)
-    with pytest.raises(UserError, match="class folder 10 is none"):
-        outputs_of(numbers, 11, [f"word {i}" for i in range(11)])
 
 
 def test_class_folder_of_every_image_is_its_own(pictures):

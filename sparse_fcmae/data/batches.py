@@ -1,0 +1,130 @@
+"""Which images a batch holds, and the processes that load them.
+
+Every sample is determined by (seed, epoch, index) alone. So a run gets the same batches with any number of processes,
+and goes on with them when it is resumed.
+"""
+
+import signal
+from collections.abc import Callable, Iterable, Iterator
+from typing import BinaryIO, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from sparse_fcmae.data.sources import ImageSource
+from sparse_fcmae.runtime.files import one_line
+from sparse_fcmae.runtime.streams import Stream, numpy_generator
+
+TRIES = 10  # images that are opened for one sample before it is given up
+
+
+class BadImage(NamedTuple):
+    """An image that could not be read: its name in the source, and the decoder's reason."""
+
+    name: str
+    reason: str
+
+
+class Sample(NamedTuple):
+    """pixels: uint8 [H, W, C], or None where no image could be read. index: of the image in its source. bad: the
+    unreadable images that were met on the way."""
+
+    pixels: Tensor | None
+    index: int
+    bad: list[BadImage]
+
+
+class Batch(NamedTuple):
+    """pixels: uint8 [B, H, W, C]. index: int64 [B], of the images in their source. bad: the unreadable images that were
+    met on the way."""
+
+    pixels: Tensor
+    index: Tensor
+    bad: list[BadImage]
+
+
+class TrainingImages(Dataset):
+    """Random views of a source's images, by keys (epoch, index).
+
+    Another random image takes the place of one that can't be read. Where TRIES images in a row can't be read, the
+    sample has no pixels.
+    """
+
+    def __init__(self, source: ImageSource, view: Callable[[BinaryIO, np.random.Generator], Tensor], seed: int) -> None:
+        self.source, self.view, self.seed = source, view, seed
+
+    def __getitem__(self, key: tuple[int, int]) -> Sample:
+        epoch, index = key
+        rng = numpy_generator(self.seed, Stream.CROPS, epoch, index)
+        bad = []
+        for _ in range(TRIES):
+            try:
+                with self.source.open(index) as file:
+                    return Sample(self.view(file, rng), index, bad)
+            except Exception as error:  # Pillow's decoders raise nearly anything on a broken file
+                bad.append(BadImage(self.source.name(index), one_line(error)))
+                index = int(rng.integers(len(self.source)))
+        return Sample(None, index, bad)
+
+
+class EvaluationImages(Dataset):
+    """Fixed views of a source's images, by index. The sample of an image that can't be read has no pixels."""
+
+    def __init__(self, source: ImageSource, view: Callable[[BinaryIO], Tensor]) -> None:
+        self.source, self.view = source, view
+
+    def __getitem__(self, index: int) -> Sample:
+        try:
+            with self.source.open(index) as file:
+                return Sample(self.view(file), index, [])
+        except Exception as error:
+            return Sample(None, index, [BadImage(self.source.name(index), one_line(error))])
+
+
+def micro_batches(
+    images: int, batch_size: int, steps: range, seed: int, rank: int, world: int, micro_batch_size: int
+) -> Iterator[list[tuple[int, int]]]:
+    """The keys (epoch, index) of each micro-batch of a rank, for optimiser steps counted from 0 over all epochs.
+
+    An epoch is a random permutation of the images without its incomplete last batch. The order depends on the seed
+    alone. Of each global batch the first rank takes the first images, the second rank the next, and so on.
+    """
+    steps_per_epoch, images_per_rank = images // batch_size, batch_size // world
+    order_of = None
+    for step in steps:
+        epoch, place = divmod(step, steps_per_epoch)
+        if epoch != order_of:
+            order, order_of = numpy_generator(seed, Stream.ORDER, epoch).permutation(images), epoch
+        first = place * batch_size + rank * images_per_rank
+        keys = [(epoch, int(index)) for index in order[first : first + images_per_rank]]
+        for start in range(0, images_per_rank, micro_batch_size):
+            yield keys[start : start + micro_batch_size]
+
+
+def make_loader(dataset: Dataset, batches: Iterable[list], num_workers: int, pin_memory: bool) -> DataLoader:
+    """A loader of `Batch`es, one for each list of keys in `batches`. 0 processes load in the calling one."""
+    return DataLoader(
+        dataset,
+        batch_sampler=batches,
+        num_workers=num_workers,
+        collate_fn=_collate,
+        pin_memory=pin_memory,
+        worker_init_fn=_leave_ctrl_c_to_the_trainer,
+    )
+
+
+def _collate(samples: list[Sample]) -> Batch:
+    """A batch of the samples that have pixels."""
+    readable = [sample for sample in samples if sample.pixels is not None]
+    pixels = [sample.pixels for sample in readable]
+    return Batch(
+        torch.stack(pixels) if pixels else torch.empty(0, dtype=torch.uint8),
+        torch.tensor([sample.index for sample in readable], dtype=torch.int64),
+        [image for sample in samples for image in sample.bad],
+    )
+
+
+def _leave_ctrl_c_to_the_trainer(worker: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # SIGTERM must go on working: it ends workers that are left at exit

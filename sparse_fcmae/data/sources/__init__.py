@@ -1,0 +1,44 @@
+"""Where images come from. Each kind of source is one file in this folder.
+
+Only a source knows files, folders or archives. The rest of the package counts its images, opens one as a binary file,
+and asks for the name of an image that a message is about.
+"""
+
+from collections.abc import Sequence
+from typing import BinaryIO, Protocol
+
+from torch import Tensor
+
+
+class ImageSource(Protocol):
+    """Encoded images, such as JPEGs, that are counted from 0.
+
+    fingerprint: a text that changes when the images change. A run is resumed only on the images it was started with.
+    The processes that load images get a copy of the source, so it can be pickled.
+    """
+
+    fingerprint: str
+
+    def __len__(self) -> int: ...
+
+    def open(self, index: int) -> BinaryIO:
+        """An image's bytes as a seekable binary file, which the caller closes."""
+        ...
+
+    def name(self, index: int) -> str:
+        """What messages and logs call an image. It can always be printed."""
+        ...
+
+
+class LabelledSource(ImageSource, Protocol):
+    """Images that each belong to a class.
+
+    classes: the names of the classes. labels: int64 [N], for each image an index into `classes`.
+    """
+
+    classes: tuple[str, ...]
+    labels: Tensor
+
+    def take(self, indices: Sequence[int]) -> "LabelledSource":
+        """A source of these images alone, with the same classes."""
+        ...

@@ -1,0 +1,89 @@
+"""Labelled images: a folder for each class, and a folder of class folders for each of training and held-out images."""
+
+import copy
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from sparse_fcmae.data.sources.folder import ImageFolder, fingerprint_of
+from sparse_fcmae.data.splits import hold_out
+from sparse_fcmae.runtime.errors import UserError
+
+TRAIN = "train"
+HELD_OUT = ("val", "test")  # folders of held-out images, the preferred one first
+
+
+class ClassFolder(ImageFolder):
+    """Images in one folder for each class.
+
+    classes: the folders' names, sorted. labels: int64 [N], for each image an index into `classes`. Raises UserError as
+    `ImageFolder` does, and for images outside of the class folders and for class folders without images.
+    """
+
+    def __init__(self, root: str | os.PathLike) -> None:
+        super().__init__(root)
+        self.classes = tuple(sorted(p.name for p in self.root.iterdir() if p.is_dir() and not p.name.startswith(".")))
+        folders = [Path(file).parts[0] for file in self.files]
+        for index, file in enumerate(self.files):
+            if folders[index] == file:
+                raise UserError(
+                    f"`data` {root}: {self.name(index)} lies in no class folder: make a folder below it for each class"
+                )
+        if empty := sorted(set(self.classes) - set(folders)):
+            raise UserError(f"`data` {root}: class folder {empty[0]} holds no images: fill or remove it")
+        label_of = {name: label for label, name in enumerate(self.classes)}
+        self.labels = torch.tensor([label_of[name] for name in folders])
+
+    def take(self, indices: Sequence[int]) -> "ClassFolder":
+        """These images alone, with the same classes."""
+        part = copy.copy(self)
+        part.files = [self.files[i] for i in indices]
+        part.labels = self.labels[torch.tensor(list(indices), dtype=torch.int64)]
+        part.fingerprint = fingerprint_of(part.files)
+        return part
+
+
+def open_held_out(root: str | os.PathLike) -> ClassFolder:
+    """The images to evaluate on: those of ROOT/val or ROOT/test, or those of ROOT where it holds no splits.
+
+    Raises UserError where ROOT has a folder train alone.
+    """
+    root = Path(root)
+    held_out = held_out_folder(root)
+    if held_out is None and (root / TRAIN).is_dir():
+        raise UserError(f"`data` {root} has no folder {' or '.join(HELD_OUT)}: name a folder of classes")
+    return ClassFolder(held_out or root)
+
+
+def open_splits(root: str | os.PathLike, val_split: float | None, seed: int) -> tuple[ClassFolder, ClassFolder]:
+    """Training and held-out images.
+
+    Without `val_split` they are those of ROOT/train and of ROOT/val or ROOT/test. With it, that fraction of each class
+    in the one folder, ROOT/train or else ROOT, is held out at random. Raises UserError where the folders that this
+    needs are missing, and where a class lacks in one of them.
+    """
+    root = Path(root)
+    has_train, held_out = (root / TRAIN).is_dir(), held_out_folder(root)
+    if val_split is not None:
+        if has_train and held_out:
+            raise UserError(f"`data` {root} has {held_out.name} already: leave `val_split` out")
+        return hold_out(ClassFolder(root / TRAIN if has_train else root), val_split, seed)
+    if not root.is_dir():
+        raise UserError(f"`data` {root}: no such folder")
+    if not has_train or held_out is None:
+        missing = " or ".join(HELD_OUT) if has_train else TRAIN
+        raise UserError(f"`data` {root} has no folder {missing}: make one, or hold images out with `val_split=0.1`")
+    train, val = ClassFolder(root / TRAIN), ClassFolder(held_out)
+    for here, there in ((train, val), (val, train)):
+        if lacking := sorted(set(here.classes) - set(there.classes)):
+            raise UserError(
+                f"`data` {root}: class folder {lacking[0]} of {here.root.name} is missing in {there.root.name}"
+            )
+    return train, val
+
+
+def held_out_folder(root: Path) -> Path | None:
+    """ROOT/val or ROOT/test, or None where neither is there."""
+    return next((root / name for name in HELD_OUT if (root / name).is_dir()), None)

@@ -1,0 +1,37 @@
+"""Random parts of labelled images: few labels for each class, and images that are held out from training."""
+
+from typing import TypeVar
+
+import numpy as np
+
+from sparse_fcmae.data.sources import LabelledSource
+from sparse_fcmae.runtime.errors import UserError
+from sparse_fcmae.runtime.streams import Stream, numpy_generator
+
+Source = TypeVar("Source", bound=LabelledSource)
+
+
+def few_labels(source: Source, per_class: int, seed: int) -> Source:
+    """`per_class` random images of every class. Raises UserError where a class has fewer."""
+    rng, chosen = numpy_generator(seed, Stream.FEW_LABELS), []
+    for label, name in enumerate(source.classes):
+        images = np.flatnonzero(source.labels.numpy() == label)
+        if len(images) < per_class:
+            raise UserError(f"`labels_per_class` {per_class}: {name} has {len(images)} images: choose that or less")
+        chosen.extend(rng.permutation(images)[:per_class].tolist())
+    return source.take(sorted(chosen))
+
+
+def hold_out(source: Source, fraction: float, seed: int) -> tuple[Source, Source]:
+    """Training images, and a random `fraction` of each class, at least one image, that is held out from them.
+
+    Raises UserError where a class would have no image left to train on.
+    """
+    rng, held_out = numpy_generator(seed, Stream.SPLIT), np.zeros(len(source), dtype=bool)
+    for label, name in enumerate(source.classes):
+        images = np.flatnonzero(source.labels.numpy() == label)
+        count = max(1, round(fraction * len(images)))
+        if count >= len(images):
+            raise UserError(f"`val_split` {fraction} leaves no image of {name} to train on: choose less, or add images")
+        held_out[rng.permutation(images)[:count]] = True
+    return source.take(np.flatnonzero(~held_out).tolist()), source.take(np.flatnonzero(held_out).tolist())

@@ -1,0 +1,113 @@
+"""What a model sees of an image: a crop of it in the model's size, random in training and centred in evaluation.
+
+A view is called with an image's file and returns its pixels, uint8 [height, width, channels].
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from sparse_fcmae.data.decode import File, decode, open_image, upright_size
+
+FINER = 2  # a crop decoded at a reduced scale has at least this many times the view's pixels a side: fewer would show
+Box = tuple[int, int, int, int]  # left, top, right, bottom, in pixels
+Augment = Callable[[Image.Image, np.random.Generator], Image.Image]
+
+
+@dataclass(frozen=True)
+class RandomView:
+    """A random resized crop, flipped horizontally in half of the cases, and augmented where `augment` is given.
+
+    size: (height, width) in pixels. in_chans: 3 for colour, 1 for greyscale. min_area: the least fraction of the
+    image's area that a crop shows. All is drawn from the generator that the view is called with.
+    """
+
+    size: tuple[int, int]
+    in_chans: int
+    min_area: float = 0.2
+    augment: Augment | None = None
+
+    def __call__(self, file: File, rng: np.random.Generator) -> Tensor:
+        image = open_image(file)
+        box = random_crop_box(*upright_size(image), rng, (self.min_area, 1.0))
+        flipped = rng.random() < 0.5
+        pixels = resized_crop(image, box, self.size, self.in_chans)
+        if self.augment:
+            pixels = to_tensor(self.augment(Image.fromarray(pixels.squeeze(-1).numpy()), rng))
+        return pixels.flip(1) if flipped else pixels
+
+
+@dataclass(frozen=True)
+class CentreView:
+    """A centred crop.
+
+    size: (height, width) in pixels. in_chans: 3 for colour, 1 for greyscale. crop_fraction: the sides of the crop
+    relative to the largest one that the image has of this shape.
+    """
+
+    size: tuple[int, int]
+    in_chans: int
+    crop_fraction: float = 1.0
+
+    def __call__(self, file: File) -> Tensor:
+        image, (height, width) = open_image(file), self.size
+        box = centre_crop_box(*upright_size(image), width / height, self.crop_fraction)
+        return resized_crop(image, box, self.size, self.in_chans)
+
+
+def default_crop_fraction(size: tuple[int, int]) -> float:
+    """The crop fraction for evaluation in a size: the paper's 0.875, and 1 for small images and for large ones."""
+    return 0.875 if 64 < min(size) < 384 else 1.0
+
+
+def random_crop_box(width: int, height: int, rng: np.random.Generator, scale: tuple[float, float] = (0.2, 1.0)) -> Box:
+    """The box of a random resized crop of an image.
+
+    Its fraction of the area is uniform in `scale`, and its aspect ratio log-uniform in [3/4, 4/3]. After ten boxes that
+    do not fit into the image, it is the largest centred one of such a ratio.
+    """
+    area, low, high = width * height, 3 / 4, 4 / 3
+    for _ in range(10):
+        target = area * rng.uniform(*scale)
+        ratio = math.exp(rng.uniform(math.log(low), math.log(high)))
+        w, h = round(math.sqrt(target * ratio)), round(math.sqrt(target / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            left, top = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
+            return left, top, left + w, top + h
+    w, h = min(width, round(height * high)), min(height, round(width / low))
+    left, top = (width - w) // 2, (height - h) // 2
+    return left, top, left + w, top + h
+
+
+def centre_crop_box(width: int, height: int, aspect: float, crop_fraction: float = 1.0) -> Box:
+    """The largest centred box of an image with width / height = `aspect`, its sides times `crop_fraction`."""
+    w, h = round(crop_fraction * min(width, height * aspect)), round(crop_fraction * min(height, width / aspect))
+    left, top = (width - w) // 2, (height - h) // 2
+    return left, top, left + max(w, 1), top + max(h, 1)
+
+
+def resized_crop(image: Image.Image, box: Box, size: tuple[int, int], in_chans: int) -> Tensor:
+    """A box of an opened image in another size: uint8 [height, width, channels].
+
+    Resampling is bicubic with antialiasing. Torch does it where it can, which takes a fifth of Pillow's time.
+    """
+    height, width = size
+    shrink = min((box[2] - box[0]) / width, (box[3] - box[1]) / height)
+    decoded = decode(image, in_chans, shrink / FINER)
+    if decoded.scale == 1:
+        crop = to_tensor(decoded.image.crop(box))[None].movedim(-1, 1)  # still channels last in memory
+        return F.interpolate(crop, size, mode="bicubic", antialias=True)[0].movedim(0, -1).contiguous()
+    # the box lies between pixels, which only Pillow allows
+    return to_tensor(decoded.image.resize((width, height), Image.Resampling.BICUBIC, box=decoded.place(box)))
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """The pixels of an image of 8 bits: uint8 [height, width, channels]."""
+    array = np.array(image)  # a copy, as torch wants what it may write to
+    return torch.from_numpy(array.reshape(*array.shape[:2], -1))

@@ -1,0 +1,62 @@
+import hashlib
+import os
+
+import pytest
+from PIL import Image
+
+from sparse_fcmae import UserError
+from sparse_fcmae.data.sources.folder import ImageFolder
+
+
+def save(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (8, 8)).save(path)
+
+
+def test_every_depth_in_a_fixed_order(tmp_path):
+    for name in ("b.PNG", "a/z.jpg", "a/deep/er/x.webp", "c.tiff", "d.bmp", "e.gif", ".hidden.png", ".cache/f.png"):
+        save(tmp_path / name)
+    (tmp_path / "notes.txt").write_text("not an image")
+    folder = ImageFolder(tmp_path)
+    assert folder.files == ["a/deep/er/x.webp", "a/z.jpg", "b.PNG", "c.tiff", "d.bmp", "e.gif"]
+    assert len(folder) == 6
+
+
+def test_fingerprint_is_the_digest_of_the_names_that_runs_have_saved(tmp_path):
+    for name in ("a/x.png", "b.png"):
+        save(tmp_path / name)
+    folder = ImageFolder(tmp_path)
+    assert folder.fingerprint == ImageFolder(tmp_path).fingerprint == hashlib.sha256(b"a/x.png\nb.png").hexdigest()
+    (tmp_path / "b.png").unlink()
+    assert folder.fingerprint != ImageFolder(tmp_path).fingerprint
+
+
+def test_linked_folders_come_once(tmp_path):
+    for name in ("data/a/x.png", "elsewhere/y.png", "data/run/z.png"):
+        save(tmp_path / name)
+    (tmp_path / "data" / "link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "data" / "a" / "up").symlink_to(tmp_path / "data")
+    (tmp_path / "data" / "self").symlink_to(tmp_path / "data")
+    folder = ImageFolder(tmp_path / "data", without=tmp_path / "data" / "run")
+    assert folder.files == ["a/x.png", "link/y.png"]
+
+
+def test_images_open_as_files_and_have_names_that_can_be_printed(tmp_path):
+    save(tmp_path / "a" / "x.png")
+    odd = tmp_path / os.fsdecode(b"caf\xe9.png")
+    odd.write_bytes(b"some bytes")
+    folder = ImageFolder(tmp_path)
+    assert [folder.name(index) for index in range(2)] == ["a/x.png", "caf\\udce9.png"]
+    with folder.open(1) as file:
+        assert (file.read(), file.seek(0)) == (b"some bytes", 0)
+    assert file.closed
+
+
+def test_folder_without_images(tmp_path):
+    with pytest.raises(UserError, match=f"`data` {tmp_path}/missing: no such folder"):
+        ImageFolder(tmp_path / "missing")
+    with pytest.raises(UserError, match="no image files"):
+        ImageFolder(tmp_path)
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match="is a file"):
+        ImageFolder(tmp_path / "file")

@@ -1,0 +1,94 @@
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sparse_fcmae.data.decode import decode, open_image, upright_size
+
+
+def pixels_of(file, in_chans=3):
+    pixels = np.asarray(decode(open_image(file), in_chans).image)
+    assert pixels.dtype == np.uint8
+    return pixels
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "tiff", "bmp", "gif"])
+def test_formats(tmp_path, ramp, suffix):
+    options = {"quality": 100} if suffix in ("jpg", "webp") else {}
+    Image.fromarray(ramp).save(tmp_path / f"x.{suffix}", **options)
+    with (tmp_path / f"x.{suffix}").open("rb") as file:
+        pixels = pixels_of(file)
+    assert pixels.shape == (30, 40, 3)
+    assert np.abs(pixels.astype(int) - ramp).mean() < 8
+    assert np.array_equal(pixels_of(tmp_path / f"x.{suffix}"), pixels)
+
+
+def test_modes(ramp):
+    rgb = Image.fromarray(ramp)
+    for mode in ("L", "1", "P", "CMYK", "YCbCr", "LA", "La", "HSV", "I", "F"):
+        assert pixels_of(rgb.convert(mode)).shape == (30, 40, 3), mode
+        assert pixels_of(rgb.convert(mode), in_chans=1).shape == (30, 40), mode
+    assert np.array_equal(pixels_of(rgb), ramp)
+
+
+def test_transparent_pixels_become_white(ramp):
+    rgba = np.dstack([np.zeros_like(ramp), np.full((30, 40), 255, np.uint8)])
+    rgba[:, :20, 3] = 0
+    pixels = pixels_of(Image.fromarray(rgba))
+    assert (pixels[:, :20] == 255).all()
+    assert (pixels[:, 20:] == 0).all()
+    palette = Image.fromarray(ramp[..., 0]).convert("P")
+    palette.info["transparency"] = palette.getpixel((0, 0))
+    assert (pixels_of(palette)[0, 0] == 255).all()
+
+
+def test_sixteen_bits_keep_their_range(tmp_path):
+    values = np.linspace(0, 65535, 1200).astype(np.uint16).reshape(30, 40)
+    for suffix in ("png", "tiff"):
+        Image.fromarray(values).save(tmp_path / f"x.{suffix}")
+        assert np.array_equal(pixels_of(tmp_path / f"x.{suffix}", in_chans=1), values >> 8)
+    small = Image.fromarray(np.arange(240, dtype=np.int32).reshape(12, 20))
+    assert np.array_equal(pixels_of(small, in_chans=1), np.asarray(small))
+    stretched = pixels_of(Image.fromarray(np.linspace(-1, 3, 1200).astype(np.float32).reshape(30, 40)), in_chans=1)
+    assert (stretched.min(), stretched.max()) == (0, 255)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+@pytest.mark.parametrize("suffix", ["png", "tiff", "webp", "jpg"])
+@pytest.mark.parametrize("orientation", [*range(1, 9), 99])
+def test_exif_orientation_is_applied(tmp_path, ramp, orientation, suffix, mode):
+    pixels = ramp if mode == "RGB" else ramp[..., 0]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    lossless = {"webp": {"lossless": True}, "jpg": {"quality": 100, "subsampling": 0}}
+    Image.fromarray(pixels).save(tmp_path / f"x.{suffix}", exif=exif, **lossless.get(suffix, {}))
+    turned = {
+        2: pixels[:, ::-1],
+        3: pixels[::-1, ::-1],
+        4: pixels[::-1],
+        5: pixels.swapaxes(0, 1),
+        6: np.rot90(pixels, -1),
+        7: np.rot90(pixels, 2).swapaxes(0, 1),
+        8: np.rot90(pixels),
+    }.get(orientation, pixels)
+    with (tmp_path / f"x.{suffix}").open("rb") as file:
+        assert upright_size(open_image(file)) == turned.shape[1::-1]
+        file.seek(0)
+        decoded = pixels_of(file, in_chans=len(mode))
+    assert np.abs(decoded.astype(int) - turned).max() <= (3 if suffix == "jpg" else 0)
+
+
+@pytest.mark.parametrize(("shrink", "scale"), [(0.5, 1), (1, 1), (1.9, 1), (2.1, 1 / 2), (7, 1 / 4), (99, 1 / 8)])
+def test_jpegs_are_reduced_by_no_more_than_asked(tmp_path, photograph, shrink, scale):
+    photograph(397, 477).save(tmp_path / "x.jpg")
+    decoded = decode(open_image(tmp_path / "x.jpg"), 3, shrink)
+    assert decoded.image.size == tuple(-(-side * scale // 1) for side in (397, 477))
+    assert decoded.scale == pytest.approx(scale, rel=0.02)
+    photograph(397, 477).save(tmp_path / "x.png")
+    assert decode(open_image(tmp_path / "x.png"), 3, shrink).image.size == (397, 477)
+
+
+def test_what_is_no_image_is_said_in_words():
+    with pytest.raises(OSError, match="no image of a known format"):
+        open_image(io.BytesIO(b"no picture"))
