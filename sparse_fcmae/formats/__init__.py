@@ -1,1 +1,0 @@
-"""Checkpoints of this package and of others: names, shapes, files."""

@@ -1,0 +1,1 @@
+"""Checkpoints of any library, read and converted."""

@@ -1,0 +1,214 @@
+"""What this package needs to know of a library to write its weights, to read them and to run them.
+
+A `Target` is a form in which weights can be written. An `Adapter` is a target that can be read as well: a library's
+layout of the same tensors. Each has a file of its own here, and `adapters.py` lists them all.
+"""
+
+import importlib
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from sparse_fcmae.runtime.errors import UserError
+from sparse_fcmae.runtime.files import one_line, save_pickled, save_tensors, write_json
+from sparse_fcmae.runtime.options import image_size_of
+from sparse_fcmae.weights.weights import DECODER, Stats, Weights
+
+CONFIG = "config.json"
+Names = tuple[tuple[str, str], ...]  # regular expressions, each with its replacement, applied one after the other
+Outputs = dict[str, Tensor]  # of a model: "features" [B, D, H/P, W/P], and "logits" or, without a head, "pooled"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the config of a model says and the shapes of its weights do not. Each default stands for "not said"."""
+
+    image_size: tuple[int, int] = (224, 224)
+    classes: tuple[str, ...] | None = None
+    stats: Stats | None = None
+    grn_scope: str = "image"
+
+    @classmethod
+    def of(cls, image_size: Any, classes: Any, mean: Any, std: Any, grn_scope: str = "image") -> "Settings":
+        """The settings in values of a JSON file, None for what it does not say.
+
+        Raises TypeError or ValueError for values of another kind.
+        """
+        return cls(
+            image_size_of(image_size) if image_size else cls.image_size,
+            tuple(map(str, classes)) if classes else None,
+            (tuple(map(float, mean)), tuple(map(float, std))) if mean and std else None,
+            grn_scope,
+        )
+
+
+class Target:
+    """A form in which weights can be written: as a folder with configs, or as a file of the weights alone.
+
+    name: what the option `to` calls it.
+    weights_file: the name of the file with the weights in a folder.
+    suffixes: how the name of a file may end that is written without a folder.
+    configs: the names of the other files in a folder, each with the function that makes its content of the weights.
+        The content is the text of the file, or a value that is written as JSON.
+    drops: the parts of the weights that it has no place for.
+    ends_in_norm: whether an encoder without a head has a final norm there.
+    keeps_grn_scope: whether its configs say what the response norm pools over.
+    fixed_size: whether what is written runs on images of the weights' own size only.
+    library: the Python module that runs what is written, None where none is known to.
+    """
+
+    name: str
+    weights_file: str
+    suffixes: tuple[str, ...]
+    configs: ClassVar[dict[str, Callable[[Weights], Any]]] = {}
+    drops: tuple[str, ...] = ("decoder",)
+    ends_in_norm = False
+    keeps_grn_scope = False
+    fixed_size = False
+    library: str | None = None
+
+    def refusal(self, architecture: dict[str, Any]) -> str | None:
+        """Why a folder of this kind can't describe a model, and what to do instead; None where it can."""
+        return None
+
+    def losses(self, weights: Weights, single: bool) -> list[str]:
+        """What is not kept in a folder or, where `single`, in a file of the weights alone, a line each."""
+        if weights.architecture["grn_scope"] == "batch" and (single or not self.keeps_grn_scope):
+            return ["the response norm pools over each image there, not over the batch as in pretraining"]
+        return []
+
+    def save(self, weights: Weights, file: Path) -> str:
+        """Writes the weights, which have none of the dropped parts, into a file; returns what was done."""
+        raise NotImplementedError
+
+    def write_configs(self, weights: Weights, folder: Path) -> None:
+        """Writes the configs into a folder."""
+        for name, make in self.configs.items():
+            content = make(weights)
+            if isinstance(content, str):
+                (folder / name).write_text(content)
+            else:
+                write_json(folder / name, content)
+
+    def files(self, file: Path) -> list[Path]:
+        """The files that `save` may make when it is to write `file`."""
+        return [file]
+
+    def folder_files(self) -> list[str]:
+        """The names of all files that a folder may hold."""
+        return [file.name for file in self.files(Path(self.weights_file))] + list(self.configs)
+
+    def outputs(self, weights: Weights) -> tuple[str, ...]:
+        """The names of the outputs that a model has before and after its weights are written here."""
+        if "norm" in self.drops:
+            return ("features",)
+        return ("features", "logits" if weights.num_classes else "pooled")
+
+    def run(self, path: Path, weights: Weights, images: Tensor) -> Outputs:
+        """What the library itself computes of images with the folder or file that `weights` were written to.
+
+        Raises UserError where the library can't be imported, and whatever the library raises.
+        """
+        raise NotImplementedError
+
+
+class Adapter(Target):
+    """A library's layout of the weights, by which they are written and read.
+
+    names: the replacements that turn an official name into this layout's, without the prefix.
+    prefix: what stands before all its names but those of the head.
+    variants: the replacements that turn another spelling of its names, which is in use too, into the usual one.
+    telltale: an expression that is found in one of its names, and in no name of the adapters listed after it.
+    wrapper: the key under which a .pt or .pth file holds the tensors, None where it holds them directly.
+    sparse: whether it is the layout of a pretraining model, which runs on masked images.
+    """
+
+    weights_file = "model.safetensors"
+    suffixes = (".safetensors", ".pt", ".pth")
+    names: Names = ()
+    prefix = ""
+    variants: Names = ()
+    telltale: re.Pattern[str]
+    wrapper: str | None = None
+    sparse = False
+
+    def pack(self, key: str, value: Tensor, width: int) -> Tensor:
+        """A tensor as this layout has it, of an official one with its official name. width: the stem's channels."""
+        return value
+
+    def unpack(self, key: str, value: Tensor, shape: torch.Size) -> Tensor:
+        """The reverse of `pack`: a tensor of the official shape."""
+        return value.reshape(shape)
+
+    def read_config(self, config: dict[str, Any], folder: Path) -> Settings | None:
+        """The settings in the content of the `CONFIG` of a folder, None where it is not this library's.
+
+        Raises AttributeError, KeyError, TypeError or ValueError where it is, and holds something unexpected.
+        """
+        return None
+
+    def rename(self, key: str) -> str:
+        """An official name in this layout. The names of the decoder are the same in all that have one."""
+        if DECODER.match(key):
+            return key
+        renamed = substitute(key, self.names)
+        return renamed if key.startswith("head.") else self.prefix + renamed
+
+    def from_official(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A state under the official names in this layout."""
+        width = len(state["downsample_layers.0.0.weight"])
+        return {self.rename(key): self.pack(key, value, width).contiguous() for key, value in state.items()}
+
+    def recognises(self, names: Iterable[str]) -> bool:
+        """Whether tensors of these names, in any of the variants, are in this layout."""
+        return any(self.telltale.search(name) for name in names)
+
+    def usual(self, name: str) -> str:
+        """The name that `rename` gives, of a name in any of the variants."""
+        return substitute(name, self.variants)
+
+    def losses(self, weights: Weights, single: bool) -> list[str]:
+        lines = super().losses(weights, single)
+        if single:
+            lines.append("image size, class names and normalisation are not in such a file: a folder has them")
+        return lines
+
+    def save(self, weights: Weights, file: Path) -> str:
+        tensors = self.from_official(weights.state)
+        self.save_tensors(tensors, file)
+        return f"mapped {len(tensors)} tensors to the names of {self.name}"
+
+    def save_tensors(self, tensors: dict[str, Tensor], file: Path) -> None:
+        """Writes tensors that are in this layout already. The format of the file follows from its name."""
+        if file.suffix == ".safetensors":
+            save_tensors(tensors, file)
+        else:
+            save_pickled({self.wrapper: tensors} if self.wrapper else tensors, file)
+
+
+def substitute(name: str, names: Names) -> str:
+    """A name after all replacements."""
+    for pattern, replacement in names:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def flat_grn(key: str, value: Tensor) -> Tensor:
+    """The parameters of the response norm as vectors, and any other tensor as it is."""
+    return value.flatten() if ".grn." in key else value
+
+
+def entry(module: str, name: str) -> Any:
+    """What a library offers under a name. Raises UserError with the reason where it can't be imported."""
+    try:
+        return getattr(importlib.import_module(module), name)  # some libraries import themselves at that point only
+    except Exception as error:  # not installed, or, like torchvision beside another torch, unusable
+        package = module.split(".")[0]
+        if isinstance(error, ModuleNotFoundError) and error.name == package:
+            raise UserError(f"{package} is not installed: pip install {package}") from None
+        raise UserError(f"{module} can't be imported ({one_line(error)})") from None

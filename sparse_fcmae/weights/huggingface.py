@@ -1,0 +1,109 @@
+"""Hugging Face transformers: its layout of ConvNeXt V2, and the folder that `from_pretrained` loads."""
+
+import re
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from sparse_fcmae.data.views import default_crop_fraction
+from sparse_fcmae.kernels.constants import EPS
+from sparse_fcmae.model.convnext import SIZES
+from sparse_fcmae.runtime.files import read_json
+from sparse_fcmae.weights.adapter import CONFIG, Adapter, Outputs, Settings, entry
+from sparse_fcmae.weights.weights import Weights
+
+PROCESSOR = "preprocessor_config.json"
+UNNAMED = "LABEL_{}"  # how transformers calls a class whose name is not known
+
+
+def model_config(weights: Weights) -> dict[str, Any]:
+    """The model. The library's default `layer_norm_eps` of 1e-12 would change its pooled output."""
+    shape = weights.architecture
+    depths, dims = SIZES[shape["name"]]
+    config = {
+        "model_type": "convnextv2",
+        "architectures": ["ConvNextV2ForImageClassification" if weights.num_classes else "ConvNextV2Model"],
+        "num_channels": shape["in_chans"],
+        "patch_size": shape["stem_stride"],
+        "num_stages": len(depths),
+        "hidden_sizes": dims,
+        "depths": depths,
+        "hidden_act": "gelu",
+        "initializer_range": 0.02,
+        "layer_norm_eps": EPS,
+        "drop_path_rate": 0.0,
+        "image_size": min(shape["image_size"]),
+        "torch_dtype": "float32",
+    }
+    if weights.num_classes:
+        names = weights.classes or [UNNAMED.format(i) for i in range(weights.num_classes)]
+        config["id2label"] = {str(i): name for i, name in enumerate(names)}
+    return config
+
+
+def processor_config(weights: Weights) -> dict[str, Any]:
+    """What makes the images that the model takes."""
+    mean, std = weights.normalisation
+    size = weights.architecture["image_size"]
+    return {
+        "image_processor_type": "ConvNextImageProcessor",
+        "do_resize": True,
+        "size": {"shortest_edge": min(size)},
+        "crop_pct": default_crop_fraction(size),
+        "resample": 3,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": mean,
+        "image_std": std,
+    }
+
+
+class HuggingFace(Adapter):
+    """transformers' ConvNextV2ForImageClassification, and ConvNextV2Model for an encoder."""
+
+    name = "huggingface"
+    names = (
+        (r"^downsample_layers\.0\.0", "embeddings.patch_embeddings"),
+        (r"^downsample_layers\.0\.1", "embeddings.layernorm"),
+        (r"^downsample_layers\.(\d)\.(\d)", r"encoder.stages.\1.downsampling_layer.\2"),
+        (r"^stages\.(\d)\.(\d+)\.norm\.", r"encoder.stages.\1.layers.\2.layernorm."),
+        (r"^stages\.(\d)\.(\d+)\.", r"encoder.stages.\1.layers.\2."),
+        (r"\.grn\.gamma$", ".grn.weight"),
+        (r"\.grn\.beta$", ".grn.bias"),
+        (r"^norm\.", "layernorm."),
+        (r"^head\.", "classifier."),
+    )
+    prefix = "convnextv2."
+    variants = ((r"^(?=(embeddings|encoder|layernorm)\.)", "convnextv2."),)
+    telltale = re.compile(r"^(convnextv2\.)?embeddings\.")
+    configs: ClassVar = {CONFIG: model_config, PROCESSOR: processor_config}
+    ends_in_norm = True
+    library = "transformers"
+
+    def losses(self, weights: Weights, single: bool) -> list[str]:
+        lines = super().losses(weights, single)
+        height, width = weights.architecture["image_size"]
+        if height != width and not single:
+            lines.append(f"the image size becomes {min(height, width)}, as it knows squares only")
+        return lines
+
+    def read_config(self, config: dict[str, Any], folder: Path) -> Settings | None:
+        if config.get("model_type") != "convnextv2":
+            return None
+        classes = [name for _, name in sorted(config.get("id2label", {}).items(), key=lambda item: int(item[0]))]
+        processor = read_json(folder / PROCESSOR) if (folder / PROCESSOR).is_file() else {}
+        return Settings.of(
+            config.get("image_size"),
+            None if classes[:1] == [UNNAMED.format(0)] else classes,
+            processor.get("image_mean"),
+            processor.get("image_std"),
+        )
+
+    def run(self, path: Path, weights: Weights, images: Tensor) -> Outputs:
+        if weights.num_classes:
+            model = entry("transformers", "ConvNextV2ForImageClassification").from_pretrained(path).eval()
+            return {"features": model.convnextv2(images).last_hidden_state, "logits": model(images).logits}
+        output = entry("transformers", "ConvNextV2Model").from_pretrained(path).eval()(images)
+        return {"features": output.last_hidden_state, "pooled": output.pooler_output}

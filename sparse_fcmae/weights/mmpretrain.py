@@ -1,0 +1,63 @@
+"""mmpretrain: its layout of ConvNeXt V2, and the model's part of a config to go on from with `_base_`."""
+
+import re
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from sparse_fcmae.model.convnext import SIZES
+from sparse_fcmae.weights.adapter import Adapter, flat_grn
+from sparse_fcmae.weights.weights import Weights
+
+
+def model_config(weights: Weights) -> str:
+    """A Python file that defines `model` and `data_preprocessor`, as mmpretrain's configs are."""
+    shape = weights.architecture
+    model: dict[str, Any] = {
+        "type": "ImageClassifier",
+        "backbone": {
+            "type": "ConvNeXt",
+            "arch": shape["name"],
+            "in_channels": shape["in_chans"],
+            "stem_patch_size": shape["stem_stride"],
+            "use_grn": True,
+            "layer_scale_init_value": 0.0,
+        },
+    }
+    mean, std = weights.normalisation
+    preprocessor: dict[str, Any] = {
+        "mean": [255 * value for value in mean],
+        "std": [255 * value for value in std],
+        "to_rgb": shape["in_chans"] == 3,
+    }
+    if weights.num_classes:
+        model["head"] = {
+            "type": "LinearClsHead",
+            "num_classes": weights.num_classes,
+            "in_channels": SIZES[shape["name"]][1][-1],
+            "loss": {"type": "CrossEntropyLoss", "loss_weight": 1.0},
+        }
+        preprocessor["num_classes"] = weights.num_classes
+    return f"model = {model!r}\ndata_preprocessor = {preprocessor!r}\n"
+
+
+class MMPretrain(Adapter):
+    """mmpretrain's ConvNeXt with the response norm. Its config is code, which is not read."""
+
+    name = "mmpretrain"
+    names = (
+        (r"\.dwconv\.", ".depthwise_conv."),
+        (r"\.pwconv(\d)\.", r".pointwise_conv\1."),
+        (r"^norm\.", "norm3."),
+        (r"^head\.", "head.fc."),
+    )
+    prefix = "backbone."
+    variants = ((r"^(?=(downsample_layers|stages|norm3)\.)", "backbone."),)
+    telltale = re.compile(r"\.depthwise_conv\.")
+    weights_file = "model.pth"
+    wrapper = "state_dict"
+    configs: ClassVar = {"config.py": model_config}
+    ends_in_norm = True
+
+    def pack(self, key: str, value: Tensor, width: int) -> Tensor:
+        return flat_grn(key, value)

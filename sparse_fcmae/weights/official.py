@@ -1,0 +1,42 @@
+"""The layout of the official dense models, which is this package's own, and the config that `load_encoder` reads."""
+
+import re
+from pathlib import Path
+from typing import Any, ClassVar
+
+from sparse_fcmae.weights.adapter import CONFIG, Adapter, Settings
+from sparse_fcmae.weights.weights import Weights
+
+FORMAT = "sparse-fcmae"  # how the "format" of this package's configs begins, those of runs included
+
+
+def model_config(weights: Weights) -> dict[str, Any]:
+    """The arguments that make the model, and what it takes and gives."""
+    mean, std = weights.normalisation
+    kind = "classifier" if weights.num_classes else "encoder"
+    config = {"format": f"{FORMAT} {kind}"} | weights.architecture | {"mean": mean, "std": std}
+    if weights.num_classes:
+        config |= {"num_classes": weights.num_classes, "classes": weights.classes}
+    return config
+
+
+class Official(Adapter):
+    """The official code's dense models. Pretraining models have the same names behind `encoder.`."""
+
+    name = "official"
+    variants = ((r"^encoder\.", ""),)
+    telltale = re.compile(r"^(encoder\.)?downsample_layers\.0\.0\.weight$")
+    wrapper = "model"
+    configs: ClassVar = {CONFIG: model_config}
+    keeps_grn_scope = True
+
+    def read_config(self, config: dict[str, Any], folder: Path) -> Settings | None:
+        if not str(config.get("format")).startswith(FORMAT):
+            return None
+        return Settings.of(
+            config.get("image_size"),
+            config.get("classes"),
+            config.get("mean"),
+            config.get("std"),
+            config.get("grn_scope", "image"),
+        )

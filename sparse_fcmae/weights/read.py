@@ -1,0 +1,217 @@
+"""Reads the weights of any checkpoint of ConvNeXt V2, with nothing unpickled but tensors.
+
+A file is found, loaded, unwrapped, recognised by the names in it, renamed to the official names, and checked against
+the model of its size.
+"""
+
+import argparse
+import pickle
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from sparse_fcmae.model.classifier import Classifier
+from sparse_fcmae.model.convnext import SIZES, SparseEncoder
+from sparse_fcmae.runtime.errors import UserError
+from sparse_fcmae.runtime.files import one_line, read_json
+from sparse_fcmae.runtime.run_folder import newest_checkpoint
+from sparse_fcmae.weights.adapter import CONFIG, Adapter, Settings
+from sparse_fcmae.weights.adapters import ADAPTERS
+from sparse_fcmae.weights.weights import DECODER, Weights, patch_size_of
+
+# The files with weights that a folder may hold, by preference. The last one is what older libraries wrote.
+FILES = [*dict.fromkeys(adapter.weights_file for adapter in ADAPTERS), "pytorch_model.bin"]
+WRAPPERS = ("model", "state_dict", "module", "model_state_dict")  # keys under which trainers keep the weights
+PREFIXES = re.compile(r"^((module|_orig_mod|model)\.)+")  # of DistributedDataParallel, torch.compile and trainers
+INSIDE_A_MODEL = re.compile(r"(^|\.)encoder\.downsample")  # the names of an encoder in a model for pretraining
+WIDTHS = {dims[0]: name for name, (_, dims) in SIZES.items()}  # the stem's channels tell the size
+
+
+def load_encoder(path: str | Path, *, backend: str = "auto") -> SparseEncoder:
+    """An encoder with the weights of any checkpoint that `read_weights` reads, in evaluation mode."""
+    return read_weights(path).encoder(backend)
+
+
+def load_classifier(path: str | Path, *, backend: str = "auto") -> Classifier:
+    """A classifier with the weights of any checkpoint that `read_weights` reads, in evaluation mode.
+
+    Raises UserError where it has no head.
+    """
+    return read_weights(path).classifier(backend)
+
+
+def read_weights(path: str | Path, *, whole: bool = False) -> Weights:
+    """The weights in a checkpoint.
+
+    path: a folder that `pretrain` or `finetune` made, one of its checkpoints or exports, a folder of timm or Hugging
+    Face, or a .safetensors, .pt, .pth or .bin file. whole: take the newest checkpoint of a run, which has the decoder,
+    and not what was exported.
+
+    The layout is recognised by the names, the size by the shapes. Raises UserError, in one line, for what is missing,
+    unknown, of a wrong shape, truncated, or holds code.
+    """
+    file = weights_file(Path(path), whole)
+    return understand(_load(file), file)
+
+
+def weights_file(path: Path, whole: bool = False) -> Path:
+    """The file with the weights in what a user names; `whole` as in `read_weights`."""
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise UserError(f"{path}: no such file or folder")
+    if whole and (checkpoint := newest_checkpoint(path)):
+        return checkpoint / FILES[0]
+    for folder in (path, path / "exported"):
+        for name in FILES:
+            if (folder / name).is_file():
+                return folder / name
+    if (path / f"{FILES[0]}.index.json").is_file():
+        raise UserError(f"{path} holds weights in several files: save them in one, with a larger max_shard_size")
+    if checkpoint := newest_checkpoint(path):
+        return checkpoint / FILES[0]
+    raise UserError(f"{path} holds no {', '.join(FILES)}, exported encoder or checkpoint")
+
+
+def _load(file: Path) -> Any:
+    """What a file of weights holds."""
+    try:
+        if file.suffix == ".safetensors":
+            return load_file(file)
+        with torch.serialization.safe_globals([argparse.Namespace]):  # the official code's options: values, no code
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        name = str(error).partition("GLOBAL ")[2].split()
+        what = f"needs {name[0]} to be read, that is code: refused" if name else "can't be read as a PyTorch file"
+        raise UserError(f"{file} {what}; save the state_dict alone, as safetensors or by torch.save") from None
+    except Exception as error:  # safetensors, zipfile and the unpickler raise many types on a damaged file
+        kind = "safetensors" if file.suffix == ".safetensors" else "a PyTorch file"
+        reason = f"{type(error).__name__}: {one_line(error)[:200]}"
+        raise UserError(f"{file} can't be read as {kind} ({reason}): is it whole, and what its name says?") from None
+
+
+def understand(found: Any, file: Path) -> Weights:
+    """The weights in what a file was found to hold: `read_weights` without the reading."""
+    tensors, notes = _unwrap(found, file)
+    adapter, named = _recognise(tensors, file)
+    shape = _infer_architecture(named, adapter, file)
+    state = _official(named, adapter, shape, file)
+    if "head.weight" not in state and _ends_in_identity(state):
+        del state["norm.weight"], state["norm.bias"]
+        notes.append("left out the final norm: it is the identity, as pretraining does not train it")
+    settings = read_settings(file)
+    image_size, classes = settings.image_size, settings.classes
+    if any(side % patch_size_of(shape) for side in image_size):
+        height, width = image_size
+        notes.append(f"left out the image size {height}x{width}, which is no multiple of the patch: 224 instead")
+        image_size = (224, 224)
+    if classes and len(classes) != len(state.get("head.weight", ())):
+        classes = None
+    return Weights(
+        state=state,
+        architecture=shape | {"image_size": image_size, "grn_scope": settings.grn_scope},
+        classes=classes,
+        stats=settings.stats,
+        layout=adapter.name,
+        sparse=adapter.sparse or "mask_token" in state or any(map(INSIDE_A_MODEL.search, tensors)),
+        original=named,
+        notes=tuple(notes),
+    )
+
+
+def _unwrap(found: Any, file: Path) -> tuple[dict[str, Tensor], list[str]]:
+    """The tensors by name, out of what trainers wrap them in, and a note on what lay beside them."""
+    notes = []
+    while isinstance(found, dict) and (inner := next((k for k in WRAPPERS if isinstance(found.get(k), dict)), None)):
+        if beside := sorted(str(key) for key in found if key != inner):
+            notes.append(f"left out what lies beside {inner!r} in the file: {', '.join(beside)}")
+        found = found[inner]
+    named = isinstance(found, dict) and found and all(isinstance(key, str) for key in found)
+    if not named or not all(isinstance(value, Tensor) for value in found.values()):
+        raise UserError(f"{file} holds no state_dict: it needs tensors by name, bare or under {', '.join(WRAPPERS)}")
+    return found, notes
+
+
+def _recognise(tensors: dict[str, Tensor], file: Path) -> tuple[Adapter, dict[str, Tensor]]:
+    """The adapter of the tensors' layout, and the tensors under exactly the names that it has for them."""
+    named = {PREFIXES.sub("", name): value for name, value in tensors.items()}
+    for adapter in ADAPTERS:
+        if adapter.recognises(named):
+            return adapter, {adapter.usual(name): value for name, value in named.items()}
+    raise UserError(f"{file} holds no ConvNeXt V2 in any layout known: one of its names is {min(tensors)}")
+
+
+def _infer_architecture(named: dict[str, Tensor], adapter: Adapter, file: Path) -> dict[str, Any]:
+    """Name, input channels and stem stride, from the shape of the stem."""
+    name = adapter.rename("downsample_layers.0.0.weight")
+    stem = named.get(name)
+    if stem is None or stem.dim() != 4:
+        raise UserError(f"{file}: {name} is missing or no convolution")
+    width, in_chans, stride = stem.shape[:3]
+    if width not in WIDTHS:
+        raise UserError(f"{file}: a stem of {width} channels is no ConvNeXt V2's ({', '.join(map(str, WIDTHS))})")
+    return {"name": WIDTHS[width], "in_chans": in_chans, "stem_stride": stride}
+
+
+def _official(named: dict[str, Tensor], adapter: Adapter, shape: dict[str, Any], file: Path) -> dict[str, Tensor]:
+    """The state under the official names. Every tensor is finite and of the shape that the model's size asks for."""
+    expected = _expected(named, adapter, shape, file)
+    width = len(expected["downsample_layers.0.0.weight"])
+    names = {adapter.rename(key): key for key in expected}
+    missing, unknown = sorted(names.keys() - named.keys()), sorted(named.keys() - names.keys())
+    if missing or unknown:
+        what = [f"{name} is missing" for name in missing[:1]] + [f"{name} is unknown" for name in unknown[:1]]
+        raise UserError(f"{file} is no ConvNeXt V2 {shape['name']}: {', '.join(what)}")
+    state = {}
+    for name, key in names.items():
+        value, target = named[name], expected[key]
+        packed = adapter.pack(key, target, width)
+        if [n for n in value.shape if n != 1] != [n for n in packed.shape if n != 1]:
+            raise UserError(f"{file}: {name} is {list(value.shape)}, not {list(packed.shape)}")
+        state[key] = adapter.unpack(key, value, target.shape).float().contiguous()
+        if not state[key].isfinite().all():
+            raise UserError(f"{file}: {name} has values that are not finite")
+    return state
+
+
+def _expected(named: dict[str, Tensor], adapter: Adapter, shape: dict[str, Any], file: Path) -> dict[str, Tensor]:
+    """Tensors without values under the official names that a model of this shape has, and the decoder that there is."""
+    name = adapter.rename("head.weight")
+    head = named.get(name)
+    if head is not None and (head.dim() < 2 or not len(head)):
+        raise UserError(f"{file}: {name} is {list(head.shape)}, no head of any classes")
+    with torch.device("meta"):
+        model = SparseEncoder(**shape) if head is None else Classifier(**shape, num_classes=len(head))
+        expected = model.state_dict()
+        if head is None and adapter.rename("norm.weight") in named:
+            norm = nn.LayerNorm(model.num_features)
+            expected |= {"norm.weight": norm.weight, "norm.bias": norm.bias}
+    return expected | {name: value for name, value in named.items() if DECODER.match(name)}
+
+
+def _ends_in_identity(state: dict[str, Tensor]) -> bool:
+    """Whether there is a final norm that changes nothing."""
+    return "norm.weight" in state and bool((state["norm.weight"] == 1).all() and (state["norm.bias"] == 0).all())
+
+
+def read_settings(file: Path) -> Settings:
+    """What the config says that lies beside a file of weights or, for a checkpoint, in the folder of its run.
+
+    Raises UserError for a config that can't be understood.
+    """
+    path = file.parent / CONFIG
+    if not path.is_file() and file.parent.parent.name == "checkpoints":
+        path = file.parent.parent.parent / CONFIG
+    config = read_json(path) if path.is_file() else None
+    if not isinstance(config, dict):
+        return Settings()
+    try:
+        found = (adapter.read_config(config, path.parent) for adapter in ADAPTERS)
+        return next((settings for settings in found if settings), Settings())
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        reason = f"{type(error).__name__}: {one_line(error)}"
+        raise UserError(f"{path} can't be understood ({reason}): put it right, or move it away") from None

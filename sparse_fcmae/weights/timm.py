@@ -1,0 +1,89 @@
+"""timm: its layout of ConvNeXt V2, and the folder that `timm.create_model("local-dir:FOLDER")` loads."""
+
+import re
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from sparse_fcmae.data.views import default_crop_fraction
+from sparse_fcmae.model.convnext import SIZES
+from sparse_fcmae.weights.adapter import CONFIG, Adapter, Outputs, Settings, entry, flat_grn
+from sparse_fcmae.weights.weights import Weights, patch_size_of
+
+CONV_MLP = (40, 48, 64, 80)  # the widths of atto to nano, whose pointwise layers are 1x1 convolutions in timm
+
+
+def model_config(weights: Weights) -> dict[str, Any]:
+    """The model, and in `pretrained_cfg` the images that it takes."""
+    shape = weights.architecture
+    mean, std = weights.normalisation
+    height, width = shape["image_size"]
+    patch = patch_size_of(shape)
+    pretrained = {
+        "input_size": [shape["in_chans"], height, width],
+        "pool_size": [height // patch, width // patch],
+        "num_classes": weights.num_classes,
+        "mean": mean,
+        "std": std,
+        "interpolation": "bicubic",
+        "crop_pct": default_crop_fraction(shape["image_size"]),
+        "first_conv": "stem.0",
+        "classifier": "head.fc",
+        "license": "other",
+    }
+    config = {
+        "architecture": f"convnextv2_{shape['name']}",
+        "num_classes": weights.num_classes,
+        "num_features": SIZES[shape["name"]][1][-1],
+        "model_args": {"in_chans": shape["in_chans"], "patch_size": shape["stem_stride"]},
+        "pretrained_cfg": pretrained,
+    }
+    if weights.classes:
+        config["label_names"] = weights.classes
+    return config
+
+
+class Timm(Adapter):
+    """timm's ConvNeXt V2."""
+
+    name = "timm"
+    names = (
+        (r"^downsample_layers\.0\.(\d)", r"stem.\1"),
+        (r"^downsample_layers\.(\d)\.(\d)", r"stages.\1.downsample.\2"),
+        (r"^stages\.(\d)\.(\d+)\.", r"stages.\1.blocks.\2."),
+        (r"\.dwconv\.", ".conv_dw."),
+        (r"\.pwconv1\.", ".mlp.fc1."),
+        (r"\.grn\.gamma$", ".mlp.grn.weight"),
+        (r"\.grn\.beta$", ".mlp.grn.bias"),
+        (r"\.pwconv2\.", ".mlp.fc2."),
+        (r"^head\.", "head.fc."),
+        (r"^norm\.", "head.norm."),
+    )
+    telltale = re.compile(r"^stem\.0\.weight$")
+    configs: ClassVar = {CONFIG: model_config}
+    ends_in_norm = True
+    library = "timm"
+
+    def pack(self, key: str, value: Tensor, width: int) -> Tensor:
+        if width in CONV_MLP and re.search(r"pwconv\d\.weight$", key):
+            return value[:, :, None, None]
+        return flat_grn(key, value)
+
+    def refusal(self, architecture: dict[str, Any]) -> str | None:
+        if architecture["stem_stride"] != 2:
+            return None
+        # timm would put a further downsampling before the first stage.
+        return "timm's ConvNeXt V2 has no stem of stride 2: give `to=huggingface` or `to=official`"
+
+    def read_config(self, config: dict[str, Any], folder: Path) -> Settings | None:
+        if "pretrained_cfg" not in config:
+            return None
+        images = config["pretrained_cfg"]
+        classes = config.get("label_names") or images.get("label_names")
+        return Settings.of(images.get("input_size", ())[1:], classes, images.get("mean"), images.get("std"))
+
+    def run(self, path: Path, weights: Weights, images: Tensor) -> Outputs:
+        model = entry("timm", "create_model")(f"local-dir:{path}", pretrained=True).eval()
+        features = model.forward_features(images)
+        return {"features": features, "logits" if weights.num_classes else "pooled": model.forward_head(features)}

@@ -1,0 +1,115 @@
+"""Runs written weights and what they were written from on the same images, and refuses them where results differ."""
+
+import tempfile
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sparse_fcmae.kernels.constants import EPS
+from sparse_fcmae.model.masking import random_mask
+from sparse_fcmae.runtime.errors import UserError
+from sparse_fcmae.runtime.files import one_line, writing
+from sparse_fcmae.weights.adapter import Adapter, Outputs, Target
+from sparse_fcmae.weights.adapters import TARGETS
+from sparse_fcmae.weights.read import read_weights
+from sparse_fcmae.weights.weights import Weights, patch_size_of
+
+TOLERANCE = 1e-5  # relative Frobenius error in float32
+
+
+@torch.no_grad()
+def verify(weights: Weights, target: Target, path: Path) -> list[str]:
+    """Checks the folder or file that weights were written to; returns what was done, a line each.
+
+    The library that the weights are from and the one that they were written for run them where they can be imported.
+    This package runs them too, with masked images where the weights or the target are for pretraining. Raises UserError
+    where a result differs from what this package makes of the weights by more than TOLERANCE.
+    """
+    weights = weights.per_image()
+    patch = patch_size_of(weights.architecture)
+    size = weights.architecture["image_size"] if target.fixed_size else (2 * patch, 3 * patch)
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(2, weights.architecture["in_chans"], *size, generator=generator)
+    expected = _run(weights, images)
+    lines = _run_source(weights, images, expected)
+    if isinstance(target, Adapter):
+        mask = random_mask(2, (2, 3), 0.5, generator=generator) if weights.sparse or target.sparse else None
+        lines += _read_back(weights, target, path, images, expected, mask)
+    if target.library and (path.is_dir() or not target.configs):
+        lines.append(_run_result(weights, target, path, images, expected))
+    return lines
+
+
+def _run(weights: Weights, images: Tensor, backend: str = "auto") -> Outputs:
+    """What this package computes with weights. Without a final norm the pooled features are normalised all the same."""
+    encoder, state = weights.encoder(backend), weights.state
+    features = encoder(images)
+    shape = (encoder.num_features,)
+    pooled = F.layer_norm(features.mean((2, 3)), shape, state.get("norm.weight"), state.get("norm.bias"), eps=EPS)
+    if not weights.num_classes:
+        return {"features": features, "pooled": pooled}
+    return {"features": features, "logits": F.linear(pooled, state["head.weight"], state["head.bias"])}
+
+
+def _run_source(weights: Weights, images: Tensor, expected: Outputs) -> list[str]:
+    """Has the library that the weights are from run them as they were read, in a folder made for that."""
+    source = TARGETS[weights.layout]
+    if not (weights.original and source.library and isinstance(source, Adapter)):
+        return []
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        with writing(folder):
+            source.save_tensors(weights.original, folder / source.weights_file)
+            source.write_configs(weights, folder)
+        try:
+            found = source.run(folder, weights, images)
+        except UserError as error:
+            return [f"source not run by the library: {error}"]
+        except Exception as error:  # say at an encoder without the norm that the library's always has
+            return [_not_taken(source, "source", error)]
+    return [_compare(source.outputs(weights), expected, found, f"source run by {source.library}")]
+
+
+def _read_back(
+    weights: Weights, target: Adapter, path: Path, images: Tensor, expected: Outputs, mask: Tensor | None
+) -> list[str]:
+    """Runs what was written by this package's plain PyTorch, once more with a mask where there is one."""
+    result = read_weights(path).per_image()
+    how = "result read back by sparse-fcmae"
+    lines = [_compare(target.outputs(weights), expected, _run(result, images, "masked"), how)]
+    if mask is not None:
+        expected = {"features": weights.encoder()(images, mask)}
+        found = {"features": result.encoder("masked")(images, mask)}
+        lines.append(_compare(("features",), expected, found, f"{how}, half of the patches masked"))
+    return lines
+
+
+def _run_result(weights: Weights, target: Target, path: Path, images: Tensor, expected: Outputs) -> str:
+    """Has the library that the weights were written for run them."""
+    try:
+        found = target.run(path, weights, images)
+    except UserError as error:
+        return f"result not run by the library: {error}"
+    except Exception as error:
+        raise UserError(f"not written: {_not_taken(target, 'result', error)}") from None
+    return _compare(target.outputs(weights), expected, found, f"result run by {target.library}")
+
+
+def _not_taken(target: Target, what: str, error: Exception) -> str:
+    return f"{target.library} does not take the {what}: {one_line(error)[:200]}"
+
+
+def _compare(names: tuple[str, ...], expected: Outputs, found: Outputs, how: str) -> str:
+    """A line that says that the outputs of these names are equal. Raises UserError where they are not."""
+    errors = []
+    for name in names:
+        a, b = expected[name], found[name]
+        if not (a.isfinite().all() and b.isfinite().all()):
+            raise UserError(f"not written: the {name} are not finite ({how})")
+        errors.append(((b - a).norm() / a.norm().clamp_min(1e-30)).item())
+    worst = max(errors)
+    if worst >= TOLERANCE:
+        raise UserError(f"not written: the result differs from the source by {worst:.1e} ({how})")
+    return f"verified: {how}, equal within {max(worst, 1e-9):.0e}"

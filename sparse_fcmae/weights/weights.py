@@ -1,0 +1,119 @@
+"""ConvNeXt V2's weights under the official names, which are those of this package's own modules.
+
+A state under the official names has four parts: the encoder (`downsample_layers`, `stages`), the `norm` and the `head`
+of a classifier, and the decoder of pretraining (`proj`, `mask_token`, `decoder`, `pred`).
+"""
+
+import re
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from sparse_fcmae.data.statistics import channel_stats
+from sparse_fcmae.kernels.constants import SIDES
+from sparse_fcmae.model.classifier import Classifier
+from sparse_fcmae.model.convnext import SparseEncoder
+from sparse_fcmae.runtime.errors import UserError
+
+Stats = tuple[tuple[float, ...], tuple[float, ...]]  # mean and standard deviation of each channel
+DECODER = re.compile(r"(proj|mask_token|decoder|pred)\b")  # how the names of the decoder begin
+
+
+@dataclass(frozen=True)
+class Weights:
+    """ConvNeXt V2's weights, float32, under the official names.
+
+    state: the encoder's tensors and, where there are any, those of `norm`, `head` and decoder.
+    architecture: the arguments of `SparseEncoder`, without the backend.
+    classes: the names of the head's outputs, where they are known.
+    stats: what images are normalised with, where it is known.
+    layout: the name of the adapter that recognised them.
+    sparse: whether they are those of a pretraining model, which runs on masked images.
+    original: the tensors as they were read, under the names that the layout has for them.
+    notes: what was left out when they were read, and why, a line each.
+    """
+
+    state: dict[str, Tensor]
+    architecture: dict[str, Any]
+    classes: tuple[str, ...] | None = None
+    stats: Stats | None = None
+    layout: str = "official"
+    sparse: bool = False
+    original: dict[str, Tensor] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, model: SparseEncoder, classes: tuple[str, ...] | None = None) -> "Weights":
+        """The weights of an encoder or a classifier."""
+        state = {key: value.detach().cpu() for key, value in model.state_dict().items()}
+        return cls(state, architecture_of(model), classes)
+
+    @property
+    def num_classes(self) -> int:
+        """The number of the head's outputs, 0 where there is no head."""
+        return len(self.state["head.weight"]) if "head.weight" in self.state else 0
+
+    @property
+    def has_decoder(self) -> bool:
+        """Whether the decoder of pretraining is among them."""
+        return "mask_token" in self.state
+
+    @property
+    def normalisation(self) -> Stats:
+        """What images are normalised with: what is known, or else what this package uses."""
+        return self.stats or channel_stats(self.architecture["in_chans"])
+
+    def per_image(self) -> "Weights":
+        """The same weights with the response norm over each image, as everywhere but in pretraining."""
+        return replace(self, architecture=self.architecture | {"grn_scope": "image"})
+
+    def without(self, *parts: str) -> dict[str, Tensor]:
+        """The state without some of its parts, which are named "norm", "head" and "decoder"."""
+        return {key: value for key, value in self.state.items() if part_of(key) not in parts}
+
+    def check_usable(self, source: str | Path) -> None:
+        """Raises UserError where the weights take other images than this package makes of image files."""
+        channels = self.architecture["in_chans"]
+        if channels not in (1, 3):
+            raise UserError(f"{source} takes {channels} channels: image files give 3 (colour) or 1 (greyscale)")
+        ours, own = channel_stats(channels), self.normalisation
+        pairs = zip(sum(own, ()), sum(ours, ()), strict=False)
+        if len(own[0]) != channels or any(abs(a - b) > 1e-3 for a, b in pairs):
+            raise UserError(
+                f"{source} takes images normalised with mean {own[0]} and deviation {own[1]}: this "
+                f"package normalises with {ours[0]} and {ours[1]} alone"
+            )
+
+    def encoder(self, backend: str = "auto") -> SparseEncoder:
+        """The encoder, in evaluation mode."""
+        encoder = SparseEncoder(**self.architecture, backend=backend)
+        encoder.load_state_dict(self.without("norm", "head", "decoder"))
+        return encoder.eval()
+
+    def classifier(self, backend: str = "auto", drop_path: float = 0.0) -> Classifier:
+        """The classifier, in evaluation mode. Raises UserError where there is no head."""
+        if not self.num_classes:
+            raise UserError("these weights have no classification head: fine-tune them to get one")
+        model = Classifier(**self.architecture, num_classes=self.num_classes, backend=backend, drop_path=drop_path)
+        model.load_state_dict(self.without("decoder"))
+        return model.eval()
+
+
+def architecture_of(encoder: SparseEncoder) -> dict[str, Any]:
+    """The arguments that make an encoder of the same shape, without the backend."""
+    names = ("name", "image_size", "in_chans", "stem_stride", "grn_scope")
+    return {name: getattr(encoder, name) for name in names}
+
+
+def patch_size_of(architecture: dict[str, Any]) -> int:
+    """Pixels along a side of the patches of an encoder with these arguments."""
+    return SIDES[0] * architecture["stem_stride"]
+
+
+def part_of(key: str) -> str:
+    """The part that an official name belongs to: "encoder", "norm", "head" or "decoder"."""
+    if DECODER.match(key):
+        return "decoder"
+    return key.split(".")[0] if key.startswith(("norm.", "head.")) else "encoder"
