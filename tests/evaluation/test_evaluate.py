@@ -8,11 +8,11 @@ from PIL import Image
 
 from sparse_fcmae import UserError, convert, create_classifier, create_encoder, evaluate
 from sparse_fcmae.cli import main
-from sparse_fcmae.convert import export_model
-from sparse_fcmae.encoder import SparseEncoder
-from sparse_fcmae.evaluate import ALEXNET, accuracy
-from sparse_fcmae.labelled import ClassFolder, wordnet_ids
-from sparse_fcmae.probes import Viewing, linear_probe, nearest_neighbours, run_over
+from sparse_fcmae.data.sources.class_folder import ClassFolder
+from sparse_fcmae.evaluation.imagenet import ALEXNET, wordnet_ids
+from sparse_fcmae.evaluation.run import EvaluationView, run_model
+from sparse_fcmae.model.convnext import SparseEncoder
+from sparse_fcmae.weights.convert import export_model
 
 
 @pytest.fixture(scope="module")
@@ -27,8 +27,8 @@ def trained(colours, folder, outputs=("blue", "green", "red"), classes=None):
     None for no colour."""
     model = randomise(create_classifier("atto", num_classes=len(outputs), image_size=32, stem_stride=1)).eval()
     data = ClassFolder(colours / "train")
-    view = Viewing((32, 32), 3, 1.0, torch.device("cpu"))
-    x, index, _ = run_over(data, lambda images: model.norm(create_features(model, images)), view)
+    view = EvaluationView((32, 32), 3, 1.0, torch.device("cpu"))
+    x, index, _ = run_model(data, lambda images: model.norm(create_features(model, images)), view)
     centre = x.mean(0)
     with torch.no_grad():
         model.head.weight.zero_()
@@ -43,37 +43,6 @@ def trained(colours, folder, outputs=("blue", "green", "red"), classes=None):
 
 def create_features(model, images):
     return SparseEncoder.forward(model, images).mean((2, 3))
-
-
-def test_accuracy_by_hand():
-    logits = torch.tensor([[3.0, 2, 1], [0, 2, 1], [0, 1, 2], [1, 3, 2]])
-    found = accuracy(logits, torch.tensor([0, 1, 1, 2]), ("a", "b", "c"))
-    assert (found["images"], found["top1"], found["top5"]) == (4, 0.5, 1)
-    assert found["by_class"] == {"a": 1, "b": 0.5, "c": 0}
-    assert found["confusion"]["counts"] == [[1, 0, 0], [0, 1, 1], [0, 1, 0]]
-
-
-def test_neighbours_against_brute_force():
-    generator = torch.Generator().manual_seed(0)
-    known, asked = torch.randn(50, 6, generator=generator), torch.randn(9, 6, generator=generator)
-    labels = torch.randint(4, (50,), generator=generator)
-    mean = known.mean(0)
-    expected = []
-    for query in asked:
-        cosine = torch.nn.functional.cosine_similarity(known - mean, query - mean)
-        votes = torch.zeros(4)
-        for i in cosine.argsort(descending=True)[:7]:
-            votes[labels[i]] += torch.exp(cosine[i] / 0.07)
-        expected.append(int(votes.argmax()))
-    assert nearest_neighbours(known, labels, asked, k=7).tolist() == expected
-    assert len(nearest_neighbours(known[:3], labels[:3], asked)) == 9
-
-
-def test_linear_probe_separates_what_a_line_can():
-    generator = torch.Generator().manual_seed(0)
-    labels = torch.arange(300) % 3
-    x = torch.randn(300, 10, generator=generator) + 4 * torch.nn.functional.one_hot(labels, 10)
-    assert (linear_probe(x[:200], labels[:200], x[200:]) == labels[200:]).float().mean() > 0.95
 
 
 def test_encoder_without_head_by_both_probes(colours, encoder, tmp_path, capsys):
@@ -103,7 +72,7 @@ def test_classifier_in_every_layout(colours, tmp_path, capsys):
 
 
 def test_imagenet_subsets_and_corruptions(colours, tmp_path):
-    """A head of 1000 outputs, looked at on folders of some WordNet ids, of numbers, and of ImageNet-C's layout."""
+    """A head of 1000 outputs, evaluated on folders of some WordNet ids, of numbers, and of ImageNet-C's layout."""
     places = {3: "blue", 500: "green", 999: "red"}
     trained(colours, tmp_path / "ours", [places.get(i) for i in range(1000)])
     ids = wordnet_ids()
@@ -141,7 +110,7 @@ def test_fewer_folders_than_classes_are_still_judged_among_all(colours, tmp_path
     assert (found["top1"], found["by_class"], found["among"]) == (0.5, {"green": 1, "red": 0}, 3)
     assert found["confusion"]["counts"] == [[0, 0, 0], [0, 4, 0], [4, 0, 0]]
     before = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
-    with pytest.raises(UserError, match="holds an evaluation: choose another or give --overwrite"):
+    with pytest.raises(UserError, match="holds an evaluation: choose another or give `overwrite=True`"):
         evaluate(data=tmp_path / "some", init=tmp_path / "ours", out=tmp_path / "out")
     with pytest.raises(UserError, match="no such file or folder"):
         evaluate(data=tmp_path / "some", init=tmp_path / "none", out=tmp_path / "out", overwrite=True)
@@ -170,8 +139,8 @@ def test_mistakes_are_one_line(colours, encoder, tmp_path, capsys, monkeypatch):
     Image.new("RGB", (8, 8)).save(tmp_path / "other" / "cyan" / "x.png")
     (tmp_path / "file").write_text("x")
     for arguments, message in (
-        ({"init": encoder}, "--data is missing"),
-        ({"data": data}, "--init is missing"),
+        ({"init": encoder}, "are required: --data"),
+        ({"data": data}, "are required: --init"),
         ({"data": data, "init": encoder}, "has no classification head: give --knn or --linear-probe"),
         ({"data": tmp_path / "none", "init": tmp_path / "ours"}, "no such folder"),
         (
@@ -179,9 +148,9 @@ def test_mistakes_are_one_line(colours, encoder, tmp_path, capsys, monkeypatch):
             "class folder cyan is none of the head's 3 classes: blue, green, red",
         ),
         ({"data": data, "init": tmp_path / "ours", "labels-per-class": 3}, "goes with --knn or --linear-probe alone"),
-        ({"data": data, "init": tmp_path / "ours", "crop-share": 0}, "--crop-share must be greater than 0"),
-        ({"data": data, "init": tmp_path / "ours", "crop-share": 2}, "--crop-share 2.0 must be at most 1"),
-        ({"data": data, "init": tmp_path / "ours", "seed": -1}, "--seed must be 0 or more"),
+        ({"data": data, "init": tmp_path / "ours", "crop-fraction": 0}, "--crop-fraction must be greater than 0"),
+        ({"data": data, "init": tmp_path / "ours", "crop-fraction": 2}, "--crop-fraction must be at most 1, not 2.0"),
+        ({"data": data, "init": tmp_path / "ours", "seed": -1}, "--seed must be at least 0, not -1"),
         ({"data": data, "init": tmp_path / "ours", "out": "/proc/none"}, "can't write /proc/none"),
         ({"data": data, "init": tmp_path / "ours", "out": tmp_path / "file"}, "is a file"),
         ({"data": data, "init": tmp_path / "ours", "image-size": "33"}, "not a multiple"),
@@ -193,8 +162,10 @@ def test_mistakes_are_one_line(colours, encoder, tmp_path, capsys, monkeypatch):
         error = capsys.readouterr().err.strip()
         assert (stop.value.code, len(error.splitlines())) == (2, 1)
         assert message in error
-    with pytest.raises(TypeError, match="unexpected option"):
+    with pytest.raises(TypeError, match="unexpected keyword"):
         evaluate(dat=data)
+    with pytest.raises(UserError, match="`init` is missing"):
+        evaluate(data=data)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     evaluate(data=data, init=tmp_path / "ours", out=tmp_path / "out")
     assert "confusion.png is not drawn" in capsys.readouterr().out

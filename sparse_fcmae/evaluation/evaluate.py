@@ -1,0 +1,221 @@
+"""The command `evaluate`: accuracy of a classifier on labelled images, or of probes on an encoder's features."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from sparse_fcmae.backends import choose_dtype
+from sparse_fcmae.data.batches import BadImage
+from sparse_fcmae.data.sources import LabelledSource
+from sparse_fcmae.data.sources.class_folder import ClassFolder, open_held_out, open_splits
+from sparse_fcmae.data.splits import few_labels
+from sparse_fcmae.data.views import default_crop_fraction
+from sparse_fcmae.evaluation.accuracy import accuracy
+from sparse_fcmae.evaluation.config import EvaluateConfig
+from sparse_fcmae.evaluation.imagenet import corruption_folders, mean_corruption_error, outputs_of, wordnet_ids
+from sparse_fcmae.evaluation.plots import draw_confusion
+from sparse_fcmae.evaluation.probes import features_of, linear_probe, nearest_neighbours
+from sparse_fcmae.evaluation.run import EvaluationView, run_model
+from sparse_fcmae.model.convnext import SparseEncoder
+from sparse_fcmae.runtime.device import choose_device, loader_processes
+from sparse_fcmae.runtime.errors import UserError
+from sparse_fcmae.runtime.files import write_atomic, write_json, writing
+from sparse_fcmae.runtime.options import check, image_size_of, keywords_of
+from sparse_fcmae.weights.read import Weights, read_weights
+
+EVALUATION, CONFUSION, PICTURE = "evaluation.json", "confusion.json", "confusion.png"  # files in the folder `out`
+
+
+@keywords_of(EvaluateConfig)
+def evaluate(options: dict[str, Any]) -> dict[str, Any]:
+    """Evaluates a classifier, or with `knn` or `linear_probe` an encoder, and prints a report.
+
+    Returns what was measured, as fractions between 0 and 1. Raises UserError for what the user can put right.
+    """
+    config = checked(options)
+    weights = read_weights(config.init).per_image()
+    weights.check_usable(config.init)
+    view = view_of(config, weights)
+    out = Path(config.out) if config.out else None
+    if out:
+        with writing(out):
+            out.mkdir(parents=True, exist_ok=True)
+    found = {"weights": config.init, **measured(config, weights, view)}
+    print(report(found))
+    if out:
+        save(found, out)
+    return found
+
+
+def checked(options: dict[str, Any]) -> EvaluateConfig:
+    """The config of options. Raises UserError for options that can't be; touches nothing on the disk."""
+    for name, what in (("data", "the images"), ("init", "the weights")):
+        if not options.get(name):
+            raise UserError(f"`{name}` is missing: name {what}")
+    config = EvaluateConfig(**options)
+    check(config)
+    for name in ("val_split", "labels_per_class"):
+        if getattr(config, name) is not None and not (config.knn or config.linear_probe):
+            raise UserError(f"`{name}` goes with `knn` or `linear_probe` alone")
+    if config.out:
+        out = Path(config.out)
+        if out.exists() and not out.is_dir():
+            raise UserError(f"`out` {out} is a file: choose another")
+        if (out / EVALUATION).exists() and not config.overwrite:
+            raise UserError(f"`out` {out} holds an evaluation: choose another or give `overwrite=True`")
+    return config
+
+
+def view_of(config: EvaluateConfig, weights: Weights) -> EvaluationView:
+    """How the weights are to see images. Raises UserError for an image size that does not suit their patch."""
+    device = choose_device(config.device)
+    size = image_size_of(config.image_size or weights.architecture["image_size"])
+    with torch.device("meta"):
+        SparseEncoder(**weights.architecture).grid(*size)
+    return EvaluationView(
+        size=size,
+        in_chans=weights.architecture["in_chans"],
+        crop_fraction=config.crop_fraction or default_crop_fraction(size),
+        device=device,
+        bf16=choose_dtype(config.dtype, device, config.backend) == torch.bfloat16,
+        batch_size=config.batch_size,
+        num_workers=loader_processes(device, config.num_workers),
+    )
+
+
+def measured(config: EvaluateConfig, weights: Weights, view: EvaluationView) -> dict[str, Any]:
+    """What the options ask for, of the images that `data` holds."""
+    if config.knn or config.linear_probe:
+        return probe(config, weights, view)
+    if not weights.num_classes:
+        raise UserError(
+            f"{config.init} has no classification head: give `knn=True` or `linear_probe=True`, or fine-tune it first"
+        )
+    if corruptions := corruption_folders(config.data):
+        return classify_corrupted(config, weights, view, corruptions)
+    return classify(config, weights, view)
+
+
+def probe(config: EvaluateConfig, weights: Weights, view: EvaluationView) -> dict[str, Any]:
+    """Accuracy of nearest neighbours and of a linear probe on the encoder's features of held-out images."""
+    train, held_out = open_splits(config.data, config.val_split, config.seed)
+    if config.labels_per_class:
+        train = few_labels(train, config.labels_per_class, config.seed)
+    encoder = weights.encoder(config.backend).to(view.device)
+    features, labels, bad = features_of(train, encoder, view, "training images")
+    queries, truth, bad_queries = features_of(held_out, encoder, view, "held-out images")
+    found = {
+        "data": config.data,
+        "train_images": len(labels),
+        "images": len(truth),
+        "unreadable": [image.name for image in bad + bad_queries],
+    }
+    if config.knn:
+        predicted = nearest_neighbours(features, labels, queries, config.neighbours)
+        found["knn_top1"] = (predicted == truth).float().mean().item()
+    if config.linear_probe:
+        predicted = linear_probe(features, labels, queries)
+        found["linear_probe_top1"] = (predicted == truth).float().mean().item()
+    return found
+
+
+def classify(config: EvaluateConfig, weights: Weights, view: EvaluationView) -> dict[str, Any]:
+    """Accuracy of the classifier on one folder of class folders."""
+    source = open_held_out(config.data)
+    model = weights.classifier(config.backend).to(view.device)
+    found, bad = accuracy_on(source, model, weights, view, "evaluating")
+    return {"data": str(source.root), "unreadable": [image.name for image in bad], **found}
+
+
+def classify_corrupted(
+    config: EvaluateConfig, weights: Weights, view: EvaluationView, corruptions: dict[str, dict[str, Path]]
+) -> dict[str, Any]:
+    """Error of the classifier by corruption and severity, the mean over all, and mCE where it is defined."""
+    if config.crop_fraction is None:  # ImageNet-C's images are cropped already
+        view = replace(view, crop_fraction=1.0)
+    model = weights.classifier(config.backend).to(view.device)
+    errors: dict[str, dict[str, float]] = {}
+    images, unreadable = 0, []
+    for name, folders in corruptions.items():
+        errors[name] = {}
+        for severity, folder in folders.items():
+            found, bad = accuracy_on(ClassFolder(folder), model, weights, view, f"{name} {severity}")
+            errors[name][severity] = 1 - found["top1"]
+            images += found["images"]
+            unreadable += [image.name for image in bad]
+    means = [sum(of_severity.values()) / len(of_severity) for of_severity in errors.values()]
+    found = {
+        "data": config.data,
+        "images": images,
+        "unreadable": unreadable,
+        "errors": errors,
+        "mean_error": sum(means) / len(means),
+    }
+    mce = mean_corruption_error(errors)
+    if weights.num_classes == 1000 and mce is not None:
+        found["mCE"] = mce
+    return found
+
+
+def accuracy_on(
+    source: LabelledSource, model: nn.Module, weights: Weights, view: EvaluationView, description: str
+) -> tuple[dict[str, Any], list[BadImage]]:
+    """Accuracy of a classifier on labelled images, and the images that are unreadable and left out.
+
+    An image's class is chosen among all of the head's outputs. Where the classes are some of ImageNet's WordNet ids, as
+    in ImageNet-A and -R, it is chosen among these alone.
+    """
+    outputs = outputs_of(source.classes, weights.num_classes, weights.classes)
+    logits, index, bad = run_model(source, model, view, description)
+    labels = source.labels[index]
+    some_of_imagenet = len(outputs) < weights.num_classes == 1000 and set(source.classes) <= set(wordnet_ids())
+    if some_of_imagenet:
+        found = accuracy(logits[:, outputs], labels, source.classes)
+    else:
+        names = list(weights.classes or map(str, range(weights.num_classes)))
+        for output, name in zip(outputs.tolist(), source.classes, strict=True):
+            names[output] = name
+        found = accuracy(logits, outputs[labels], tuple(names))
+    among = len(outputs) if some_of_imagenet else weights.num_classes
+    return {"outputs": weights.num_classes, "among": among, **found}, bad
+
+
+def report(found: dict[str, Any]) -> str:
+    """What was measured, for people: one line for each thing."""
+    lines = [f"{found['images']} images of {found['data']}"]
+    if found.get("unreadable"):
+        lines.append(f"{len(found['unreadable'])} more are unreadable, such as {found['unreadable'][0]}")
+    for name in ("top1", "top5", "knn_top1", "linear_probe_top1"):
+        if name in found:
+            lines.append(f"{name.replace('_', ' ').replace('top', 'top-')} {100 * found[name]:.2f} %")
+    if found.get("among", 0) < found.get("outputs", 0):
+        lines.append(f"among the {found['among']} of {found['outputs']} classes that the folder has")
+    if "by_class" in found:
+        worst = sorted(found["by_class"].items(), key=lambda item: item[1])[:20]
+        lines.append("by class, the worst first: " + ", ".join(f"{name} {100 * top1:.1f} %" for name, top1 in worst))
+    for name, errors in found.get("errors", {}).items():
+        lines.append(f"{name:20} error " + "  ".join(f"{100 * error:5.1f}" for error in errors.values()) + " %")
+    if "mean_error" in found:
+        lines.append(f"mean error {100 * found['mean_error']:.2f} %")
+    if "mCE" in found:
+        lines.append(f"mCE {100 * found['mCE']:.2f} %")
+    return "\n".join(lines)
+
+
+def save(found: dict[str, Any], out: Path) -> None:
+    """Writes what was measured into a folder, with the confusion matrix in files of its own."""
+    write_json(out / EVALUATION, {name: value for name, value in found.items() if name != "confusion"})
+    with writing(out):  # what an earlier evaluation left
+        (out / CONFUSION).unlink(missing_ok=True)
+        (out / PICTURE).unlink(missing_ok=True)
+    if "confusion" not in found:
+        return
+    write_atomic(out / CONFUSION, lambda p: p.write_text(json.dumps(found["confusion"]) + "\n"))
+    try:
+        draw_confusion(found["confusion"], out / PICTURE)
+    except ImportError:
+        print(f"{PICTURE} is not drawn, as matplotlib is not installed (extra: plots)")

@@ -1,0 +1,103 @@
+"""How well an encoder's features tell classes apart without fine-tuning: by nearest neighbours and a linear probe."""
+
+import os
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sparse_fcmae.data.batches import BadImage
+from sparse_fcmae.data.sources import LabelledSource
+from sparse_fcmae.data.sources.class_folder import open_splits
+from sparse_fcmae.evaluation.run import EvaluationView, Ranks, run_model
+from sparse_fcmae.model.convnext import SparseEncoder
+
+NEIGHBOURS, TEMPERATURE = 20, 0.07  # of the weighted vote of Wu et al., 2018, section 3.4, as in DINO
+PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # on the linear probe's weights, of which held-out images choose one
+
+
+def features_of(
+    source: LabelledSource, encoder: SparseEncoder, view: EvaluationView, description: str | None = None
+) -> tuple[Tensor, Tensor, list[BadImage]]:
+    """An encoder's features of all images of a source, averaged over the positions: float32 [N, D].
+
+    Returns with them the images' labels, int64 [N], and the unreadable images, which are left out.
+    """
+    features, index, bad = run_model(source, lambda images: encoder(images).float().mean((2, 3)), view, description)
+    return features, source.labels[index], bad
+
+
+def nearest_neighbours(
+    features: Tensor, labels: Tensor, queries: Tensor, k: int = NEIGHBOURS, temperature: float = TEMPERATURE
+) -> Tensor:
+    """The class that the k most similar of the features [N, D] vote for, of each query [Q, D]: int64 [Q].
+
+    Similarity is the cosine of centred features, and a vote counts exp(similarity / temperature).
+    """
+    mean = features.mean(0)
+    known, asked = F.normalize(features - mean, dim=1), F.normalize(queries - mean, dim=1)
+    k, classes, predicted = min(k, len(known)), int(labels.max()) + 1, []
+    for part in asked.split(1024):
+        similarity, nearest = (part @ known.T).topk(k)
+        votes = torch.zeros(len(part), classes).scatter_add_(1, labels[nearest], (similarity / temperature).exp())
+        predicted.append(votes.argmax(1))
+    return torch.cat(predicted)
+
+
+class KNNMonitor:
+    """k-NN accuracy of an encoder while it trains. All ranks compute the features of their part of the images.
+
+    root: a folder with train and val or test, each of class folders.
+    """
+
+    def __init__(self, root: str | os.PathLike, view: EvaluationView, ranks: Ranks) -> None:
+        self.view, self.ranks = view, ranks
+        train, held_out = open_splits(root, val_split=None, seed=0)
+        self.train = train.take(range(ranks.rank, len(train), ranks.world))
+        self.held_out = held_out.take(range(ranks.rank, len(held_out), ranks.world))
+
+    def top1(self, encoder: SparseEncoder) -> float:
+        """The fraction of the held-out images whose class their neighbours vote for. To be called by all ranks."""
+        features, labels = self._gathered_features(self.train, encoder)
+        queries, truth = self._gathered_features(self.held_out, encoder)
+        return (nearest_neighbours(features, labels, queries) == truth).float().mean().item()
+
+    def _gathered_features(self, source: LabelledSource, encoder: SparseEncoder) -> tuple[Tensor, Tensor]:
+        features, labels, _ = features_of(source, encoder, self.view)
+        parts = self.ranks.gather((features, labels))
+        return torch.cat([features for features, _ in parts]), torch.cat([labels for _, labels in parts])
+
+
+def linear_probe(features: Tensor, labels: Tensor, queries: Tensor) -> Tensor:
+    """The class of each query [Q, D], int64 [Q], by logistic regression on standardised features [N, D].
+
+    The penalty on the weights is the one of PENALTIES that does best on a fifth of the features, held out.
+    """
+    mean, std = features.mean(0), features.std(0).clamp_min(1e-6)
+    x, asked = (features - mean) / std, (queries - mean) / std
+    held_out = torch.arange(len(x)) % 5 == 4
+    held_out = held_out[torch.randperm(len(x), generator=torch.Generator().manual_seed(0))]
+    penalty = PENALTIES[0]
+    if held_out.any():
+        fits = [_regression(x[~held_out], labels[~held_out], penalty) for penalty in PENALTIES]
+        right = [(fit(x[held_out]).argmax(1) == labels[held_out]).float().mean().item() for fit in fits]
+        penalty = PENALTIES[right.index(max(right))]
+    return _regression(x, labels, penalty)(asked).argmax(1)
+
+
+def _regression(x: Tensor, labels: Tensor, penalty: float) -> nn.Linear:
+    """A linear layer fitted to labels by cross-entropy, with a penalty on the squares of its weights."""
+    model = nn.Linear(x.shape[1], int(labels.max()) + 1)
+    nn.init.zeros_(model.weight)
+    nn.init.zeros_(model.bias)
+    optimizer = torch.optim.LBFGS(model.parameters(), max_iter=100, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        value = F.cross_entropy(model(x), labels) + penalty / 2 * model.weight.square().sum()
+        value.backward()
+        return value
+
+    with torch.enable_grad():
+        optimizer.step(loss)
+    return model.requires_grad_(False)

@@ -1,0 +1,82 @@
+"""Pictures of what a pretrained model fills in: original, masked and reconstructed images side by side."""
+
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from sparse_fcmae.data.sources import ImageSource
+from sparse_fcmae.data.statistics import channel_stats, normalise
+from sparse_fcmae.data.views import CentreView
+from sparse_fcmae.model.fcmae import FCMAE, TARGET_EPS, patchify, unpatchify
+from sparse_fcmae.runtime.files import write_atomic
+
+GREY = 0.5  # of masked pixels
+GAP, LABEL_HEIGHT, LEAST_WIDTH = 4, 14, 96  # pixels of the grid
+
+
+def sample_images(source: ImageSource, count: int, size: tuple[int, int], in_chans: int) -> Tensor:
+    """Centred views of up to `count` images spread evenly over a source: uint8 [N, H, W, C].
+
+    Unreadable images are left out.
+    """
+    view, pixels = CentreView(size, in_chans), []
+    for index in np.unique(np.linspace(0, len(source) - 1, count).astype(int)):
+        with suppress(Exception), source.open(int(index)) as file:  # training names the image in its log
+            pixels.append(view(file))
+    return torch.stack(pixels) if pixels else torch.empty(0, *size, in_chans, dtype=torch.uint8)
+
+
+@torch.no_grad()
+def reconstruct(model: FCMAE, pixels: Tensor, generator: torch.Generator) -> Image.Image:
+    """A picture with a row for each image: original, masked, and the prediction beside the visible pixels.
+
+    pixels: uint8 [N, H, W, C] on the model's device. Masks are drawn from `generator`. Where the model learns
+    normalised targets, the prediction gets the mean and variance of the true patch back, as only its pattern is learnt.
+    """
+    images = normalise(pixels)
+    output = model(images, generator=generator)
+    patches = patchify(images, model.patch_size)
+    predicted = output.prediction.float()
+    if model.norm_pix_loss:
+        variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
+        predicted = predicted * (variance + TARGET_EPS).sqrt() + mean
+    hidden = output.mask.flatten(1)[..., None]
+    grid = output.mask.shape[1:]
+    pasted = unpatchify(torch.where(hidden, predicted, patches), model.patch_size, grid)
+    hidden = unpatchify(hidden.expand_as(patches), model.patch_size, grid)
+    mean, std = (torch.tensor(stats, device=images.device)[:, None, None] for stats in channel_stats(images.shape[1]))
+    original, pasted = images * std + mean, pasted * std + mean
+    masked = original.masked_fill(hidden, GREY)
+    return _grid({"original": _rgb(original), "masked": _rgb(masked), "reconstruction": _rgb(pasted)})
+
+
+def save_picture(picture: Image.Image, path: Path) -> None:
+    """Writes a PNG, atomically."""
+    write_atomic(path, lambda p: picture.save(p, format="PNG"))
+
+
+def _rgb(images: Tensor) -> np.ndarray:
+    """Values between 0 and 1 [N, C, H, W] as uint8 [N, H, W, 3]."""
+    rgb = images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images[:, :3]
+    return (255 * rgb.clamp(0, 1)).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+
+
+def _grid(columns: dict[str, np.ndarray]) -> Image.Image:
+    """Columns of pictures [N, H, W, 3] under their names, enlarged to a width of at least LEAST_WIDTH."""
+    count, height, width, _ = next(iter(columns.values())).shape
+    scale = max(1, -(-LEAST_WIDTH // width))
+    height, width = height * scale, width * scale
+    size = (len(columns) * (width + GAP) + GAP, count * (height + GAP) + GAP + LABEL_HEIGHT)
+    sheet = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(sheet)
+    for column, (name, pictures) in enumerate(columns.items()):
+        left = GAP + column * (width + GAP)
+        draw.text((left, 2), name, fill="black")
+        for row, picture in enumerate(pictures):
+            tile = Image.fromarray(picture).resize((width, height), Image.Resampling.NEAREST)
+            sheet.paste(tile, (left, LABEL_HEIGHT + GAP + row * (height + GAP)))
+    return sheet

@@ -1,0 +1,72 @@
+"""A model run over all images of a source."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from sparse_fcmae.data.batches import BadImage, EvaluationImages, make_loader
+from sparse_fcmae.data.sources import ImageSource
+from sparse_fcmae.data.statistics import normalise
+from sparse_fcmae.data.views import CentreView
+from sparse_fcmae.runtime.errors import UserError
+
+
+@dataclass(frozen=True)
+class EvaluationView:
+    """What a model sees of every image, and what runs it.
+
+    size: (height, width) in pixels. in_chans: 3 for colour, 1 for greyscale. crop_fraction: as in `CentreView`.
+    device: the model's. bf16: whether it computes in bfloat16, by autocast. batch_size: images at once. num_workers:
+    processes that load images, 0 for none but the calling one.
+    """
+
+    size: tuple[int, int]
+    in_chans: int
+    crop_fraction: float
+    device: torch.device
+    bf16: bool = False
+    batch_size: int = 64
+    num_workers: int = 0
+
+
+class Ranks(Protocol):
+    """The processes that share an evaluation. `rank` is this one's place among `world`."""
+
+    rank: int
+    world: int
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, in rank order, on all ranks."""
+        ...
+
+
+@torch.no_grad()
+def run_model(
+    source: ImageSource, function: Callable[[Tensor], Tensor], view: EvaluationView, description: str | None = None
+) -> tuple[Tensor, Tensor, list[BadImage]]:
+    """Applies a function of normalised images [B, C, H, W], such as a model, to all images of a source.
+
+    Returns its outputs, float32 [N, ...] on the CPU, the index of the image that each is of, int64 [N], and the
+    unreadable images, which are left out. description: the text of a progress bar, None for no bar. Raises UserError
+    where no image is readable.
+    """
+    dataset = EvaluationImages(source, CentreView(view.size, view.in_chans, view.crop_fraction))
+    batches = [part.tolist() for part in torch.arange(len(source)).split(view.batch_size)]
+    loader = make_loader(dataset, batches, view.num_workers, pin_memory=view.device.type == "cuda")
+    outputs, index, bad = [], [], []
+    with tqdm(total=len(source), desc=description, unit="image", disable=not description, dynamic_ncols=True) as bar:
+        for batch in loader:
+            bad += batch.bad
+            if len(batch.pixels):
+                images = normalise(batch.pixels.to(view.device, non_blocking=True))
+                with torch.autocast(view.device.type, torch.bfloat16, enabled=view.bf16):
+                    outputs.append(function(images).float().cpu())
+                index.append(batch.index)
+            bar.update(len(batch.pixels) + len(batch.bad))
+    if not outputs:
+        raise UserError(f"no image is readable: {bad[0].name}: {bad[0].reason}")
+    return torch.cat(outputs), torch.cat(index), bad
