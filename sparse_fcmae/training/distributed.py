@@ -1,24 +1,26 @@
-"""One process or many: what `torchrun` sets up, and the device to train on."""
+"""One process or many: what `torchrun` sets up."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
-from sparse_fcmae.backends import default_device, resolve_backend
-from sparse_fcmae.errors import UserError
+from sparse_fcmae.runtime.device import choose_device
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process's place among `world` ones; `device` is its own."""
+    """This process's rank among `world` ones, and its device."""
 
     rank: int
     world: int
     device: torch.device
-    joined: bool = False  # whether `start` made the process group
 
     @property
     def main(self) -> bool:
@@ -26,7 +28,7 @@ class Ranks:
         return self.rank == 0
 
     def gather(self, value: Any) -> list[Any]:
-        """Every rank's picklable value, in rank order, on all ranks."""
+        """Every rank's picklable value, in the order of the ranks, on all of them."""
         if self.world == 1:
             return [value]
         values = [None] * self.world
@@ -46,54 +48,27 @@ class Ranks:
             dist.barrier()
 
 
-def choose_device(name: str, local_rank: int = 0) -> torch.device:
-    """The device that a --device flag means, made the current one. Raises UserError where it can't be used."""
-    try:
-        device = default_device() if name == "auto" else torch.device(name)
-        if device.type == "cuda" and device.index is None:
-            device = torch.device("cuda", local_rank)
-        torch.zeros(1, device=device).item()  # "meta" has no values
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name} can't be used: {str(error).splitlines()[0]}") from None
-    return device
+@contextmanager
+def process_group(device: str) -> Iterator[Ranks]:
+    """Joins the process group when `torchrun` started this process (NCCL on GPUs, gloo elsewhere), and leaves it.
 
-
-def choose_dtype(name: str, device: torch.device, backend: str) -> torch.dtype:
-    """The autocast dtype of a --dtype flag: "auto" is bfloat16 where device and backend compute in it.
-
-    Raises UserError where the backend can't be used with it.
+    device: a `device` option. Raises UserError where it can't be used.
     """
-    if name == "auto" and resolve_backend(backend, device.type).unusable(device, torch.bfloat16):
-        name = "fp32"
-    elif name == "auto" and device.type == "cuda":
-        name = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    elif name == "auto":
-        capabilities = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
-        name = "bf16" if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else "fp32"
-    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[name]
-    resolve_backend(backend, device.type, dtype)
-    return dtype
-
-
-def cores_per_rank() -> int:
-    """The CPU cores there are for each process on this machine, up to 16."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(16, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
-
-
-def start(device: str) -> Ranks:
-    """Joins the process group when started by `torchrun` (NCCL on GPUs, gloo elsewhere)."""
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     chosen = choose_device(device, int(os.environ.get("LOCAL_RANK", 0)))
     joining = world > 1 and not dist.is_initialized()
     if joining:
         dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
-    return Ranks(rank, world, chosen, joining)
+    try:
+        yield Ranks(rank, world, chosen)
+    finally:
+        if joining:
+            dist.destroy_process_group()
 
 
-def stop(ranks: Ranks) -> None:
-    """Leaves the process group that `start` made."""
-    if ranks.joined:
-        dist.destroy_process_group()
+def averaging(objective: nn.Module, ranks: Ranks) -> nn.Module:
+    """A module whose gradients are averaged over the ranks; in a run of one process it is the objective itself."""
+    if ranks.world == 1:
+        return objective
+    device = ranks.device
+    return DistributedDataParallel(objective, device_ids=[device.index] if device.type == "cuda" else None)

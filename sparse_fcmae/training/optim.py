@@ -1,6 +1,5 @@
-"""AdamW's parameter groups and the learning-rate schedule."""
+"""AdamW's parameter groups, their learning rates, and the clipping of gradients."""
 
-import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparse_fcmae.errors import UserError
+from sparse_fcmae.runtime.errors import UserError
 
 
 def adamw(
@@ -44,7 +43,9 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> N
     try:
         optimizer.load_state_dict(state)
     except ValueError as error:
-        raise UserError(f"the checkpoint's optimiser is another model's: {error}; --overwrite starts anew") from None
+        raise UserError(
+            f"the checkpoint's optimiser is another model's: {error}; `overwrite=True` starts anew"
+        ) from None
     for group, options in zip(optimizer.param_groups, own, strict=True):
         group.update(options)
 
@@ -68,14 +69,6 @@ def layer_scale(decay: float, depths: tuple[int, ...], grouped: bool) -> Callabl
         return first + block // 3 if stage == 2 else first
 
     return lambda name: decay ** (last - layer(name))
-
-
-def cosine_lr(step: int, steps: int, warmup: int, peak: float, least: float = 0.0) -> float:
-    """Rate of a step counted from 0: `warmup` equal increments up to `peak`, then half a cosine towards `least`."""
-    least = min(least, peak)
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    return least + (peak - least) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:

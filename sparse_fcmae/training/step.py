@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparse_fcmae.data import normalise
 from sparse_fcmae.training.optim import clip
 
 WARMUP = 3  # steps before the capture, in which kernels are compiled and timed, and libraries take their memory
@@ -17,39 +16,38 @@ WARMUP = 3  # steps before the capture, in which kernels are compiled and timed,
 class TrainStep:
     """Adds up the gradients of micro-batches, then has the optimiser step.
 
-    loss_of: a micro-batch's mean loss, given its tensors on the device. trained: the model that it calls, be it itself,
-    compiled, or wrapped for several processes. share: images of a step on this rank. The loss is the mean over them.
+    objective: a module whose forward takes a micro-batch's tensors on the device and gives its mean loss. It may be
+    wrapped for several processes. images_per_rank: of a step on this rank. The loss is the mean over them.
     """
 
     def __init__(
         self,
-        loss_of: Callable[..., Tensor],
-        trained: nn.Module,
+        objective: nn.Module,
         optimizer: torch.optim.Optimizer,
         *,
-        share: int,
+        images_per_rank: int,
         clip_grad: float | None = None,
         bf16: bool = False,
     ) -> None:
-        self.loss_of, self.trained, self.optimizer = loss_of, trained, optimizer
-        self.share, self.clip_grad, self.bf16 = share, clip_grad, bf16
+        self.objective, self.optimizer = objective, optimizer
+        self.images_per_rank, self.clip_grad, self.bf16 = images_per_rank, clip_grad, bf16
         self.device = optimizer.param_groups[0]["params"][0].device
         self.loss = torch.zeros((), device=self.device)
 
-    def add(self, *tensors: Tensor, last: bool) -> None:
-        """A micro-batch as `loss_of` takes it, the images in the first dimension of each tensor; `last` of its step."""
-        tensors = tuple(t.to(self.device, non_blocking=True) for t in tensors)
-        waiting = not last and isinstance(self.trained, nn.parallel.DistributedDataParallel)
-        with self.trained.no_sync() if waiting else nullcontext():
-            self._differentiate(*tensors)
+    def add(self, *inputs: Tensor, last: bool) -> None:
+        """Adds a micro-batch, the images in the first dimension of each tensor. `last`: of its step."""
+        inputs = tuple(t.to(self.device, non_blocking=True) for t in inputs)
+        waiting = not last and isinstance(self.objective, nn.parallel.DistributedDataParallel)
+        with self.objective.no_sync() if waiting else nullcontext():
+            self._differentiate(*inputs)
 
     def finish(self) -> Tensor:
-        """Changes the weights; returns the step's loss, float32 scalar on the device."""
+        """Changes the weights; returns the step's loss, a float32 scalar on the device."""
         return self._update(keep_gradients=False)
 
-    def _differentiate(self, *tensors: Tensor) -> None:
+    def _differentiate(self, *inputs: Tensor) -> None:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            loss = self.loss_of(*tensors) * (len(tensors[0]) / self.share)
+            loss = self.objective(*inputs) * (len(inputs[0]) / self.images_per_rank)
         loss.backward()
         self.loss += loss.detach()
 
@@ -62,16 +60,11 @@ class TrainStep:
         return loss
 
 
-def fcmae_loss(trained: nn.Module, kept: int) -> Callable[[Tensor, Tensor], Tensor]:
-    """The loss of pretraining, of uint8 pixels [b, H, W, C] and bool masks [b, H/P, W/P] that keep `kept` patches."""
-    return lambda pixels, mask: trained(normalise(pixels), mask, kept=kept).loss
-
-
 class GraphedTrainStep(TrainStep):
     """The same, replayed from CUDA graphs: one for each size of micro-batch and one for the optimiser's step.
 
-    So the host launches two graphs instead of thousands of kernels. The first WARMUP steps run as usual. For one
-    process on a CUDA device, with a capturable optimiser.
+    The host then launches a few graphs instead of thousands of kernels. The first WARMUP steps run as usual. It is for
+    one process on a CUDA device, with a capturable optimiser.
     """
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
@@ -80,18 +73,18 @@ class GraphedTrainStep(TrainStep):
         self.differentiate: dict[torch.Size, tuple[torch.cuda.CUDAGraph, list[Tensor]]] = {}
         self.update: tuple[torch.cuda.CUDAGraph, Tensor] | None = None
 
-    def add(self, *tensors: Tensor, last: bool) -> None:
+    def add(self, *inputs: Tensor, last: bool) -> None:
         if self.steps < WARMUP:
-            self._warm_up(lambda: super(GraphedTrainStep, self).add(*tensors, last=last))
+            self._warm_up(lambda: super(GraphedTrainStep, self).add(*inputs, last=last))
             return
-        shape = tensors[0].shape
+        shape = inputs[0].shape
         if shape not in self.differentiate:
-            held = [torch.empty(t.shape, dtype=t.dtype, device=self.device).copy_(t) for t in tensors]
+            held = [torch.empty(t.shape, dtype=t.dtype, device=self.device).copy_(t) for t in inputs]
             graph, _ = self._capture(lambda: self._differentiate(*held))
             self.differentiate[shape] = (graph, held)
         graph, held = self.differentiate[shape]
-        for mine, given in zip(held, tensors, strict=True):
-            mine.copy_(given, non_blocking=True)
+        for buffer, given in zip(held, inputs, strict=True):
+            buffer.copy_(given, non_blocking=True)
         graph.replay()
 
     def finish(self) -> Tensor:

@@ -1,5 +1,7 @@
-"""What a run tells while it goes on: progress bar, train.log, metrics.jsonl, evaluations.jsonl and, where installed,
-TensorBoard."""
+"""What a run tells while it goes on.
+
+That is a progress bar, train.log, metrics.jsonl, evaluations.jsonl and, where it is installed, TensorBoard.
+"""
 
 import json
 import os
@@ -11,22 +13,23 @@ from typing import Any, TextIO
 import torch
 from tqdm import tqdm
 
-from sparse_fcmae.errors import UserError
-from sparse_fcmae.files import write_atomic, writing
+from sparse_fcmae.runtime.errors import UserError
+from sparse_fcmae.runtime.files import write_atomic, writing
 
 
 class RunLog:
-    """Writes one line of metrics a step, and one an evaluation. On a rank that is not the main one it only keeps quiet.
+    """Writes a line of metrics for each step and one for each evaluation; it is silent on all ranks but the main one.
 
-    Both files are cut to the first `step` steps, so that a resumed run goes on without a seam.
+    run: the run's folder. step, steps: how many are done, and how many there are. Both files of lines are cut to the
+    steps that are done, so that a resumed run goes on without a seam.
     """
 
-    def __init__(self, run: Path, step: int, steps: int, main: bool, evaluating: bool) -> None:
+    def __init__(self, run: Path, step: int, steps: int, main: bool, evaluates: bool) -> None:
         self.run, self.main = run, main
         if main:
             with writing(run):
                 self.metrics = _open_rows(run / "metrics.jsonl", step)
-                self.evaluations = _open_rows(run / "evaluations.jsonl", step) if evaluating else None
+                self.evaluations = _open_rows(run / "evaluations.jsonl", step) if evaluates else None
                 self.text = (run / "train.log").open("a", buffering=1, encoding="utf-8", errors="backslashreplace")
         self.tensorboard = _tensorboard(run, step) if main else None
         self.bar = tqdm(total=steps, initial=step, unit="step", disable=not main, dynamic_ncols=True, smoothing=0.05)
@@ -41,16 +44,16 @@ class RunLog:
     def _note(self, message: str) -> None:
         self.text.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {message}\n")
 
-    def steps(self, last: int, epochs: float, losses: list[float], lrs: list[float], images: int) -> None:
-        """Records the steps up to `last` (counted from 1), of which `epochs` make one step, after `images` images.
+    def steps(self, last: int, steps_per_epoch: int, losses: list[float], lrs: list[float], images: int) -> None:
+        """Records the steps up to `last`, counted from 1: their losses and learning rates.
 
-        Raises UserError where a loss is not finite.
+        images: how many these steps took. Raises UserError where a loss is not finite.
         """
         now = time.perf_counter()
         speed, self.since = images / (now - self.since), now
         for i, (loss, lr) in enumerate(zip(losses, lrs, strict=True)):
             step = last - len(losses) + 1 + i
-            row = {"step": step, "epoch": round(step * epochs, 4), "loss": loss, "lr": lr}
+            row = {"step": step, "epoch": round(step / steps_per_epoch, 4), "loss": loss, "lr": lr}
             row["images_per_second"] = round(speed, 1)
             if self.main:
                 with writing(self.run):
@@ -59,7 +62,7 @@ class RunLog:
                     for name in ("loss", "lr", "images_per_second"):
                         self.tensorboard.add_scalar(name, row[name], step)
             if not torch.isfinite(torch.tensor(loss)):
-                raise UserError(f"the loss is {loss} at step {step}: lower --lr or --base-lr, or give --clip-grad 1")
+                raise UserError(f"the loss is {loss} at step {step}: lower `lr` or `base_lr`, or give `clip_grad=1`")
         status = f"loss {losses[-1]:.4f}, {speed:.1f} images/s, lr {lrs[-1]:.2e}"
         self.bar.set_postfix_str(status, refresh=False)
         self.bar.update(len(losses))
@@ -67,7 +70,7 @@ class RunLog:
             self._note(f"step {last}, {status}")
 
     def evaluation(self, step: int, epoch: float, values: dict[str, float]) -> None:
-        """Records what was measured after a step, shares between 0 and 1 but for losses."""
+        """Records what was measured after a step: fractions between 0 and 1, and losses."""
         with writing(self.run):
             self.evaluations.write(json.dumps({"step": step, "epoch": round(epoch, 4), **values}) + "\n")
         for name, value in values.items() if self.tensorboard else ():

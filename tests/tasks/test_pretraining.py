@@ -7,21 +7,24 @@ import time
 
 import pytest
 import torch
+from helpers import fails, flags
 from PIL import Image
 from safetensors.torch import load_file
 
 from sparse_fcmae import UserError, available_backends, load_encoder, pretrain
-from sparse_fcmae.cli import main
-from sparse_fcmae.training.optim import adamw, cosine_lr, load_optimizer, set_lr
 
 SMALL = {  # 40 images, 4 steps of 10 an epoch
-    **{"model": "atto", "image_size": 32, "stem_stride": 1, "batch_size": 10, "epochs": 3, "lr": 1e-3},
-    **{"dtype": "fp32", "device": "cpu", "num_workers": 1},
+    "model": "atto",
+    "image_size": 32,
+    "stem_stride": 1,
+    "batch_size": 10,
+    "epochs": 3,
+    "lr": 1e-3,
+    "save_every": 4,
+    "dtype": "fp32",
+    "device": "cpu",
+    "num_workers": 1,
 }
-
-
-def flags(options):
-    return [part for k, v in options.items() for part in ("--" + k.replace("_", "-"), str(v))]
 
 
 def command(pictures, out, *extra, **options):
@@ -43,14 +46,21 @@ def whole(pictures, tmp_path_factory):
 
 def test_run_folder(whole):
     assert {p.name for p in whole.iterdir()} >= {
-        *("config.json", "metrics.jsonl", "train.log", "loss.png"),
-        *("checkpoints", "exported", "reconstructions"),
+        "config.json",
+        "metrics.jsonl",
+        "train.log",
+        "loss.png",
+        "checkpoints",
+        "exported",
+        "reconstructions",
     }
     steps = sorted(p.name for p in (whole / "checkpoints").glob("step-*"))
     assert steps == ["step-00000004", "step-00000008", "step-00000012"]
     assert (whole / "checkpoints" / "latest").read_text() == "step-00000012\n"
     assert {p.name for p in (whole / "checkpoints" / steps[-1]).iterdir()} == {
-        *("model.safetensors", "trainer.pt", "meta.json")
+        "model.safetensors",
+        "trainer.pt",
+        "meta.json",
     }
     with Image.open(whole / "reconstructions" / "step-00000012.png") as picture:
         assert picture.size == (3 * 100 + 4, 8 * 100 + 18)
@@ -159,7 +169,7 @@ def test_minkowski_engine_computes_in_float32_uncompiled(pictures, tmp_path):
     options = SMALL | {"epochs": 1, "dtype": "auto"}
     pretrain(data=pictures, out=tmp_path / "run", **options, backend="minkowski")
     assert json.loads((tmp_path / "run" / "config.json").read_text())["dtype"] == "fp32"
-    for more, message in (({"dtype": "bf16"}, "give --dtype fp32"), ({"compile": True}, "can't be compiled")):
+    for more, message in (({"dtype": "bf16"}, "give `dtype=fp32`"), ({"compile": True}, "can't be compiled")):
         with pytest.raises(UserError, match=message):
             pretrain(data=pictures, out=tmp_path / "none", **options | more, backend="minkowski")
     assert not (tmp_path / "none").exists()
@@ -169,29 +179,6 @@ def test_compiled_model_trains_alike(pictures, whole, tmp_path):
     pretrain(data=pictures, out=tmp_path / "run", **SMALL | {"epochs": 1, "micro_batch_size": 6}, compile=True)
     pretrain(data=pictures, out=tmp_path / "plain", **SMALL | {"epochs": 1, "micro_batch_size": 6})
     assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "plain"), rel=1e-4)
-
-
-def test_optimizer_goes_on_with_or_without_graphs():
-    """A rate in a tensor, for graphs, gives what a number gives, and loads what either has saved."""
-    results = []
-    for first, second in ((False, False), (True, False), (False, True)):
-        torch.manual_seed(0)
-        layer = torch.nn.Linear(3, 3)
-        state = None
-        for capturable in (first, second):
-            optimizer = adamw(layer, 0.1, (0.9, 0.95), capturable=capturable)
-            if state:
-                load_optimizer(optimizer, state)
-            for step in range(3):
-                set_lr(optimizer, 1e-2 / (step + 1))
-                layer(torch.ones(2, 3)).square().sum().backward()
-                optimizer.step()
-                optimizer.zero_grad()
-            assert isinstance(optimizer.param_groups[0]["lr"], torch.Tensor) is capturable
-            state = optimizer.state_dict()
-        results.append(layer.weight.detach())
-    for other in results[1:]:
-        torch.testing.assert_close(other, results[0])
 
 
 def test_two_ranks_give_one_ranks_losses(pictures, tmp_path):
@@ -221,7 +208,7 @@ def test_bad_images_are_named_and_survived(pictures, tmp_path):
     for name in ("cut.jpg", "text.png", "bomb.png"):
         assert log.count(f"another image: {name}") == 1
     assert log.count("another image: caf\\udce9.png") == 1
-    with pytest.raises(UserError, match=r"of 41 images are unreadable, such as .*: raise --max-bad-images"):
+    with pytest.raises(UserError, match=r"of 41 images are unreadable, such as .*: raise `max_bad_images`"):
         pretrain(data=data, out=tmp_path / "strict", **SMALL)
 
 
@@ -241,26 +228,6 @@ def test_greyscale_and_non_square(pictures, tmp_path):
     pretrain(data=pictures, out=tmp_path / "run", **options)
     encoder = load_encoder(tmp_path / "run")
     assert (encoder.in_chans, encoder.image_size) == (1, (32, 48))
-
-
-def test_schedule():
-    rates = [cosine_lr(step, 100, 10, 2.0) for step in range(100)]
-    assert rates[:10] == pytest.approx([0.2 * i for i in range(1, 11)])
-    assert max(rates) == rates[10] == 2.0
-    assert rates[55] == pytest.approx(1.0)
-    assert 0 < rates[99] < 0.001
-    assert cosine_lr(0, 4, 4, 1.0) == 0.25
-    assert cosine_lr(0, 4, 0, 1.0) == 1.0
-
-
-def fails(capsys, *arguments):
-    """The one line that the command line prints for a mistake."""
-    with pytest.raises(SystemExit) as stop:
-        main([str(a) for a in arguments])
-    assert stop.value.code == 2
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert len(lines) == 1
-    return lines[0]
 
 
 def test_mistakes_end_in_one_line(pictures, tmp_path, capsys):
@@ -292,8 +259,8 @@ def test_mistakes_end_in_one_line(pictures, tmp_path, capsys):
     assert "--epochs must be greater than 0" in wrong(epochs=0)
     assert "--in-chans 2" in wrong(in_chans=2)
     assert "--device meta can't be used" in wrong(device="meta")
-    assert "--mask-ratio must be 0 or more, not nan" in wrong(mask_ratio="nan")
-    assert "--lr must be greater than 0, not inf" in wrong(lr="inf")
+    assert "--mask-ratio must be a finite number, not nan" in wrong(mask_ratio="nan")
+    assert "--lr must be a finite number, not inf" in wrong(lr="inf")
     assert "--seed must be" in wrong(seed=10**30)
     assert "--mask-patch-size must be greater than 0" in wrong(mask_patch_size=0)
     assert "File name too long" in wrong(out=tmp_path / ("x" * 300))
@@ -368,16 +335,35 @@ def test_mistake_in_the_middle_of_a_run_ends_the_process(pictures, tmp_path):
     assert "not finite" in process.stderr or "the loss is nan" in process.stderr
 
 
-def test_full_disk_is_one_line_and_keeps_what_was_there(whole, tmp_path, monkeypatch):
-    from sparse_fcmae.training import checkpoint
+def rows(run, name="metrics"):
+    found = [json.loads(line) for line in (run / f"{name}.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k != "images_per_second"} for row in found]
 
-    def full(*arguments, **options):
-        raise OSError(28, "No space left on device")
 
-    run = checkpoint.RunFolder(tmp_path / "run")
-    subprocess.run(["cp", "-r", whole, run.path], check=True)
-    monkeypatch.setattr(checkpoint, "save_tensors", full)
-    with pytest.raises(UserError, match=r"can't write .*step-00000016: No space left on device"):
-        run.save(16, {}, {}, keep=3)
-    assert run.latest().name == "step-00000012"
-    assert len(list(run.checkpoints.iterdir())) == 4
+def test_pretraining_goes_on_from_weights_and_looks_at_neighbours(pictures, encoder, tmp_path):
+    small = {"model": "atto", "image_size": 32, "stem_stride": 1, "batch_size": 10, "dtype": "fp32", "num_workers": 0}
+    data = tmp_path / "labelled"
+    for split in ("train", "val"):
+        for folder in pictures.iterdir():
+            (data / split / folder.name).mkdir(parents=True)
+            first = sorted(folder.iterdir())[split == "val"]
+            (data / split / folder.name / first.name).symlink_to(first)
+    run = tmp_path / "run"
+    pretrain(data=pictures, out=run, init=encoder, knn=data, eval_every=1, epochs=2, lr=1e-9, **small)
+    assert [row["step"] for row in rows(run, "evaluations")] == [0, 4, 8]
+    assert all(0 <= row["knn_top1"] <= 1 for row in rows(run, "evaluations"))
+    assert "new decoder" in (run / "train.log").read_text()
+    state, after = load_file(encoder / "model.safetensors"), load_file(run / "exported" / "model.safetensors")
+    assert all((after[key] - value).abs().max() < 1e-6 for key, value in state.items())
+
+    again = tmp_path / "again"
+    pretrain(data=pictures, out=again, init=run, epochs=1, lr=1e-9, batch_size=10, dtype="fp32", num_workers=0)
+    assert "going on from the encoder and decoder" in (again / "train.log").read_text()
+    models = [load_file(r / "checkpoints" / f"step-{s:08d}" / "model.safetensors") for r, s in ((run, 8), (again, 4))]
+    assert all((models[1][key] - value).abs().max() < 1e-6 for key, value in models[0].items())
+    for options, message in (({"model": "femto"}, "give `model=atto`"), ({"stem_stride": 2}, "give `stem_stride=1`")):
+        with pytest.raises(UserError, match=message):
+            pretrain(data=pictures, out=tmp_path / "x", init=encoder, epochs=1, **small | {"image_size": 64} | options)
+    with pytest.raises(UserError, match="has no folder train"):
+        pretrain(data=pictures, out=tmp_path / "x", knn=pictures, epochs=1, **small)
+    assert not (tmp_path / "x").exists()

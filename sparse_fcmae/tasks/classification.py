@@ -1,0 +1,150 @@
+"""Fine-tuning: images and labels -> cross-entropy -> a dense classifier, on the kernels of pretraining."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sparse_fcmae.backends import choose_dtype, resolve_backend
+from sparse_fcmae.data.augmentation import RandAugment
+from sparse_fcmae.data.batches import Batch, TrainingImages
+from sparse_fcmae.data.mixing import Mixing
+from sparse_fcmae.data.sources.class_folder import open_splits
+from sparse_fcmae.data.splits import few_labels
+from sparse_fcmae.data.views import RandomView
+from sparse_fcmae.evaluation.accuracy import measure
+from sparse_fcmae.model.convnext import SIZES
+from sparse_fcmae.runtime.errors import UserError
+from sparse_fcmae.runtime.options import image_size_of, keywords_of
+from sparse_fcmae.runtime.run_folder import newest_checkpoint
+from sparse_fcmae.runtime.streams import Stream, torch_seed
+from sparse_fcmae.tasks.build import build_classifier, evaluation_view, moving_average
+from sparse_fcmae.tasks.config import FinetuneConfig
+from sparse_fcmae.training.configure import configure
+from sparse_fcmae.training.distributed import Ranks, process_group
+from sparse_fcmae.training.log import RunLog
+from sparse_fcmae.training.loop import train
+from sparse_fcmae.training.optim import adamw, layer_scale
+from sparse_fcmae.training.plots import draw_accuracy, draw_loss
+from sparse_fcmae.training.task import Task
+from sparse_fcmae.weights.convert import export_model
+from sparse_fcmae.weights.examples import classifier_example
+
+BETAS = (0.9, 0.999)
+
+
+@keywords_of(FinetuneConfig)
+def finetune(options: dict[str, Any]) -> Path:
+    """Fine-tunes a classifier on labelled images and returns the folder that it is exported to.
+
+    With `resume=True` only `out` is needed: what is left out is as the run was started with. Raises UserError for what
+    the user can put right, and Interrupted, after saving a checkpoint, on Ctrl-C or SIGTERM.
+    """
+    config = configure(FinetuneConfig, options)
+    if bool(config.init) == config.from_scratch:
+        raise UserError("give `init` with the weights to fine-tune, or `from_scratch=True` for none")
+    for name in ("model", "in_chans", "stem_stride"):
+        if config.init and name in options:
+            raise UserError(f"`{name}` goes with `from_scratch` alone: the weights of `init` have their own")
+    with process_group(config.device) as ranks:
+        return train(Classification(config, ranks))
+
+
+class ClassificationObjective(nn.Module):
+    """The cross-entropy of a micro-batch whose images are augmented and mixed on the model's device."""
+
+    def __init__(self, model: nn.Module, mix: Mixing, label_smoothing: float) -> None:
+        super().__init__()
+        self.model, self.mix, self.label_smoothing = model, mix, label_smoothing
+
+    def forward(self, pixels: Tensor, labels: Tensor) -> Tensor:
+        """pixels: uint8 [b, H, W, C]. labels: int64 [b]."""
+        with torch.autocast(pixels.device.type, enabled=False):
+            images, targets = self.mix(pixels, labels)
+        return F.cross_entropy(self.model(images).float(), targets, label_smoothing=self.label_smoothing)
+
+
+class Classification(Task):
+    """A classifier that learns the classes of labelled images, and is evaluated on others."""
+
+    evaluates = True
+
+    def __init__(self, config: FinetuneConfig, ranks: Ranks) -> None:
+        self.ranks, self.left_out = ranks, set()  # unreadable images that the log has named
+        self.source, held_out = open_splits(config.data, config.val_split, config.seed)
+        for folder in (self.source, held_out):
+            if folder.contains(config.out):
+                raise UserError(f"`out` {config.out} lies among the class folders of {folder.root}: choose another")
+        if config.labels_per_class:
+            self.source = few_labels(self.source, config.labels_per_class, config.seed)
+        self.held_out = held_out.take(range(ranks.rank, len(held_out), ranks.world))
+        checkpoint = newest_checkpoint(Path(config.out)) if config.resume else None
+        self.model, config, self.notes = build_classifier(config, self.source.classes, checkpoint)
+        self.model.to(ranks.device).train()
+        dtype = choose_dtype(config.dtype, ranks.device, config.backend)
+        self.config = config = replace(config, dtype="bf16" if dtype == torch.bfloat16 else "fp32")
+
+        classes = len(self.source.classes)
+        mix = Mixing(classes, random_erasing=config.random_erasing, mixup=config.mixup, cutmix=config.cutmix)
+        self.objective = ClassificationObjective(self.model, mix, config.label_smoothing)
+        self.ema = moving_average(self.model, config.ema_decay) if config.ema_decay else None
+        self.size, self.min_lr = image_size_of(config.image_size), config.min_lr
+        self.view = evaluation_view(config, self.size, self.model.in_chans, ranks.device)
+        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad) / 1e6
+        self.description = (
+            f"{self.model.name} on {ranks.device}, backend {resolve_backend(config.backend, ranks.device.type).name}, "
+            f"{config.dtype}, {trained:.1f} M parameters to train; {classes} classes, {len(held_out)} images held out"
+        )
+
+    def dataset(self) -> TrainingImages:
+        augment = RandAugment(self.config.rand_augment) if self.config.rand_augment else None
+        view = RandomView(self.size, self.model.in_chans, min_area=self.config.min_crop, augment=augment)
+        return TrainingImages(self.source, view, self.config.seed)
+
+    def optimizer(self) -> torch.optim.Optimizer:
+        grouped = self.config.layer_decay_type == "group"
+        scale = layer_scale(self.config.layer_decay, SIZES[self.model.name][0], grouped)
+        return adamw(self.model, self.config.weight_decay, BETAS, scale=scale)
+
+    def inputs(self, batch: Batch, step: int, first: int) -> tuple[Tensor, Tensor]:
+        """Pixels and labels. What is drawn for a micro-batch follows from its place in the global batch."""
+        place = self.ranks.rank * (self.config.batch_size // self.ranks.world) + first
+        torch.manual_seed(torch_seed(self.config.seed, Stream.AUGMENTATION, step, place))
+        return batch.pixels, self.source.labels[batch.index]
+
+    def after_step(self) -> None:
+        if self.ema:
+            self.ema.update_parameters(self.model)
+
+    def beside_config(self) -> dict[str, Any]:
+        return {"classes": self.source.classes}
+
+    def state(self) -> dict[str, Any]:
+        return {"ema": self.ema.state_dict()} if self.ema else {}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        if self.ema:
+            self.ema.load_state_dict(state["ema"])
+
+    def evaluate(self, log: RunLog) -> dict[str, float]:
+        models = {"": self.model, "ema_": self.ema.module} if self.ema else {"": self.model}
+        values, unreadable = measure(models, self.held_out, self.view, self.ranks)
+        for name, reason in unreadable:
+            if name not in self.left_out:
+                self.left_out.add(name)
+                log.say(f"unreadable, left out of the evaluation: {name}: {reason}")
+        return values
+
+    def export(self, run: Path, log: RunLog) -> None:
+        exported = run / "exported"
+        export_model(self.model.cpu(), exported, self.source.classes)
+        if self.ema:
+            export_model(self.ema.module.cpu(), run / "exported-ema", self.source.classes)
+            log.say(f"moving average of the weights in {exported}-ema")
+        log.draw(lambda: draw_loss(run / "metrics.jsonl", run / "loss.png", "loss"))
+        log.draw(lambda: draw_accuracy(run / "evaluations.jsonl", run / "accuracy.png"))
+        example = classifier_example(self.model, exported, self.config.data)
+        log.say(f"classifier in {exported}; use it with\n\n{example}")

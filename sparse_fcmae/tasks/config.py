@@ -1,0 +1,134 @@
+"""The options of `sparse-fcmae pretrain` and `finetune`."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from sparse_fcmae.runtime.options import option
+from sparse_fcmae.training.config import RunConfig
+
+SEED_LIMIT = 2**32
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig(RunConfig):
+    """Options of `sparse-fcmae pretrain`; what is None follows from the recipe (see `tasks.recipes`)."""
+
+    task: ClassVar[str] = "pretraining"
+
+    data: str | None = option(None, help="folder of images, flat or nested", path=True, resumable=True)
+    out: str = option("runs/pretrain", help="run folder to make", path=True, resumable=True)
+    init: str | None = option(
+        None, help="go on from these weights, of any layout: encoder, and decoder where it has one", path=True
+    )
+    recipe: str = option(
+        "auto",
+        help="auto: batch, epochs and learning rate that suit the number of images; paper: the paper's",
+        choices=("auto", "paper"),
+        resumable=True,
+    )
+
+    model: str = option("atto", help="atto, femto, pico, nano, tiny, base, large or huge")
+    image_size: str = option("224", help="pixels, as 224 or, height first, 224x320; a multiple of the patch")
+    in_chans: int = option(3, help="channels: 3 for colour, 1 for greyscale")
+    stem_stride: int = option(4, help="4, 2 or 1; the patch is 8 times that, so 2 or 1 suit small images")
+    mask_ratio: float = option(0.6, help="fraction of the patches that is masked", at_least=0)
+    mask_patch_size: int | None = option(None, help="draw masks in squares of this many pixels [the patch]", above=0)
+    mask_grid: int | None = option(None, help="or draw masks on a grid of this many rows and columns", above=0)
+    grn_scope: str = option("image", help="what the response norm pools over", choices=("image", "batch"))
+    norm_pix_loss: bool = option(True, help="normalise each target patch")
+    decoder_dim: int = option(512, help="width of the decoder", above=0)
+    decoder_depth: int = option(1, help="blocks of the decoder", above=0)
+
+    epochs: int | None = option(None, help="passes over the images [recipe]", above=0)
+    batch_size: int | None = option(
+        None, help="images an optimiser step, over all ranks and micro-batches [recipe]", above=0
+    )
+    micro_batch_size: int = option(128, help="images a rank takes through the model at once", above=0)
+    warmup_epochs: float | None = option(None, help="epochs of linear warm-up [5 %% of --epochs]", at_least=0)
+    base_lr: float | None = option(None, help="peak learning rate for each 256 images of --batch-size", above=0)
+    lr: float | None = option(None, help="peak learning rate outright [recipe]", above=0)
+    weight_decay: float = option(0.05, help="of AdamW; none on biases and norms", at_least=0)
+    clip_grad: float | None = option(None, help="clip the gradient to this norm [off]", above=0)
+    seed: int = option(0, help="of weights, data order, augmentation and masks", at_least=0, below=SEED_LIMIT)
+
+    compile: bool = option(False, help="compile the model with torch.compile", resumable=True)
+    cuda_graphs: bool = option(False, help="replay the training step from CUDA graphs (GPU only)", resumable=True)
+
+    knn: str | None = option(
+        None, help="labelled folder with train and val or test: k-NN on it meanwhile", path=True, resumable=True
+    )
+    eval_every: int = option(10, help="epochs between the evaluations on --knn", above=0, resumable=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneConfig(RunConfig):
+    """Options of `sparse-fcmae finetune`; what is None is the preset's (see `tasks.recipes`)."""
+
+    task: ClassVar[str] = "fine-tuning"
+
+    data: str | None = option(
+        None,
+        help="folder with train and val or test, each of class folders; see --val-split",
+        path=True,
+        resumable=True,
+    )
+    out: str = option("runs/finetune", help="run folder to make", path=True, resumable=True)
+    init: str | None = option(None, help="weights to fine-tune: run or other folder, or file, of any layout", path=True)
+    from_scratch: bool = option(False, help="start from random weights instead, the baseline")
+    preset: str | None = option(
+        None, help="recipe of this size, or probe [that of the model, probe with --freeze-encoder]"
+    )
+    val_split: float | None = option(
+        None, help="fraction of each class to hold out, where there is no val or test", above=0, below=1
+    )
+    labels_per_class: int | None = option(
+        None, help="train on so many images of each class, chosen by --seed [all]", above=0
+    )
+    freeze_encoder: bool = option(False, help="train the final norm and the head alone")
+
+    model: str = option("atto", help="with --from-scratch: atto, femto, pico, nano, tiny, base, large or huge")
+    image_size: str | None = option(None, help="pixels, as 224 or, height first, 224x320 [that of --init, or 224]")
+    in_chans: int = option(3, help="with --from-scratch: channels, 3 for colour, 1 for greyscale")
+    stem_stride: int = option(4, help="with --from-scratch: 4, 2 or 1; the patch is 8 times that")
+
+    epochs: int | None = option(None, help="passes over the images [preset]", above=0)
+    batch_size: int = option(1024, help="images an optimiser step, over all ranks and micro-batches", above=0)
+    micro_batch_size: int = option(64, help="images a rank takes through the model at once", above=0)
+    warmup_epochs: float | None = option(None, help="epochs of linear warm-up [preset]", at_least=0)
+    base_lr: float | None = option(
+        None, help="peak learning rate for each 256 images of --batch-size [preset]", above=0
+    )
+    lr: float | None = option(None, help="peak learning rate outright, instead of --base-lr", above=0)
+    min_lr: float = option(1e-6, help="learning rate at the end of the cosine", at_least=0)
+    weight_decay: float | None = option(None, help="of AdamW; none on biases and norms [preset]", at_least=0)
+    layer_decay: float | None = option(
+        None, help="learning rate of a layer relative to the next one's [preset]", above=0
+    )
+    layer_decay_type: str | None = option(
+        None, help="each block a layer, or groups of them [preset]", choices=("single", "group")
+    )
+    drop_path: float | None = option(None, help="stochastic depth of the last block [preset]", at_least=0, below=1)
+    clip_grad: float | None = option(None, help="clip the gradient to this norm [off]", above=0)
+    label_smoothing: float | None = option(
+        None, help="fraction of the target spread over all classes [preset]", at_least=0, below=1
+    )
+    mixup: float | None = option(None, help="alpha of MixUp's beta distribution, 0 for none [preset]", at_least=0)
+    cutmix: float | None = option(None, help="alpha of CutMix's beta distribution, 0 for none [preset]", at_least=0)
+    rand_augment: float | None = option(
+        None, help="RandAugment's magnitude, up to 10, 0 for none [preset]", at_least=0, at_most=10
+    )
+    random_erasing: float | None = option(
+        None, help="probability of erasing a box of an image [preset]", at_least=0, at_most=1
+    )
+    min_crop: float = option(0.08, help="least fraction of the area in a random crop", above=0, at_most=1)
+    ema_decay: float | None = option(
+        None, help="of the moving average of the weights, 0 for none [preset]", at_least=0, below=1
+    )
+    seed: int = option(
+        0,
+        help="of new weights, data order, augmentation, --val-split and --labels-per-class",
+        at_least=0,
+        below=SEED_LIMIT,
+    )
+
+    eval_every: int = option(1, help="epochs between evaluations", above=0, resumable=True)

@@ -1,0 +1,137 @@
+"""FCMAE pretraining: images -> masks -> loss on the masked patches -> a dense encoder."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparse_fcmae.backends import choose_dtype, resolve_backend
+from sparse_fcmae.data.batches import Batch, TrainingImages
+from sparse_fcmae.data.sources.folder import ImageFolder
+from sparse_fcmae.data.statistics import normalise
+from sparse_fcmae.data.views import RandomView
+from sparse_fcmae.evaluation.probes import KNNMonitor
+from sparse_fcmae.evaluation.reconstruct import reconstruct, sample_images, save_picture
+from sparse_fcmae.runtime.errors import UserError
+from sparse_fcmae.runtime.files import writing
+from sparse_fcmae.runtime.options import image_size_of, keywords_of
+from sparse_fcmae.runtime.streams import Stream, torch_seed
+from sparse_fcmae.tasks.build import build_fcmae, check_model, evaluation_view, options_of_weights
+from sparse_fcmae.tasks.config import PretrainConfig
+from sparse_fcmae.tasks.recipes import pretraining_recipe
+from sparse_fcmae.training.configure import configure
+from sparse_fcmae.training.distributed import Ranks, process_group
+from sparse_fcmae.training.log import RunLog
+from sparse_fcmae.training.loop import train
+from sparse_fcmae.training.optim import adamw
+from sparse_fcmae.training.plots import draw_loss
+from sparse_fcmae.training.step import GraphedTrainStep
+from sparse_fcmae.training.task import Task
+from sparse_fcmae.weights.convert import export_model
+from sparse_fcmae.weights.examples import usage_example
+
+BETAS = (0.9, 0.95)
+SAMPLES = 8  # images in a picture of reconstructions
+
+
+@keywords_of(PretrainConfig)
+def pretrain(options: dict[str, Any]) -> Path:
+    """Pretrains an encoder on unlabelled images and returns the folder that it is exported to.
+
+    With `resume=True` only `out` is needed: what is left out is as the run was started with. With `init`, what is left
+    out is as these weights are. Raises UserError for what the user can put right, and Interrupted, after saving a
+    checkpoint, on Ctrl-C or SIGTERM.
+    """
+    if options.get("init") and not options.get("resume"):
+        options = options_of_weights(options["init"]) | options
+    config = configure(PretrainConfig, options)
+    check_model(config.model, config.in_chans)
+    with process_group(config.device) as ranks:
+        return train(Pretraining(config, ranks))
+
+
+class PretrainingObjective(nn.Module):
+    """The loss of a micro-batch. num_visible: patches of every image that its mask leaves visible."""
+
+    def __init__(self, model: nn.Module, num_visible: int) -> None:
+        super().__init__()
+        self.model, self.num_visible = model, num_visible
+
+    def forward(self, pixels: Tensor, mask: Tensor) -> Tensor:
+        """pixels: uint8 [b, H, W, C]. mask: bool [b, H/P, W/P], True = masked."""
+        return self.model(normalise(pixels), mask, num_visible=self.num_visible).loss
+
+
+class Pretraining(Task):
+    """An FCMAE that learns to fill in the masked patches of a folder's images."""
+
+    def __init__(self, config: PretrainConfig, ranks: Ranks) -> None:
+        self.ranks, self.size = ranks, image_size_of(config.image_size)
+        self.source = ImageFolder(config.data, without=config.out)
+        config, recipe = pretraining_recipe(config, len(self.source))
+        dtype = choose_dtype(config.dtype, ranks.device, config.backend)
+        self.config = config = replace(config, dtype="bf16" if dtype == torch.bfloat16 else "fp32")
+        check_acceleration(config, ranks)
+        self.model, notes = build_fcmae(config, resumed=config.resume)
+        self.model.to(ranks.device)
+        self.notes = recipe + notes
+
+        trained = torch.compile(self.model, fullgraph=True, dynamic=False) if config.compile else self.model
+        self.objective = PretrainingObjective(trained, self.model.num_visible(self.size))
+        self.step_type = GraphedTrainStep if config.cuda_graphs else Task.step_type
+        view = evaluation_view(config, self.size, config.in_chans, ranks.device)
+        self.monitor = KNNMonitor(config.knn, view, ranks) if config.knn else None
+        self.evaluates = self.evaluates_untrained = self.monitor is not None
+        samples = sample_images(self.source, SAMPLES if ranks.main else 0, self.size, config.in_chans)
+        self.samples = samples.to(ranks.device)
+        self.description = (
+            f"{config.model} on {ranks.device}, backend {resolve_backend(config.backend, ranks.device.type).name}, "
+            f"{config.dtype}, {sum(p.numel() for p in self.model.parameters()) / 1e6:.1f} M parameters with the decoder"
+        )
+
+    def dataset(self) -> TrainingImages:
+        return TrainingImages(self.source, RandomView(self.size, self.config.in_chans), self.config.seed)
+
+    def optimizer(self) -> torch.optim.Optimizer:
+        return adamw(self.model, self.config.weight_decay, BETAS, capturable=self.config.cuda_graphs)
+
+    def inputs(self, batch: Batch, step: int, first: int) -> tuple[Tensor, Tensor]:
+        """Pixels and masks. The masks of the whole global batch are drawn together, whatever the number of ranks."""
+        if first == 0:
+            device, seed = self.ranks.device, torch_seed(self.config.seed, Stream.MASKS, step)
+            generator = torch.Generator(device).manual_seed(seed)
+            masks = self.model.draw_mask(self.config.batch_size, self.size, generator=generator)
+            self.masks = masks.chunk(self.ranks.world)[self.ranks.rank]
+        return batch.pixels, self.masks[first : first + len(batch.pixels)]
+
+    def evaluate(self, log: RunLog) -> dict[str, float]:
+        return {"knn_top1": self.monitor.top1(self.model.encoder)}
+
+    def illustrate(self, run: Path, step: int) -> None:
+        """The same images and masks each time, so that the pictures of different steps can be compared."""
+        if not len(self.samples):
+            return
+        with writing(run):
+            (run / "reconstructions").mkdir(exist_ok=True)
+        with torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=self.config.dtype == "bf16"):
+            picture = reconstruct(self.model, self.samples, torch.Generator().manual_seed(self.config.seed))
+        save_picture(picture, run / "reconstructions" / f"step-{step:08d}.png")
+
+    def export(self, run: Path, log: RunLog) -> None:
+        exported = run / "exported"
+        export_model(self.model.encoder.cpu(), exported)
+        log.draw(lambda: draw_loss(run / "metrics.jsonl", run / "loss.png"))
+        log.say(f"pretrained encoder in {exported}; use it with\n\n{usage_example(self.model.encoder, exported)}")
+
+
+def check_acceleration(config: PretrainConfig, ranks: Ranks) -> None:
+    """Raises UserError where CUDA graphs or compilation are asked for but can't be had."""
+    device = ranks.device.type
+    if config.cuda_graphs and (device != "cuda" or ranks.world > 1):
+        where = f"on {device}" if device != "cuda" else "in several processes"
+        raise UserError(f"`cuda_graphs` can't be used {where}: leave it out")
+    backend = resolve_backend(config.backend, device)
+    if not backend.compilable and (config.compile or config.cuda_graphs):
+        raise UserError(f"backend {backend.name} can't be compiled or captured: leave out `compile` and `cuda_graphs`")

@@ -1,0 +1,156 @@
+"""Recipes: what a run does where its user leaves it open.
+
+Pretraining follows the number of images (`auto`) or the paper. Fine-tuning follows the commands that the official code
+was published with (its TRAINING.md), which name atto, tiny and base. Femto, pico and nano take atto's recipe, large and
+huge take base's with more stochastic depth.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+from sparse_fcmae.runtime.errors import UserError
+from sparse_fcmae.runtime.options import flag
+from sparse_fcmae.tasks.config import FinetuneConfig, PretrainConfig
+from sparse_fcmae.training.schedule import CHECKPOINT_STEPS
+
+PAPER_BATCH, PAPER_EPOCHS, PAPER_BASE_LR = 4096, 800, 1.5e-4  # ConvNeXt V2, appendix A
+WARMUP = 0.05  # of the epochs: 40 of the paper's 800
+STEPS_PER_EPOCH = 32  # that the automatic recipe gives an epoch, up to the paper's batch
+LEAST_BATCH = 8
+IMAGES_SEEN = 2_000_000  # over all epochs, with at least LEAST_EPOCHS and at most the paper's
+LEAST_EPOCHS = 100
+
+
+def pretraining_recipe(config: PretrainConfig, images: int) -> tuple[PretrainConfig, list[str]]:
+    """The config without open ends for so many images, and what there is to say about it, a line each.
+
+    The automatic recipe makes the batch so small that an epoch has about STEPS_PER_EPOCH steps, and trains for
+    IMAGES_SEEN images, as small sets need more epochs. It lowers the paper's peak learning rate with the fourth root of
+    the batch, as a rate in proportion to a small batch learns little in so few steps.
+    """
+    found: dict[str, Any] = {}
+    paper = config.recipe == "paper"
+    batch = config.batch_size
+    if batch is None:
+        batch = found["batch_size"] = PAPER_BATCH if paper else _batch_for(images)
+    epochs = config.epochs
+    if epochs is None:
+        suitable = min(PAPER_EPOCHS, max(LEAST_EPOCHS, round(IMAGES_SEEN / images)))
+        epochs = found["epochs"] = PAPER_EPOCHS if paper else suitable
+    if config.warmup_epochs is None:
+        found["warmup_epochs"] = WARMUP * epochs
+    if config.lr is None and config.base_lr is None:
+        at_paper_batch = PAPER_BASE_LR * PAPER_BATCH / 256
+        if paper:
+            found["base_lr"] = PAPER_BASE_LR
+        else:
+            found["lr"] = float(f"{at_paper_batch * (batch / PAPER_BATCH) ** 0.25:.2g}")
+    if not found:
+        return config, []
+    chosen = ", ".join(f"{flag(name)} {value:g}" for name, value in found.items())
+    notes = [f"recipe {config.recipe} for {images} images: {chosen}"]
+    if config.save_every is None:
+        steps = min(max(1, images // batch), CHECKPOINT_STEPS)
+        notes.append(f"a checkpoint every {steps} steps, but at most one a minute (--save-every N: every N steps)")
+    return replace(config, **found), notes
+
+
+def _batch_for(images: int) -> int:
+    """A power of two of which an epoch has about STEPS_PER_EPOCH."""
+    wanted = max(LEAST_BATCH, images // STEPS_PER_EPOCH)
+    return 1 << (min(wanted, images, PAPER_BATCH).bit_length() - 1)
+
+
+AUGMENTED = {"random_erasing": 0.25, "rand_augment": 9.0, "ema_decay": 0.9999}
+ATTO = {
+    **AUGMENTED,
+    "epochs": 600,
+    "warmup_epochs": 0.0,
+    "base_lr": 2e-4,
+    "weight_decay": 0.3,
+    "layer_decay": 0.9,
+    "layer_decay_type": "single",
+    "drop_path": 0.1,
+    "label_smoothing": 0.2,
+    "mixup": 0.0,
+    "cutmix": 0.0,
+}
+TINY = {
+    **AUGMENTED,
+    "epochs": 300,
+    "warmup_epochs": 40.0,
+    "base_lr": 8e-4,
+    "weight_decay": 0.05,
+    "layer_decay": 0.9,
+    "layer_decay_type": "single",
+    "drop_path": 0.2,
+    "label_smoothing": 0.1,
+    "mixup": 0.8,
+    "cutmix": 1.0,
+}
+BASE = {
+    **TINY,
+    "epochs": 100,
+    "warmup_epochs": 20.0,
+    "base_lr": 6.25e-4,
+    "layer_decay": 0.6,
+    "layer_decay_type": "group",
+    "drop_path": 0.1,
+}
+PROBE = {  # this package's own: crops and flips alone in front of a frozen encoder
+    "epochs": 100,
+    "warmup_epochs": 5.0,
+    "base_lr": 1e-3,
+    "weight_decay": 0.0,
+    "layer_decay": 1.0,
+    "layer_decay_type": "single",
+    "drop_path": 0.0,
+    "label_smoothing": 0.0,
+    "mixup": 0.0,
+    "cutmix": 0.0,
+    "random_erasing": 0.0,
+    "rand_augment": 0.0,
+    "ema_decay": 0.0,
+}
+PRESETS: dict[str, dict[str, Any]] = {
+    "atto": ATTO,
+    "femto": ATTO,
+    "pico": ATTO,
+    "nano": ATTO,
+    "tiny": TINY,
+    "base": BASE,
+    "large": BASE | {"drop_path": 0.2},
+    "huge": BASE | {"drop_path": 0.3},
+    "probe": PROBE,
+}
+TOLD = (  # the options that a run's log tells as its recipe
+    "base_lr",
+    "weight_decay",
+    "layer_decay",
+    "layer_decay_type",
+    "drop_path",
+    "label_smoothing",
+    "mixup",
+    "cutmix",
+    "rand_augment",
+    "random_erasing",
+    "min_crop",
+    "ema_decay",
+)
+
+
+def finetuning_recipe(config: FinetuneConfig, model: str) -> tuple[FinetuneConfig, list[str]]:
+    """The config without open ends for a model's name, and what there is to say about it, a line each.
+
+    What was left open is as the preset has it: the one asked for, else that of the model's size.
+
+    A run shorter than the preset's warms up for the same fraction of it.
+    """
+    name = config.preset or ("probe" if config.freeze_encoder else model)
+    if name not in PRESETS:
+        raise UserError(f"`preset` {name!r} is unknown: choose one of {', '.join(PRESETS)}")
+    preset = dict(PRESETS[name])
+    if config.epochs is not None:
+        preset["warmup_epochs"] *= min(1.0, config.epochs / preset["epochs"])
+    config = replace(config, **{k: v for k, v in preset.items() if getattr(config, k) is None})
+    return config, ["recipe: " + ", ".join(f"{flag(name)} {getattr(config, name)}" for name in TOLD)]

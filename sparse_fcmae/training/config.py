@@ -1,0 +1,54 @@
+"""The options that every training run has."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from sparse_fcmae.runtime.options import option
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Options that `sparse-fcmae pretrain` and `finetune` have in common.
+
+    task names the kind of run in messages and in its config.json.
+    """
+
+    task: ClassVar[str]
+
+    # options whose defaults and help differ between the tasks
+    data: str | None
+    out: str
+    init: str | None
+    image_size: str | None
+    epochs: int | None
+    batch_size: int | None
+    micro_batch_size: int
+    warmup_epochs: float | None
+    base_lr: float | None
+    lr: float | None
+    clip_grad: float | None
+    seed: int
+    eval_every: int
+
+    backend: str = option("auto", help="auto, native, torch, masked or minkowski; see `sparse-fcmae info`")
+    device: str = option("auto", help="auto, cpu, cuda, cuda:1, ...", resumable=True)
+    dtype: str = option("auto", help="auto is bf16 where the device has it", choices=("auto", "bf16", "fp32"))
+    num_workers: int | None = option(
+        None,
+        help="processes that load images, for each rank [one for every 4 cores; beside a GPU one a core, up to 16]",
+        at_least=0,
+        resumable=True,
+    )
+    max_bad_images: float = option(
+        0.01, help="stop when a larger fraction of the files is unreadable", at_least=0, resumable=True
+    )
+    log_every: int = option(10, help="steps between updates of log and bar", above=0, resumable=True)
+    save_every: int | None = option(
+        None,
+        help="steps between checkpoints [an epoch or 500 steps, whichever is less, but at least a minute]",
+        above=0,
+        resumable=True,
+    )
+    keep_checkpoints: int = option(3, help="how many of the newest checkpoints to keep", above=0, resumable=True)
+    resume: bool = option(False, help="go on from the newest checkpoint in --out", resumable=True)
+    overwrite: bool = option(False, help="delete the run that is in --out first", resumable=True)

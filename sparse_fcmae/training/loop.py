@@ -1,0 +1,99 @@
+"""The training loop, one for every task, on one process or many."""
+
+from pathlib import Path
+
+from torch.utils.data import DataLoader
+
+from sparse_fcmae.data.batches import make_loader, micro_batches
+from sparse_fcmae.runtime.device import loader_processes
+from sparse_fcmae.runtime.errors import Interrupted
+from sparse_fcmae.runtime.run_folder import RunFolder, newest_checkpoint
+from sparse_fcmae.training.checkpoint import Checkpoints, restore
+from sparse_fcmae.training.distributed import averaging
+from sparse_fcmae.training.log import RunLog
+from sparse_fcmae.training.optim import set_lr
+from sparse_fcmae.training.progress import Progress
+from sparse_fcmae.training.schedule import Schedule
+from sparse_fcmae.training.signals import stop_signals
+from sparse_fcmae.training.task import Task
+
+
+def train(task: Task) -> Path:
+    """Trains a task's model from its run's newest checkpoint, or from the start; returns RUN/exported.
+
+    Raises UserError for what the user can put right, and Interrupted, after saving a checkpoint, on Ctrl-C or SIGTERM.
+    """
+    config, ranks = task.config, task.ranks
+    run = RunFolder(config.out, config.task)
+    schedule = Schedule.of(config, len(task.source), ranks.world, task.min_lr)
+    optimizer = task.optimizer()
+    checkpoint = newest_checkpoint(run.path) if config.resume else None
+    start, unreadable = restore(checkpoint, task, optimizer) if checkpoint else (0, {})
+    ranks.barrier()  # every rank has found the folder in order before one writes to it
+    if ranks.main:
+        run.begin(config, **task.beside_config())
+    ranks.barrier()
+
+    batches = iter(_loader(task, schedule, start))
+    runner = task.step_type(
+        averaging(task.objective, ranks),
+        optimizer,
+        images_per_rank=schedule.images_per_rank,
+        clip_grad=config.clip_grad,
+        bf16=config.dtype == "bf16",
+    )
+    log = RunLog(run.path, start, schedule.steps, ranks.main, task.evaluates)
+    progress = Progress(config, schedule, task.source, log, ranks, unreadable)
+    checkpoints = Checkpoints(run, task, optimizer, schedule, log, unreadable, start)
+    try:
+        log.say(f"{task.description}; {len(task.source)} images, {schedule}")
+        if config.resume:
+            log.say(f"resumed from {checkpoint}" if checkpoint else "no checkpoint to resume from: starting at step 0")
+        for note in [] if checkpoint else task.notes:
+            log.say(note)
+        if not start and task.evaluates_untrained:
+            _evaluate(task, schedule, log, 0)
+        with stop_signals(ranks.world) as stopped:
+            for step in range(start, schedule.steps):
+                set_lr(optimizer, lr := schedule.lr(step))
+                for first, images in schedule.micro_batches():
+                    batch = next(batches)
+                    progress.take(batch, images)
+                    last = first + images == schedule.images_per_rank
+                    runner.add(*task.inputs(batch, step, first), last=last)
+                progress.step_done(runner.finish(), lr)
+                task.after_step()
+
+                done, stopping = step + 1, stopped()
+                evaluating = task.evaluates and schedule.evaluates_after(done)
+                saving = stopping or checkpoints.asked_for(done)
+                if evaluating or saving or done % config.log_every == 0 or step == start:
+                    progress.flush(done)
+                    if evaluating:
+                        _evaluate(task, schedule, log, done)
+                    if ranks.main and (saving or checkpoints.due(done)):
+                        checkpoints.save(done)
+                if stopping:
+                    log.say(f"stopped at step {done}; go on with --out {config.out} --resume")
+                    raise Interrupted
+        if ranks.main:
+            task.export(run.path, log)
+        ranks.barrier()
+    finally:
+        log.close()
+    return run.path / "exported"
+
+
+def _loader(task: Task, schedule: Schedule, start: int) -> DataLoader:
+    """The micro-batches of this rank's remaining steps."""
+    config, ranks, steps = task.config, task.ranks, range(start, schedule.steps)
+    sizes = (len(task.source), config.batch_size, steps, config.seed)
+    order = micro_batches(*sizes, ranks.rank, ranks.world, schedule.micro_batch_size)
+    workers = loader_processes(ranks.device, config.num_workers)
+    return make_loader(task.dataset(), order, workers, pin_memory=ranks.device.type == "cuda")
+
+
+def _evaluate(task: Task, schedule: Schedule, log: RunLog, step: int) -> None:
+    values = task.evaluate(log)
+    if task.ranks.main:
+        log.evaluation(step, schedule.epoch(step), values)

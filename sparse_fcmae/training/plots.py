@@ -1,0 +1,53 @@
+"""Curves of a training run as pictures. Needs matplotlib."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sparse_fcmae.runtime.files import write_atomic
+
+
+def draw_loss(metrics: Path, path: Path, label: str = "loss on masked patches") -> None:
+    """Writes a PNG of the loss of each step and its mean over each epoch, from metrics.jsonl. label: of the axis."""
+    rows = _rows(metrics)
+    epochs = np.array([row["epoch"] for row in rows])
+    losses = np.array([row["loss"] for row in rows])
+    epoch_of = np.ceil(epochs - 1e-6).astype(int)
+    whole = np.unique(epoch_of)
+    figure, axes = _axes(xlabel="epoch", ylabel=label, xlim=(0, epochs[-1]))
+    axes.plot(epochs, losses, color="0.75", linewidth=1, label="step")
+    means = [losses[epoch_of == epoch].mean() for epoch in whole]
+    axes.plot(whole - 0.5, means, color="tab:blue", marker=".", label="mean of the epoch")
+    _write(figure, axes, path)
+
+
+def draw_accuracy(evaluations: Path, path: Path) -> None:
+    """Writes a PNG of the top-1 accuracies measured over the epochs, from evaluations.jsonl."""
+    rows = _rows(evaluations)
+    figure, axes = _axes(xlabel="epoch", ylabel="top-1 on held-out images, %")
+    for name, label in (("top1", "weights"), ("ema_top1", "their moving average")):
+        if name in rows[-1]:
+            axes.plot([row["epoch"] for row in rows], [100 * row[name] for row in rows], marker=".", label=label)
+    _write(figure, axes, path)
+
+
+def _rows(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def _axes(**settings: Any) -> tuple[Any, Any]:
+    """A new figure, and its axes with these settings."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 3.5), layout="constrained")
+    axes = figure.subplots()
+    axes.set(**settings)
+    axes.grid(alpha=0.3)
+    return figure, axes
+
+
+def _write(figure: Any, axes: Any, path: Path) -> None:
+    axes.legend()
+    write_atomic(path, lambda p: figure.savefig(p, format="png", dpi=120))

@@ -1,0 +1,82 @@
+"""What the training loop asks of a task. A new objective is a subclass in one file of `tasks/`."""
+
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from sparse_fcmae.data.batches import Batch
+from sparse_fcmae.data.sources import ImageSource
+from sparse_fcmae.training.config import RunConfig
+from sparse_fcmae.training.distributed import Ranks
+from sparse_fcmae.training.log import RunLog
+from sparse_fcmae.training.step import TrainStep
+
+
+class Task(ABC):
+    """A model, the images it is trained on, and its loss.
+
+    Making a task reads its images and weights and raises UserError for what does not fit together; it writes nothing.
+
+    config: without open ends, its dtype "fp32" or "bf16". ranks: the processes. source: the images that are trained on.
+    model: what checkpoints hold. objective: a module whose forward takes the tensors of `inputs` and gives their mean
+    loss. description: what is trained, where and how, in a line. notes: what else the log says at the start, a line
+    each. step_type: how steps run. min_lr: the learning rate at the end of the cosine. evaluates: whether `evaluate` is
+    called. evaluates_untrained: whether it is also called before the first step.
+    """
+
+    config: RunConfig
+    ranks: Ranks
+    source: ImageSource
+    model: nn.Module
+    objective: nn.Module
+    description: str
+    notes: list[str]
+    step_type: type[TrainStep] = TrainStep
+    min_lr: float = 0.0
+    evaluates: bool = False
+    evaluates_untrained: bool = False
+
+    @abstractmethod
+    def dataset(self) -> Dataset:
+        """The samples by keys (epoch, index), as `data.batches.TrainingImages` has them."""
+
+    @abstractmethod
+    def optimizer(self) -> torch.optim.Optimizer:
+        """A new optimiser of the model's parameters."""
+
+    @abstractmethod
+    def inputs(self, batch: Batch, step: int, first: int) -> tuple[Tensor, ...]:
+        """What the objective takes of a micro-batch.
+
+        step: counted from 0. first: the micro-batch's first image among the rank's images of this step. Whatever is
+        drawn at random follows from the seed, the step and the image's place in the global batch.
+        """
+
+    def after_step(self) -> None:
+        """Is called once the optimiser has changed the weights."""
+
+    def beside_config(self) -> dict[str, Any]:
+        """Entries that config.json has beside the options."""
+        return {}
+
+    def state(self) -> dict[str, Any]:
+        """What the task needs, beside the model and the optimiser, to go on from a checkpoint."""
+        return {}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Takes up what `state` gave."""
+
+    def evaluate(self, log: RunLog) -> dict[str, float]:
+        """What is measured of the model now. All ranks call it together."""
+        raise NotImplementedError
+
+    def illustrate(self, run: Path, step: int) -> None:
+        """Draws into the run's folder what the model does, at each checkpoint, on the main rank."""
+
+    @abstractmethod
+    def export(self, run: Path, log: RunLog) -> None:
+        """Writes the trained model for its users into RUN/exported, on the main rank, and logs how to use it."""

@@ -1,0 +1,208 @@
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from sparse_fcmae import finetune, load_classifier, load_encoder
+from sparse_fcmae.cli import main
+from sparse_fcmae.tasks.recipes import TOLD
+from sparse_fcmae.weights.read import read_weights
+
+SMALL = {  # 30 of 40 images to train on, 3 steps of 10 an epoch
+    "val_split": 0.25,
+    "batch_size": 10,
+    "micro_batch_size": 4,
+    "epochs": 3,
+    "lr": 1e-3,
+    "min_crop": 0.5,
+    "dtype": "fp32",
+    "device": "cpu",
+    "num_workers": 1,
+    "ema_decay": 0.5,
+    "mixup": 0.8,
+    "cutmix": 1.0,
+}
+
+
+@pytest.fixture(scope="module")
+def whole(pictures, encoder, tmp_path_factory):
+    """An uninterrupted run with everything on."""
+    run = tmp_path_factory.mktemp("whole") / "run"
+    finetune(data=pictures, out=run, init=encoder, **SMALL)
+    return run
+
+
+def command(pictures, encoder, out, *extra, **options):
+    given = {"data": pictures, "out": out, "init": encoder, **SMALL, **options}
+    flags = [part for k, v in given.items() for part in ("--" + k.replace("_", "-"), str(v))]
+    return [sys.executable, "-m", "sparse_fcmae", "finetune", *flags, *extra]
+
+
+def rows(run, name="metrics"):
+    found = [json.loads(line) for line in (run / f"{name}.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k != "images_per_second"} for row in found]
+
+
+def test_run_folder(whole):
+    assert {p.name for p in whole.iterdir()} >= {
+        "config.json",
+        "metrics.jsonl",
+        "evaluations.jsonl",
+        "train.log",
+        "loss.png",
+        "accuracy.png",
+        "checkpoints",
+        "exported",
+        "exported-ema",
+    }
+    assert [row["step"] for row in rows(whole)] == list(range(1, 10))
+    evaluations = rows(whole, "evaluations")
+    assert [row["step"] for row in evaluations] == [3, 6, 9]
+    assert evaluations[-1].keys() >= {"top1", "top5", "loss", "ema_top1", "ema_top5", "ema_loss"}
+    assert "new head for 10 classes" in (whole / "train.log").read_text()
+
+
+def test_a_checkpoint_by_itself_is_read_whole(whole, pictures):
+    weights = read_weights(whole / "checkpoints" / "step-00000009")
+    assert weights.architecture["image_size"] == (32, 32)
+    assert weights.classes == tuple(sorted(p.name for p in pictures.iterdir()))
+
+
+def test_export_is_the_trained_classifier_and_its_average(whole, pictures, capsys):
+    model = load_classifier(whole)
+    trained = load_file(whole / "checkpoints" / "step-00000009" / "model.safetensors")
+    assert all(torch.equal(v, trained[k]) for k, v in model.state_dict().items())
+    average = load_classifier(whole / "exported-ema").state_dict()
+    assert not torch.equal(average["head.weight"], trained["head.weight"])
+    config = json.loads((whole / "exported" / "config.json").read_text())
+    assert config["classes"] == sorted(p.name for p in pictures.iterdir())
+    assert load_encoder(whole).image_size == (32, 32)
+    main(["evaluate", "--init", str(whole), "--data", str(pictures)])
+    assert "40 images" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("steps", [1, 4, 8])
+def test_killed_and_resumed_run_ends_with_the_same_weights(pictures, encoder, whole, tmp_path, steps):
+    run = tmp_path / "run"
+    arguments = command(pictures, encoder, run, log_every=1, save_every=2)
+    process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not (run / "metrics.jsonl").exists():
+        time.sleep(0.01)
+    while process.poll() is None and (run / "metrics.jsonl").read_text().count("\n") < steps:
+        time.sleep(0.005)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    subprocess.run([*arguments, "--resume"], check=True, capture_output=True)
+    assert rows(run) == rows(whole)
+    assert rows(run, "evaluations") == rows(whole, "evaluations")
+    for folder in ("exported", "exported-ema"):
+        a, b = (load_file(r / folder / "model.safetensors") for r in (run, whole))
+        assert all(torch.equal(a[key], value) for key, value in b.items())
+
+
+def test_two_ranks_give_one_ranks_losses(pictures, encoder, tmp_path, monkeypatch):
+    """With everything on: what is drawn follows from a micro-batch's place in the global batch."""
+    options = {"micro_batch_size": 5, "epochs": 2}
+    finetune(data=pictures, out=tmp_path / "one", init=encoder, **SMALL | options)
+    arguments = command(pictures, encoder, tmp_path / "two", **options)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *arguments[1:]]
+    subprocess.run(torchrun, check=True, capture_output=True)
+    for name in ("metrics", "evaluations"):
+        for one, two in zip(rows(tmp_path / "one", name), rows(tmp_path / "two", name), strict=True):
+            assert two == pytest.approx(one, rel=1e-4)
+
+
+def test_it_learns(colours, tmp_path):
+    options = {"image_size": 32, "stem_stride": 1, "batch_size": 12, "epochs": 12, "lr": 2e-3, "eval_every": 12}
+    options |= {"rand_augment": 0, "random_erasing": 0, "label_smoothing": 0, "ema_decay": 0, "num_workers": 0}
+    finetune(data=colours, out=tmp_path / "run", from_scratch=True, **options)
+    losses = [row["loss"] for row in rows(tmp_path / "run")]
+    assert losses[0] == pytest.approx(1.0986, abs=0.01)
+    assert losses[-1] < 0.3
+    assert rows(tmp_path / "run", "evaluations")[0]["top1"] == 1
+    assert not (tmp_path / "run" / "exported-ema").exists()
+
+
+def test_frozen_encoder_stays_and_its_head_learns(pictures, encoder, tmp_path):
+    options = {k: v for k, v in SMALL.items() if k not in ("ema_decay", "mixup", "cutmix")}
+    finetune(data=pictures, out=tmp_path / "run", init=encoder, freeze_encoder=True, **options)
+    before, after = (load_file(f / "model.safetensors") for f in (encoder, tmp_path / "run" / "exported"))
+    assert all(torch.equal(after[key], value) for key, value in before.items())
+    assert after["head.bias"].abs().max() > 0
+    assert not torch.equal(after["norm.weight"], torch.ones(320))
+
+
+def test_few_labels_grey_and_from_scratch(pictures, tmp_path):
+    options = SMALL | {"epochs": 1, "batch_size": 20, "image_size": 32, "stem_stride": 1, "in_chans": 1}
+    finetune(data=pictures, out=tmp_path / "run", from_scratch=True, labels_per_class=2, **options)
+    assert "10 classes, 10 images held out; 20 images" in (tmp_path / "run" / "train.log").read_text()
+    assert load_classifier(tmp_path / "run").in_chans == 1
+
+
+def test_average_is_the_decayed_sum_of_the_weights(pictures, encoder, tmp_path):
+    options = {k: v for k, v in SMALL.items() if k not in ("mixup", "cutmix")}
+    options |= {"epochs": 1, "save_every": 1, "keep_checkpoints": 9, "ema_decay": 0.7}
+    finetune(data=pictures, out=tmp_path / "run", init=encoder, **options)
+    steps = [load_file(tmp_path / f"run/checkpoints/step-{i:08d}/model.safetensors") for i in (1, 2, 3)]
+    average = load_file(tmp_path / "run" / "exported-ema" / "model.safetensors")
+    for key, value in average.items():
+        expected = 0.7 * (0.7 * steps[0][key] + 0.3 * steps[1][key]) + 0.3 * steps[2][key]
+        torch.testing.assert_close(value, expected, atol=1e-6, rtol=1e-5)
+
+
+def test_run_records_its_recipe_and_needs_its_start_no_more(pictures, encoder, tmp_path):
+    copy, run = tmp_path / "copy", tmp_path / "run"
+    shutil.copytree(encoder, copy)
+    options = {k: v for k, v in SMALL.items() if k != "ema_decay"} | {"epochs": 2, "save_every": 1}
+    finetune(data=pictures, out=run, init=copy, **options)
+    saved = json.loads((run / "config.json").read_text())
+    assert all(saved[name] is not None for name in TOLD)
+    assert (saved["weight_decay"], saved["ema_decay"], saved["image_size"]) == (0.3, 0.9999, "32")
+    assert "--weight-decay 0.3" in (run / "train.log").read_text()
+    shutil.rmtree(copy)
+    (run / "checkpoints" / "latest").write_text("step-00000005\n")
+    before = load_file(run / "exported" / "model.safetensors")
+    finetune(out=run, resume=True)
+    after = load_file(run / "exported" / "model.safetensors")
+    assert all(torch.equal(after[key], value) for key, value in before.items())
+
+
+def test_mistakes_are_one_line(pictures, encoder, whole, tmp_path, capsys, monkeypatch):
+    def fails(*arguments, **options):
+        flags = {"data": pictures, "out": tmp_path / "new", "init": encoder, **SMALL, **options}
+        parts = [part for k, v in flags.items() if v is not None for part in ("--" + k.replace("_", "-"), str(v))]
+        with pytest.raises(SystemExit) as stop:
+            main(["finetune", *parts, *arguments])
+        error = capsys.readouterr().err.strip()
+        assert stop.value.code == 2
+        assert len(error.splitlines()) == 1
+        assert not (tmp_path / "new").exists()
+        return error
+
+    assert "give --init with the weights to fine-tune, or --from-scratch" in fails(init=None)
+    assert "give --init with the weights to fine-tune, or --from-scratch" in fails("--from-scratch")
+    assert "has no folder train" in fails(val_split=None)
+    assert "no such file or folder" in fails(init=tmp_path / "none")
+    assert "choose 30 or less" in fails(batch_size=64)
+    assert "--model goes with --from-scratch alone" in fails(model="tiny")
+    assert "--preset 'giant' is unknown" in fails(preset="giant")
+    assert "--rand-augment must be at most 10" in fails(rand_augment=11)
+    assert "--ema-decay must be less than 1, not 1.0" in fails(ema_decay=1)
+    assert "unknown model 'attto'" in fails("--from-scratch", init=None, model="attto")
+    assert "lies among the class folders" in fails(out=pictures / "run")
+    assert "which --overwrite deletes" in fails("--overwrite", init=whole / "exported-ema", out=whole)
+    assert "--labels-per-class 9" in fails(labels_per_class=9)
+    assert "not a multiple of the 8-pixel patch" in fails(image_size=33)
+    assert "holds a run: give --resume to go on or --overwrite" in fails(out=whole)
+    assert "--lr is 0.5 but the run in" in fails("--resume", out=whole, lr=0.5)
+    monkeypatch.setitem(sys.modules, "kornia.augmentation", None)
+    assert "pip install kornia (the extra finetune)" in fails()
+    with pytest.raises(TypeError, match="unexpected keyword argument 'dat'"):
+        finetune(dat=pictures)

@@ -1,0 +1,48 @@
+import pytest
+
+from sparse_fcmae import UserError
+from sparse_fcmae.model.convnext import SIZES
+from sparse_fcmae.tasks.config import FinetuneConfig, PretrainConfig
+from sparse_fcmae.tasks.recipes import PRESETS, finetuning_recipe, pretraining_recipe
+
+
+def config(**options):
+    return FinetuneConfig(data="x", **options)
+
+
+def test_presets_fill_what_is_open():
+    assert PRESETS.keys() == SIZES.keys() | {"probe"}
+    for name in SIZES:
+        full, _ = finetuning_recipe(config(from_scratch=True), name)
+        assert all(getattr(full, key) == value for key, value in PRESETS[name].items())
+    base, _ = finetuning_recipe(config(from_scratch=True, epochs=50, layer_decay=0.9), "base")
+    assert (base.warmup_epochs, base.layer_decay, base.layer_decay_type, base.base_lr) == (10, 0.9, "group", 6.25e-4)
+    assert finetuning_recipe(config(from_scratch=True, preset="tiny"), "atto")[0].mixup == 0.8
+    assert finetuning_recipe(config(init="x", freeze_encoder=True), "atto")[0].rand_augment == 0
+
+
+@pytest.mark.parametrize(
+    ("images", "batch", "epochs"),
+    [(3, 2, 800), (10, 8, 800), (400, 8, 800), (3000, 64, 667), (40_000, 1024, 100), (1_281_167, 4096, 100)],
+)
+def test_pretraining_suits_the_number_of_images(images, batch, epochs):
+    found, notes = pretraining_recipe(PretrainConfig(data="x"), images)
+    assert (found.batch_size, found.epochs, found.warmup_epochs) == (batch, epochs, pytest.approx(0.05 * epochs))
+    assert found.batch_size <= images
+    assert 3e-4 < found.lr <= 2.4e-3
+    assert found.base_lr is None
+    for option in ("--batch-size", "--epochs", "--warmup-epochs", "--lr", "--save-every"):
+        assert any(f"{option} " in note for note in notes), option
+
+
+def test_the_papers_recipe_and_what_is_given_stay():
+    paper, _ = pretraining_recipe(PretrainConfig(data="x", recipe="paper"), 1_281_167)
+    assert (paper.batch_size, paper.epochs, paper.warmup_epochs, paper.base_lr) == (4096, 800, 40, 1.5e-4)
+    assert paper.lr is None
+    given = PretrainConfig(data="x", batch_size=10, epochs=3, warmup_epochs=0.5, base_lr=1e-3, save_every=1)
+    assert pretraining_recipe(given, 400) == (given, [])
+
+
+def test_unknown_preset():
+    with pytest.raises(UserError, match="`preset` 'giant' is unknown"):
+        finetuning_recipe(config(from_scratch=True, preset="giant"), "atto")
