@@ -1,29 +1,48 @@
 """Sparse FCMAE pretraining of ConvNeXt V2: masked patches are skipped, not computed."""
 
-from sparse_fcmae.backends import available_backends
-from sparse_fcmae.classifier import create_classifier
-from sparse_fcmae.convert import convert
-from sparse_fcmae.encoder import create_encoder
-from sparse_fcmae.errors import UserError
-from sparse_fcmae.evaluate import evaluate
-from sparse_fcmae.fcmae import create_fcmae
-from sparse_fcmae.formats.weights import load_classifier, load_encoder
-from sparse_fcmae.masking import random_mask
-from sparse_fcmae.training.finetune import finetune
-from sparse_fcmae.training.pretrain import pretrain
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # for editors and type checkers; at run time see __getattr__
+    from sparse_fcmae.backends import available_backends as available_backends
+    from sparse_fcmae.evaluation.evaluate import evaluate as evaluate
+    from sparse_fcmae.model.classifier import create_classifier as create_classifier
+    from sparse_fcmae.model.convnext import create_encoder as create_encoder
+    from sparse_fcmae.model.fcmae import create_fcmae as create_fcmae
+    from sparse_fcmae.model.masking import random_mask as random_mask
+    from sparse_fcmae.runtime.errors import UserError as UserError
+    from sparse_fcmae.tasks.classification import finetune as finetune
+    from sparse_fcmae.tasks.pretraining import pretrain as pretrain
+    from sparse_fcmae.weights.convert import convert as convert
+    from sparse_fcmae.weights.read import load_classifier as load_classifier
+    from sparse_fcmae.weights.read import load_encoder as load_encoder
 
 __version__ = "0.1.0"
-__all__ = [
-    "UserError",
-    "available_backends",
-    "convert",
-    "create_classifier",
-    "create_encoder",
-    "create_fcmae",
-    "evaluate",
-    "finetune",
-    "load_classifier",
-    "load_encoder",
-    "pretrain",
-    "random_mask",
-]
+
+PUBLIC = {  # name: the module that it is imported from when it is first used
+    "UserError": "runtime.errors",
+    "available_backends": "backends",
+    "convert": "weights.convert",
+    "create_classifier": "model.classifier",
+    "create_encoder": "model.convnext",
+    "create_fcmae": "model.fcmae",
+    "evaluate": "evaluation.evaluate",
+    "finetune": "tasks.classification",
+    "load_classifier": "weights.read",
+    "load_encoder": "weights.read",
+    "pretrain": "tasks.pretraining",
+    "random_mask": "model.masking",
+}
+__all__ = list(PUBLIC)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{PUBLIC[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *PUBLIC})

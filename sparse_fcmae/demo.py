@@ -1,16 +1,15 @@
 """Images that the package draws itself, and a pretraining run on them that shows the whole path in minutes."""
 
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-from sparse_fcmae.config import DemoConfig
-from sparse_fcmae.errors import UserError
-from sparse_fcmae.files import new_folder, write_json, writing
-from sparse_fcmae.training.pretrain import pretrain
+from sparse_fcmae.runtime.errors import UserError
+from sparse_fcmae.runtime.files import new_folder, write_json, writing
+from sparse_fcmae.runtime.options import check, keywords_of, option
 
 SIDE = 64  # pixels
 BATCH = 100
@@ -18,6 +17,17 @@ MARK = "demo.json"  # tells a demo's folder, which may be overwritten, from any 
 SHAPES = ("disc", "square", "triangle", "star", "ring")
 TEXTURES = ("stripes", "checks")
 CLASSES = tuple(f"{texture}-{shape}" for shape in SHAPES for texture in TEXTURES)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoConfig:
+    """Options of `sparse-fcmae demo`."""
+
+    out: str = option("runs/demo", help="folder for the drawn images and the run", path=True)
+    images: int = option(3000, help="images to draw", at_least=BATCH)
+    epochs: int = option(10, help="passes over the images", above=0)
+    seed: int = option(0, help="of images, weights and masks", at_least=0, below=2**32)
+    overwrite: bool = option(False, help="delete what an earlier demo left in --out first")
 
 
 def draw_image(label: int, seed: tuple[int, ...]) -> Image.Image:
@@ -71,26 +81,15 @@ def draw_images(folder: Path, count: int, seed: int) -> None:
             draw_image(label, (seed, i)).save(temporary / CLASSES[label] / f"{i:05d}.png", compress_level=1)
 
 
-def demo(**options: Any) -> Path:
-    """Draws the images into OUT/images, pretrains on them in OUT/run; returns the exported encoder's folder.
+@keywords_of(DemoConfig)
+def demo(options: dict[str, Any]) -> Path:
+    """Draws images into OUT/images, pretrains on them in OUT/run; returns the folder of the exported encoder."""
+    from sparse_fcmae.tasks.pretraining import pretrain  # here, so that pictures can be drawn without loading torch
 
-    Options are those of `DemoConfig`.
-    """
     config = DemoConfig(**options)
+    check(config)
     out = Path(config.out)
-    if config.images < BATCH:
-        raise UserError(f"--images {config.images}: draw at least {BATCH}")
-    if config.epochs < 1:
-        raise UserError(f"--epochs {config.epochs} must be greater than 0")
-    with writing(out):
-        if out.exists() and not out.is_dir():
-            raise UserError(f"--out {out} is a file: choose another")
-        if out.is_dir() and any(out.iterdir()):
-            if not (out / MARK).is_file():
-                raise UserError(f"--out {out} is not empty and holds no demo: choose another")
-            if not config.overwrite:
-                raise UserError(f"--out {out} holds an earlier demo: give --overwrite to replace it")
-        out.mkdir(parents=True, exist_ok=True)
+    _check_folder(out, config.overwrite)
     write_json(out / MARK, asdict(config))
     print(f"drawing {config.images} pictures of {len(CLASSES)} classes into {out / 'images'}")
     draw_images(out / "images", config.images, config.seed)
@@ -110,3 +109,16 @@ def demo(**options: Any) -> Path:
     pictures = sorted((out / "run" / "reconstructions").glob("*.png"))
     print(f"what it learnt to fill in: {pictures[-1]}")
     return exported
+
+
+def _check_folder(out: Path, overwrite: bool) -> None:
+    """Makes the demo's folder. Raises UserError where it holds what is not to be replaced."""
+    with writing(out):
+        if out.exists() and not out.is_dir():
+            raise UserError(f"`out` {out} is a file: choose another")
+        if out.is_dir() and any(out.iterdir()):
+            if not (out / MARK).is_file():
+                raise UserError(f"`out` {out} is not empty and holds no demo: choose another")
+            if not overwrite:
+                raise UserError(f"`out` {out} holds an earlier demo: give `overwrite=True` to replace it")
+        out.mkdir(parents=True, exist_ok=True)

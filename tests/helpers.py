@@ -1,8 +1,12 @@
 """Independent references and what several tests share."""
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from sparse_fcmae.cli import main
+from sparse_fcmae.runtime.options import flag
 
 
 def relative_error(a: Tensor, b: Tensor) -> float:
@@ -67,3 +71,18 @@ def dense_encoder(state: dict[str, Tensor], images: Tensor, mask: Tensor, scope:
             x = x + F.linear(y, state[f"{name}.pwconv2.weight"], state[f"{name}.pwconv2.bias"])
             block += 1
     return (x * keep).permute(0, 3, 1, 2)
+
+
+def flags(options: dict[str, object]) -> list[str]:
+    """Options as the command line has them."""
+    return [part for name, value in options.items() for part in (flag(name), str(value))]
+
+
+def fails(capsys: pytest.CaptureFixture, *arguments: object) -> str:
+    """The one line that the command line prints for a mistake."""
+    with pytest.raises(SystemExit) as stop:
+        main([str(a) for a in arguments])
+    assert stop.value.code == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1
+    return lines[0]

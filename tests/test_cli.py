@@ -1,11 +1,12 @@
+import os
 from dataclasses import MISSING, fields
 
 import pytest
 from PIL import Image
 
-from sparse_fcmae.cli import COMMANDS, main
-from sparse_fcmae.config import flag
+from sparse_fcmae.cli import COMMANDS, load, main, wait_without_spinning
 from sparse_fcmae.demo import CLASSES, draw_image, draw_images
+from sparse_fcmae.runtime.options import flag
 
 
 def test_info_names_every_backend(capsys):
@@ -27,6 +28,37 @@ def test_a_wrong_command_line_is_one_line(capsys, arguments):
     assert len(capsys.readouterr().err.strip().splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["pretrain", "--epochs", "3", "--epochs", "4"], "--epochs is given twice"),
+        (["pretrain", "--norm-pix-loss", "--no-norm-pix-loss"], "--norm-pix-loss is given twice"),
+        (["finetune", "--labels", "3"], "unknown arguments: --labels 3; is --labels-per-class meant?"),
+        (["pretrain", "--epohcs", "3"], "is --epochs meant?"),
+        (["convert", "a", "b", "c", "--to", "timm"], "unknown arguments: c"),
+    ],
+)
+def test_flags_are_taken_whole_and_once(capsys, arguments, message):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_threads_wait_without_spinning_unless_the_user_says_otherwise(monkeypatch):
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        monkeypatch.delenv(name, raising=False)
+    wait_without_spinning()
+    assert os.environ["OMP_WAIT_POLICY"] == "passive"
+    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
+    wait_without_spinning()
+    assert os.environ["OMP_WAIT_POLICY"] == "active"
+    monkeypatch.delenv("OMP_WAIT_POLICY")
+    monkeypatch.setenv("GOMP_SPINCOUNT", "1000")
+    wait_without_spinning()
+    assert "OMP_WAIT_POLICY" not in os.environ
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_gives_every_flag_with_its_default(capsys, monkeypatch, command):
     monkeypatch.setenv("COLUMNS", "400")
@@ -34,7 +66,8 @@ def test_help_gives_every_flag_with_its_default(capsys, monkeypatch, command):
         main([*command.split(), "--help"])
     assert stop.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
-    for field in fields(COMMANDS[command][1]) if COMMANDS[command][1] else ():
+    config = COMMANDS[command].config
+    for field in fields(load(config)) if config else ():
         help_text = field.metadata["help"] % ()
         if not any(field.default is silent for silent in (MISSING, None, True, False)):
             help_text += f" [{field.default}]"

@@ -8,7 +8,7 @@ from helpers import randomise, relative_error
 
 from sparse_fcmae import create_encoder, create_fcmae, pretrain, random_mask
 from sparse_fcmae.backends import available_backends
-from sparse_fcmae.masking import VisiblePatches
+from sparse_fcmae.backends.patch_map import PatchMap
 from sparse_fcmae.ops import gelu_grn, reference
 from sparse_fcmae.training.optim import adamw, set_lr
 from sparse_fcmae.training.step import WARMUP, GraphedTrainStep, TrainStep, fcmae_loss
@@ -26,7 +26,7 @@ def trained(kind, batches, steps, compiled=False):
     model = create_fcmae("atto", image_size=64).to(GPU)
     optimizer = adamw(model, 0.05, (0.9, 0.95), capturable=kind is GraphedTrainStep)
     call = torch.compile(model, fullgraph=True, dynamic=False) if compiled else model
-    loss_of = fcmae_loss(call, model.kept((64, 64)))
+    loss_of = fcmae_loss(call, model.num_visible((64, 64)))
     work = kind(loss_of, call, optimizer, share=sum(batches), clip_grad=1.0, bf16=True)
     generator, losses = torch.Generator(GPU).manual_seed(0), []
     for step in range(steps):
@@ -62,7 +62,7 @@ def test_encoder_equals_masked_dense_convolution(dtype):
         encoder.backend = backend
         encoder.zero_grad()
         with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
-            features = encoder(images, mask, kept=4)
+            features = encoder(images, mask, num_visible=4)
         (features.float() * probe).sum().backward()
         return features.float(), torch.cat([p.grad.flatten() for p in encoder.parameters()])
 
@@ -86,12 +86,12 @@ def test_graphs_train_alike(compiled):
 
 
 def test_masks_and_patches_are_made_without_waiting():
-    VisiblePatches.of(random_mask(8, (7, 7), 0.6, device=GPU), 19)
+    PatchMap.of(random_mask(8, (7, 7), 0.6, device=GPU), 19)
     torch.cuda.set_sync_debug_mode("error")
-    visible = VisiblePatches.of(random_mask(8, (7, 7), 0.6, device=GPU), 19)
-    visible.offsets_of("batch")
+    visible = PatchMap.of(random_mask(8, (7, 7), 0.6, device=GPU), 19)
+    visible.pooled("batch")
     torch.cuda.set_sync_debug_mode("default")
-    assert (visible.slot >= 0).sum() == 8 * 19
+    assert (visible.patch_to_row >= 0).sum() == 8 * 19
 
 
 @pytest.mark.parametrize("mode", ["default", "max-autotune"])
@@ -100,10 +100,10 @@ def test_encoder_compiles_whole(mode):
     images, mask = torch.randn(4, 3, 64, 64, device=GPU), random_mask(4, (2, 2), 0.5, device=GPU)
     compiled = torch.compile(encoder, fullgraph=True, mode=mode)
     for _ in range(3):
-        features = compiled(images, mask, kept=2).clone()
+        features = compiled(images, mask, num_visible=2).clone()
         features.sum().backward()
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        assert relative_error(features, encoder(images, mask, kept=2)) < 2e-3
+        assert relative_error(features, encoder(images, mask, num_visible=2)) < 2e-3
 
 
 def test_little_is_kept_for_the_backward_pass():
@@ -115,7 +115,7 @@ def test_little_is_kept_for_the_backward_pass():
             torch.cuda.synchronize()
             before = torch.cuda.memory_allocated()
             with torch.autocast("cuda", torch.bfloat16):
-                features = encoder(images, mask, kept=19)
+                features = encoder(images, mask, num_visible=19)
             taken[backend] = torch.cuda.memory_allocated() - before
             features.float().sum().backward()
             del features
@@ -123,8 +123,7 @@ def test_little_is_kept_for_the_backward_pass():
 
 
 def test_timing_tiles_does_not_spoil_what_is_overwritten():
-    from sparse_fcmae.kernels.triton import gelu_grn_backward
-    from sparse_fcmae.kernels.triton.gelu_grn import unscale_kernel
+    from sparse_fcmae.kernels.triton.gelu_grn import gelu_grn_backward, unscale_kernel
 
     x, gamma = torch.randn(40, 4, 4, 96, device=GPU, requires_grad=True), torch.randn(96, device=GPU)
     offsets, probe = torch.tensor([0, 15, 40], device=GPU), torch.randn(40, 4, 4, 96, device=GPU)
