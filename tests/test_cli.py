@@ -4,7 +4,7 @@ from dataclasses import MISSING, fields
 import pytest
 from PIL import Image
 
-from sparse_fcmae.cli import COMMANDS, load, main, wait_without_spinning
+from sparse_fcmae.cli import COMMANDS, SPINS, load, main, spin_briefly
 from sparse_fcmae.demo import CLASSES, draw_image, draw_images
 from sparse_fcmae.runtime.options import flag
 
@@ -45,18 +45,18 @@ def test_flags_are_taken_whole_and_once(capsys, arguments, message):
     assert message in capsys.readouterr().err
 
 
-def test_threads_wait_without_spinning_unless_the_user_says_otherwise(monkeypatch):
+def test_threads_spin_briefly_unless_the_user_says_otherwise(monkeypatch):
     for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
         monkeypatch.delenv(name, raising=False)
-    wait_without_spinning()
-    assert os.environ["OMP_WAIT_POLICY"] == "passive"
+    spin_briefly()
+    assert os.environ["GOMP_SPINCOUNT"] == str(SPINS)
+    monkeypatch.setenv("GOMP_SPINCOUNT", "7")
+    spin_briefly()
+    assert os.environ["GOMP_SPINCOUNT"] == "7"
+    monkeypatch.delenv("GOMP_SPINCOUNT")
     monkeypatch.setenv("OMP_WAIT_POLICY", "active")
-    wait_without_spinning()
-    assert os.environ["OMP_WAIT_POLICY"] == "active"
-    monkeypatch.delenv("OMP_WAIT_POLICY")
-    monkeypatch.setenv("GOMP_SPINCOUNT", "1000")
-    wait_without_spinning()
-    assert "OMP_WAIT_POLICY" not in os.environ
+    spin_briefly()
+    assert "GOMP_SPINCOUNT" not in os.environ
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -32,7 +32,7 @@ def _gelu_grn(x: Tensor, gamma: Tensor, image_offsets: Tensor, beta: Tensor | No
     x, ours = x.contiguous(), kernels.load("gelu_grn", x.device)
     norm = x.new_empty(len(image_offsets) - 1, x.shape[-1], dtype=torch.float32)
     offsets, out = _in_positions(image_offsets, x), torch.empty_like(x)
-    ours.gelu_grn(_flat(x), row_of(gamma), offsets, _flat(out), norm, beta=row_of(beta))
+    ours.gelu_grn(x.flatten(0, 2), row_of(gamma), offsets, out.flatten(0, 2), norm, beta=row_of(beta))
     return out, norm
 
 
@@ -51,8 +51,8 @@ def _gelu_grn_backward(
     grad_x, out = torch.empty_like(x), torch.empty_like(x)
     sums = torch.zeros(3, x.shape[-1], dtype=torch.float32, device=x.device)
     offsets = _in_positions(image_offsets, x)
-    tensors = (_flat(grad), _flat(x), row_of(gamma), offsets, norm, _flat(grad_x))
-    ours.gelu_grn_backward(*tensors, tuple(sums), out=_flat(out))
+    tensors = (grad.flatten(0, 2), x.flatten(0, 2), row_of(gamma), offsets, norm, grad_x.flatten(0, 2))
+    ours.gelu_grn_backward(*tensors, tuple(sums), out=out.flatten(0, 2))
     return grad_x, sums[1:].clone()
 
 
@@ -75,11 +75,6 @@ def _backward(ctx, grad, _):
 
 
 _gelu_grn.register_autograd(_backward, setup_context=_setup_context)
-
-
-def _flat(x: Tensor) -> Tensor:
-    """[T, S, S, H] as [T * S * S, H]."""
-    return x.view(-1, x.shape[-1]) if x.shape[-1] else x.view(0, 0)
 
 
 def _in_positions(image_offsets: Tensor, x: Tensor) -> Tensor:
