@@ -1,27 +1,48 @@
 """A whole training step of this package against what a user would take instead: fine-tuning, or pretraining.
 
-All candidates have the same images and take turns. One that has our weights is refused where its logits are not those
-of dense convolution in float32, and one of another architecture where its loss does not fall. A library that can't be
-imported is named with the reason, and a candidate that does not fit into memory leaves the others alone.
+All candidates have the same images and take turns. Every step is a `TrainStep`: forward and backward pass and AdamW,
+and for pretraining the masks too. A model with our weights has to give the logits of dense convolution in float32, and
+the loss of one of another architecture has to fall.
 """
 
-import math
-import statistics
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from sparse_fcmae.benchmarks.candidates import TASKS, Candidate
-from sparse_fcmae.benchmarks.results import Columns, Results, Row
-from sparse_fcmae.benchmarks.timing import OUT_OF_MEMORY, failing_beyond_memory, take_turns, within_memory
-from sparse_fcmae.config import CompareConfig, image_size_of
-from sparse_fcmae.errors import UserError
-from sparse_fcmae.training.distributed import choose_device
+from sparse_fcmae.benchmarks.config import CompareConfig
+from sparse_fcmae.benchmarks.engine import Candidate, Checked, benchmark, take_turns
+from sparse_fcmae.benchmarks.gates import LOGITS, falling_loss, relative
+from sparse_fcmae.benchmarks.results import Columns, Row
+from sparse_fcmae.benchmarks.steps import move_parameters
+from sparse_fcmae.data.statistics import normalise
+from sparse_fcmae.model.classifier import Classifier
+from sparse_fcmae.model.fcmae import FCMAE
+from sparse_fcmae.model.flops import count, module_macs
+from sparse_fcmae.runtime.errors import UserError
+from sparse_fcmae.runtime.options import image_size_of
+from sparse_fcmae.training.optim import adamw, set_lr
+from sparse_fcmae.training.step import TrainStep
+from sparse_fcmae.weights.adapter import CONFIG, entry
+from sparse_fcmae.weights.adapters import TARGETS
+from sparse_fcmae.weights.weights import Weights
 
-TOLERANCE = 1e-5  # relative Frobenius error of the logits, float32
-GATE_STEPS = 5  # within which the loss has to fall
+OURS = "sparse-fcmae"
+CLASSES = 1000
+GATE_BATCH = 8  # images whose logits are compared
+LR = 1e-4
+MASKED, MAE_MASKED = 0.6, 0.75  # as their papers have it
+MVITS = {"tiny": "mvitv2_tiny", "base": "mvitv2_base", "large": "mvitv2_large", "huge": "mvitv2_huge_cls"}  # by GMACs
+VITS = {  # our size: their name, width, layers, heads, patch
+    "base": ("ViT-B/16", 768, 12, 12, 16),
+    "large": ("ViT-L/16", 1024, 24, 16, 16),
+    "huge": ("ViT-H/14", 1280, 32, 16, 14),
+}
+SETTING = ("task", "model", "batch_size", "image_size", "dtype", "drop_path")
 COLUMNS: Columns = {
     "candidate": ("a training step of", ""),
     "model": ("size", ""),
@@ -38,71 +59,165 @@ COLUMNS: Columns = {
 }
 
 
-@failing_beyond_memory()
-def compare(**options: Any) -> list[Row]:
-    """Prints and returns a row a candidate; options are those of `CompareConfig`.
+@benchmark("compare", CompareConfig, COLUMNS)
+def compare(config: CompareConfig, device: torch.device) -> Iterator[list[Row]]:
+    """Prints and returns a row for each candidate, ours first.
 
     gmacs: 1e9 multiply-accumulates of one image's forward pass. ours_over_it: its time by ours, the median of the
     rounds' ratios. Raises UserError for options that make no sense; what can't be measured has a row with the reason.
     """
-    config = CompareConfig(**options)
     if config.task == "pretrain" and config.drop_path:
-        raise UserError("--drop-path is of --task finetune: pretraining has none")
-    device, size = choose_device(config.device), image_size_of(config.image_size)
-    results = Results("compare", config, COLUMNS, device)
-    torch.manual_seed(config.seed)
-    builds = TASKS[config.task](config, size, device)
-
-    fixed = {key: getattr(config, key) for key in ("task", "model", "batch_size", "image_size", "dtype", "drop_path")}
-    rows: dict[str, Row] = {name: {"candidate": name} | fixed for name in builds}
-    candidates: dict[str, Candidate] = {}
-    for name, build in builds.items():
-        try:
-            built = within_memory(partial(gated, build))
-        except UserError as error:
-            rows[name]["refused"] = str(error)
-            continue
-        if built is None:
-            rows[name]["refused"] = OUT_OF_MEMORY
-            continue
-        candidates[name], refused = built
-        rows[name] |= {"gmacs": candidates[name].macs / 1e9, "error": candidates[name].error}
-        if refused:
-            rows[name]["refused"] = refused
-            del candidates[name]
-
-    def run(name: str) -> None:
-        if name in candidates and within_memory(candidates[name].step) is None:
-            rows[name]["refused"] = OUT_OF_MEMORY
-            del candidates[name]
-
-    runs = {name: partial(run, name) for name in candidates}
-    times = within_memory(partial(take_turns, runs, config.rounds, device))
-    if times is None:
-        raise UserError("these do not fit into memory together: choose a smaller --batch-size or --model")
-    ours = next(iter(builds))
-    for name in candidates:
-        rows[name] |= figures(times[name], config.batch_size)
-        if ours in candidates:
-            ratios = [t / o for o, t in zip(times[ours], times[name], strict=True)]
-            rows[name]["ours_over_it"] = statistics.median(ratios)
-    results.add(list(rows.values()))
-    return results.finish()
+        raise UserError("`drop_path` is of `task=finetune`: pretraining has none")
+    setting = {name: getattr(config, name) for name in SETTING}
+    candidates = [
+        replace(candidate, row={"candidate": candidate.name} | setting, images=config.batch_size)
+        for candidate in TASKS[config.task](config, image_size_of(config.image_size), device)
+    ]
+    turns, ours = take_turns(candidates, config.rounds, device), candidates[0].name
+    yield turns.table(lambda name: turns.speed(name) | turns.spread(name) | {"ours_over_it": turns.ratio(name, ours)})
 
 
-def gated(build: Callable[[], Candidate]) -> tuple[Candidate, str | None]:
-    """A candidate, and why it is refused if it is."""
-    candidate = build()
-    if candidate.error is not None:
-        return candidate, None if candidate.error < TOLERANCE else f"its logits differ by {candidate.error:.0e}"
-    losses = [candidate.step().item() for _ in range(GATE_STEPS)]
-    if all(map(math.isfinite, losses)) and losses[-1] < losses[0]:
-        return candidate, None
-    return candidate, f"its loss does not fall: from {losses[0]:.4g} to {losses[-1]:.4g}"
+def finetuning(config: CompareConfig, size: tuple[int, int], device: torch.device) -> Iterator[Candidate]:
+    """Dense training of a classifier: ConvNeXt V2 with the same weights, MViTv2 of like size with its own."""
+    ours = move_parameters(Classifier(config.model, num_classes=CLASSES, image_size=size, drop_path=config.drop_path))
+    weights = Weights.of(copy.deepcopy(ours))  # which training leaves as they are
+    images = torch.randn(config.batch_size, 3, *size, device=device)
+    labels = torch.randint(CLASSES, (config.batch_size,), device=device)
+    expected = logits_of(ours.to(device).with_backend("masked"), images[:GATE_BATCH])
+    macs = count(config.model, image_size=size, num_classes=CLASSES, mask_ratio=0)["classifier"].dense
+
+    def build(make: Callable[[], nn.Module], layout: torch.memory_format, same: bool = True, macs=None) -> Checked:
+        model = make().to(device=device, memory_format=layout)
+        given = images.to(memory_format=layout)
+        error = relative(logits_of(model, given[:GATE_BATCH]), expected) if same else None
+        return checked_step(config, model, (given, labels), macs, error)
+
+    yield Candidate(OURS, partial(build, lambda: ours, torch.contiguous_format, macs=macs), gate=LOGITS)
+    for name, (make, layout) in CONVNEXTS.items():
+        yield Candidate(name, partial(build, partial(make, weights, config.drop_path), layout), gate=LOGITS)
+    if mvit := MVITS.get(config.model):
+        make = partial(from_mvit, mvit, size, config.drop_path)
+        yield Candidate(f"timm {mvit}", partial(build, make, torch.contiguous_format, same=False), gate=falling_loss)
 
 
-def figures(seconds: list[float], batch: int) -> dict[str, float]:
-    """A row's figures from a candidate's times."""
-    quantiles = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
-    p20, median, p80 = torch.tensor(seconds, dtype=torch.float64).quantile(quantiles).tolist()
-    return {"ms": 1e3 * median, "p20_ms": 1e3 * p20, "p80_ms": 1e3 * p80, "images_per_second": batch / median}
+def pretraining(config: CompareConfig, size: tuple[int, int], device: torch.device) -> Iterator[Candidate]:
+    """Masked autoencoders, each with its paper's mask ratio, its own encoder and its own decoder: ours, and a ViT's."""
+    parts = count(config.model, image_size=size, mask_ratio=MASKED)
+    macs = parts["encoder"].sparse + parts["decoder"].dense
+    ramp = torch.linspace(0, 200, size[1])[:, None].expand(*size, 3)  # what can be learnt in a few steps
+    pixels = (ramp + torch.randint(56, (config.batch_size, *size, 3))).to(device, torch.uint8)
+
+    def build(make: Callable[[], nn.Module], macs: float | None = None) -> Checked:
+        return checked_step(config, make().to(device), (pixels,), macs)
+
+    ours = partial(build, partial(FCMAE, config.model, image_size=size, mask_ratio=MASKED), macs)
+    yield Candidate(f"{OURS}, {100 * MASKED:.0f} % masked", ours, gate=falling_loss)
+    vit = VITS.get(config.model, VITS["base"])
+    name = vit[0] if config.model in VITS else f"{vit[0]} (the smallest)"
+    theirs = partial(build, partial(vit_mae, size, *vit[1:]))
+    yield Candidate(f"transformers MAE {name}, {100 * MAE_MASKED:.0f} % masked", theirs, gate=falling_loss)
+
+
+TASKS = {"finetune": finetuning, "pretrain": pretraining}
+BETAS = {"finetune": (0.9, 0.999), "pretrain": (0.9, 0.95)}
+
+
+def from_timm(weights: Weights, drop_path: float) -> nn.Module:
+    """timm's ConvNeXt V2 with our weights."""
+    name = f"convnextv2_{weights.architecture['name']}"
+    model = entry("timm", "create_model")(name, num_classes=CLASSES, drop_path_rate=drop_path)
+    model.load_state_dict(TARGETS["timm"].from_official(weights.state))
+    return model
+
+
+def from_transformers(weights: Weights, drop_path: float) -> nn.Module:
+    """transformers' ConvNeXt V2 with our weights."""
+    library = TARGETS["huggingface"]
+    options = library.configs[CONFIG](weights) | {"drop_path_rate": drop_path}
+    config = entry("transformers", "ConvNextV2Config")(**options)
+    model = entry("transformers", "ConvNextV2ForImageClassification")(config)
+    model.load_state_dict(library.from_official(weights.state))
+    return model
+
+
+CONVNEXTS = {  # name: what makes the model, its layout in memory
+    "timm": (from_timm, torch.contiguous_format),
+    "timm, channels last": (from_timm, torch.channels_last),
+    "transformers": (from_transformers, torch.contiguous_format),
+}
+
+
+def from_mvit(name: str, size: tuple[int, int], drop_path: float) -> nn.Module:
+    """timm's MViTv2 with new weights."""
+    create = entry("timm", "create_model")
+    if size[0] != size[1]:
+        raise UserError("it takes square images only")
+    return create(name, num_classes=CLASSES, img_size=size, drop_path_rate=drop_path)
+
+
+def vit_mae(size: tuple[int, int], width: int, layers: int, heads: int, patch: int) -> nn.Module:
+    """Hugging Face's masked autoencoder with new weights."""
+    configure, model = entry("transformers", "ViTMAEConfig"), entry("transformers", "ViTMAEForPreTraining")
+    if size[0] != size[1] or size[0] % patch:
+        raise UserError(f"it takes square images only, of a multiple of {patch} pixels")
+    config = configure(
+        hidden_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        intermediate_size=4 * width,
+        image_size=size[0],
+        patch_size=patch,
+        mask_ratio=MAE_MASKED,
+        norm_pix_loss=True,
+    )
+    return model(config)
+
+
+class Objective(nn.Module):
+    """A classifier's loss on images and labels, or on pixels that of a masked autoencoder, which draws its masks."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
+        if labels is None:
+            return self.model(normalise(images)).loss
+        return F.cross_entropy(logits(self.model, images).float(), labels)
+
+
+def logits(model: nn.Module, images: Tensor) -> Tensor:
+    """A classifier's logits, be they all that it returns or part of it."""
+    result = model(images)
+    return result if isinstance(result, Tensor) else result.logits
+
+
+@torch.no_grad()
+def logits_of(model: nn.Module, images: Tensor) -> Tensor:
+    """A classifier's logits in evaluation mode, in float32."""
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        return logits(model.eval(), images)
+
+
+def checked_step(
+    config: CompareConfig, model: nn.Module, batch: tuple[Tensor, ...], macs: float | None, error: float | None = None
+) -> Checked:
+    """One step of training, always on the same batch; it returns the loss.
+
+    macs: multiply-accumulates of an image's forward pass, None to count them. error: of the model's logits.
+    """
+    if macs is None:  # by shapes alone, as the CPU's fused attention goes uncounted
+        with torch.device("meta"):
+            image = torch.empty(1, 3, *image_size_of(config.image_size))
+            macs = module_macs(copy.deepcopy(model).to("meta"), image)
+    objective = Objective(model)
+    optimizer = adamw(objective, 0.05, BETAS[config.task])
+    set_lr(optimizer, LR)
+    step = TrainStep(objective, optimizer, images_per_rank=config.batch_size, bf16=config.dtype == "bf16")
+
+    def run() -> Tensor:
+        objective.train()
+        step.add(*batch, last=True)
+        return step.finish()
+
+    return Checked(run, error, {"gmacs": macs / 1e9, "error": error})

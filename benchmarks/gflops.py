@@ -1,16 +1,19 @@
 """What the models cost, counted: dense and sparse, beside the published figures and other libraries' models."""
 
-from typing import Any
+from collections.abc import Iterator
+from itertools import product
 
 import torch
 
-from sparse_fcmae.benchmarks.results import Columns, Results, Row
-from sparse_fcmae.config import GflopsConfig, image_size_of, listed, shown_size
-from sparse_fcmae.encoder import SIZES
-from sparse_fcmae.errors import UserError
-from sparse_fcmae.files import one_line
-from sparse_fcmae.flops import PUBLISHED, Part, count, module_macs, parameters
-from sparse_fcmae.formats.libraries import entry
+from sparse_fcmae.benchmarks.config import GflopsConfig
+from sparse_fcmae.benchmarks.engine import benchmark
+from sparse_fcmae.benchmarks.results import Columns, Row
+from sparse_fcmae.model.convnext import SIZES
+from sparse_fcmae.model.flops import PUBLISHED, Part, count, module_macs, parameters
+from sparse_fcmae.runtime.errors import UserError
+from sparse_fcmae.runtime.files import one_line
+from sparse_fcmae.runtime.options import image_size_of, listed, shown_size
+from sparse_fcmae.weights.adapter import entry
 
 COLUMNS: Columns = {
     "model": ("model", ""),
@@ -28,23 +31,17 @@ COLUMNS: Columns = {
 }
 
 
-def gflops(**options: Any) -> list[Row]:
-    """Prints and returns a row a model, image size and mask ratio, and one for each part of it; options are those of
-    `GflopsConfig`. Multiply-accumulates of one image's forward pass, in units of 1e9."""
-    config = GflopsConfig(**options)
-    results = Results("gflops", config, COLUMNS, torch.device("cpu"))
+@benchmark("gflops", GflopsConfig, COLUMNS, shows=lambda config, row: config.stages or row["part"] == "whole")
+def gflops(config: GflopsConfig, device: torch.device) -> Iterator[list[Row]]:
+    """Prints and returns a row for each model, image size and mask ratio, and one for each part of it.
+
+    Figures are multiply-accumulates of one image's forward pass, in units of 1e9.
+    """
     models = listed("model", config.model, str, SIZES)
     sizes = listed("image_size", config.image_size, image_size_of)
     ratios = listed("mask_ratio", config.mask_ratio, float)
     others = [timm_row(model) for model in listed("compare", config.compare, str)] if config.compare else []
-    rows = []
-    for model in models:
-        for size in sizes:
-            for ratio in ratios:
-                rows += rows_of(model, size, ratio)
-    shown = [row for row in rows if config.stages or row["part"] == "whole"]
-    results.add(rows + others, shown + others)
-    return results.finish()
+    yield [row for case in product(models, sizes, ratios) for row in rows_of(*case)] + others
 
 
 def rows_of(model: str, size: tuple[int, int], ratio: float) -> list[Row]:
@@ -52,48 +49,40 @@ def rows_of(model: str, size: tuple[int, int], ratio: float) -> list[Row]:
     parts = count(model, image_size=size, mask_ratio=ratio)
     place = {"model": model, "image_size": shown_size(size), "mask_ratio": ratio}
     whole, encoder = parts.pop("classifier"), parts.pop("encoder")
-    row = {
-        **{**place, "part": "whole", "parameters_millions": round(whole.parameters / 1e6, 2)},
-        **{"dense_macs": whole.dense, "dense_gmacs": giga(whole.dense)},
-        **{**sparse_figures(encoder), "decoder_gmacs": giga(parts["decoder"].dense)},
-    }
+    row = place | {"part": "whole", "parameters_millions": round(whole.parameters / 1e6, 2)}
+    row |= macs("dense", whole.dense) | sparse_figures(encoder)
+    row["decoder_gmacs"] = macs("decoder", parts["decoder"].dense)["decoder_gmacs"]
     published = PUBLISHED[model].get(size[0]) if size[0] == size[1] else None
     if published:
         row |= {"published_gmacs": published, "deviation": whole.dense / 1e9 / published - 1}
     rows = [row]
     for name, part in parts.items():
-        rows.append(place | {"part": name, "parameters_millions": part.parameters / 1e6})
-        if name == "decoder":
-            rows[-1] |= {"decoder_macs": part.dense, "decoder_gmacs": giga(part.dense)}
-        elif name == "head":
-            rows[-1] |= {"dense_macs": part.dense, "dense_gmacs": giga(part.dense)}
-        else:
-            rows[-1] |= sparse_figures(part)
+        kinds = {"decoder": "decoder", "head": "dense"}
+        figures = macs(kinds[name], part.dense) if name in kinds else sparse_figures(part)
+        rows.append(place | {"part": name, "parameters_millions": part.parameters / 1e6} | figures)
     return rows
 
 
+def macs(kind: str, number: float) -> Row:
+    """The columns of a number of multiply-accumulates: exact, and in the units that are published."""
+    return {f"{kind}_macs": number, f"{kind}_gmacs": round(number / 1e9, 2)}
+
+
 def sparse_figures(part: Part) -> Row:
-    return {
-        **{"encoder_macs": part.dense, "sparse_encoder_macs": part.sparse},
-        **{"encoder_gmacs": giga(part.dense), "sparse_encoder_gmacs": giga(part.sparse)},
-        "sparse_over_dense": part.sparse / part.dense,
-    }
-
-
-def giga(macs: float) -> float:
-    """As figures are published; the exact number is beside it."""
-    return round(macs / 1e9, 2)
+    """The columns of a part that can be computed at the visible positions alone."""
+    ratio = {"sparse_over_dense": part.sparse / part.dense}
+    return macs("encoder", part.dense) | macs("sparse_encoder", part.sparse) | ratio
 
 
 def timm_row(model: str) -> Row:
-    """A model of timm's, as "timm:NAME@PIXELS", or without pixels at those that it is made for."""
+    """A model of timm's, as "timm:NAME@PIXELS", or without pixels in the size that it is made for."""
     library, _, rest = model.partition(":")
     name, _, pixels = rest.partition("@")
     if library != "timm" or not name:
-        raise UserError(f"--compare {model}: give timm:NAME@PIXELS, such as timm:mvitv2_huge_cls@512")
+        raise UserError(f"`compare` {model}: give timm:NAME@PIXELS, such as timm:mvitv2_huge_cls@512")
     create = entry("timm", "create_model")
+    size = {"img_size": image_size_of(pixels)} if pixels else {}
     try:
-        size = {"img_size": image_size_of(pixels)} if pixels else {}
         with torch.device("meta"):
             try:
                 module = create(name, **size)
@@ -101,11 +90,7 @@ def timm_row(model: str) -> Row:
                 module = create(name)
             height, width = size.get("img_size") or module.default_cfg["input_size"][1:]
             found = module_macs(module, torch.empty(1, 3, height, width))
-    except UserError:
-        raise
     except Exception as error:  # whatever timm's models raise for a name or a size
-        raise UserError(f"--compare {model}: {one_line(error)}") from None
-    return {
-        **{"model": f"timm {name}", "part": "whole", "image_size": shown_size((height, width))},
-        **{"parameters_millions": round(parameters(module) / 1e6, 2), "dense_macs": found, "dense_gmacs": giga(found)},
-    }
+        raise UserError(f"`compare` {model}: {one_line(error)}") from None
+    row = {"model": f"timm {name}", "part": "whole", "image_size": shown_size((height, width))}
+    return row | {"parameters_millions": round(parameters(module) / 1e6, 2)} | macs("dense", found)

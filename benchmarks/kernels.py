@@ -1,212 +1,195 @@
 """Each op of the CPU's kernels, forward and backward, against plain PyTorch and against the bounds of this CPU.
 
-An op can be no faster than it takes to read its inputs and write its results once, nor than its arithmetic takes. Both
-rates are measured in the same run: a large copy, and a large matrix product in each dtype. An op whose result or
-gradients are not the reference's in float32 is refused, not reported.
+An op can be no faster than it takes to read its inputs and write its results once, nor than its arithmetic takes, at
+the rates of a large copy and of large matrix products in the same run. For a GPU see `gpu_kernels`.
 """
 
-import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property, partial
+from itertools import product
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from sparse_fcmae import kernels as package
 from sparse_fcmae import ops
-from sparse_fcmae.backends.blocks import TorchLayout
-from sparse_fcmae.benchmarks.gpu_kernels import gpu_kernels
-from sparse_fcmae.benchmarks.results import Columns, Results, Row
-from sparse_fcmae.benchmarks.timing import (
-    OUT_OF_MEMORY,
-    draw_mask,
-    failing_beyond_memory,
-    relative,
-    take_turns,
-    within_memory,
-)
-from sparse_fcmae.config import KernelsConfig, image_size_of, listed
-from sparse_fcmae.encoder import SIZES, Block, SparseEncoder
-from sparse_fcmae.errors import UserError
-from sparse_fcmae.kernels import cpu
-from sparse_fcmae.masking import VisiblePatches
+from sparse_fcmae.backends.patch_map import PatchMap
+from sparse_fcmae.backends.plain_torch import TorchPatches
+from sparse_fcmae.benchmarks import gpu_kernels
+from sparse_fcmae.benchmarks.config import KernelsConfig
+from sparse_fcmae.benchmarks.engine import Candidate, Checked, Turns, benchmark, take_turns
+from sparse_fcmae.benchmarks.gates import OP_RESULTS, relative
+from sparse_fcmae.benchmarks.rates import Rates, measure_rates
+from sparse_fcmae.benchmarks.results import Columns, Row
+from sparse_fcmae.benchmarks.steps import Case, move_parameters, setting_of
+from sparse_fcmae.kernels.constants import SIDES
+from sparse_fcmae.model.convnext import SIZES, Block
 from sparse_fcmae.ops import reference
-from sparse_fcmae.training.distributed import choose_device, choose_dtype
+from sparse_fcmae.runtime.errors import UserError
+from sparse_fcmae.runtime.options import listed
 
-TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}  # relative Frobenius error of the result and of every gradient
 GELU_FLOPS, SLOPE_FLOPS, NORM_FLOPS = 46, 4, 8  # per element, a multiply-add counting two; GELU_FLOPS as approximated
 COLUMNS: Columns = {
-    "op": ("op", ""),
+    "op": ("op", ""),  # on a CPU
     "features": ("features", ""),
     "pass": ("pass", ""),
-    "ms": ("ms", ".2f"),
+    "kernel": ("kernel", ""),  # on a GPU
+    "calls": ("calls", "d"),
+    "ms": ("ms", ".3f"),
     "over_reference": ("over reference", ".2f"),
     "of_bound": ("of the bound", ".2f"),
     "bound": ("bound by", ""),
     "error": ("error", ".0e"),
+    "gb_per_second": ("GB/s", ".0f"),
+    "of_copy": ("of a copy", ".2f"),
+    "tflop_per_second": ("TFLOP/s", ".1f"),
+    "of_product": ("of a float32 product", ".2f"),
 }
 
 
-@dataclass
-class Case:
-    """An op on the features of one stage; `exact` is the reference in float32.
+@benchmark("kernels", KernelsConfig, COLUMNS)
+def kernels(config: KernelsConfig, device: torch.device) -> Iterator[list[Row]]:
+    """Prints and returns a row for each op, stage and pass, or on a GPU for each Triton kernel and shape."""
+    listed("model", config.model, str, SIZES)
+    if reason := package.unusable(device):
+        raise UserError(f"there are no kernels to measure: {reason}")
+    case = Case.of(config, device)
+    yield list(rows_of_ops(config, case) if device.type == "cpu" else gpu_kernels.rows(config, case))
 
-    Bytes are those of inputs and results, forward and backward; flops come as (matrix products', other).
+
+class Cost(NamedTuple):
+    """Of a pass: bytes of inputs and results, operations of matrix products, all other operations."""
+
+    bytes: float
+    products: float
+    others: float
+
+
+@dataclass(frozen=True)
+class Op:
+    """An op on features x with parameters, against its reference.
+
+    call: computes it of x by the functions of `ops` or of `reference`, with parameters or results in a dtype.
     """
 
-    op: str
-    ours: Callable[[], Tensor]
-    reference: Callable[[], Tensor]
-    exact: Callable[[], Tensor]
-    inputs: list[Tensor]
-    bytes: tuple[float, float]
-    flops: tuple[tuple[float, float], tuple[float, float]]
+    name: str
+    call: Callable[[Any, Tensor, torch.dtype], Tensor]
+    dtype: torch.dtype
+    x: Tensor
+    parameters: list[Tensor]
+    costs: dict[str, Cost]
+
+    @cached_property
+    def results(self) -> dict[Any, Tensor]:
+        """What the op and its reference compute."""
+        return {by: self.call(by, self.x, self.dtype) for by in (ops, reference)}
+
+    @cached_property
+    def probe(self) -> Tensor:
+        """A gradient of the result."""
+        return torch.randn_like(self.results[ops])
+
+    def gradients(self, result: Tensor) -> tuple[Tensor, ...]:
+        """The gradients of features and parameters."""
+        inputs, probe = [self.x, *self.parameters], self.probe.to(result.dtype)
+        return torch.autograd.grad(result, inputs, probe, retain_graph=True)
+
+    @cached_property
+    def error(self) -> float:
+        """The greatest relative error of the result or of a gradient, against the reference in float32."""
+        exact = self.call(reference, self.x.float(), torch.float32)
+        found, expected = ((result, *self.gradients(result)) for result in (self.results[ops], exact))
+        return max(relative(a.float(), b.float()) for a, b in zip(found, expected, strict=True))
+
+    def run_of(self, what: str, by: Any) -> Checked:
+        """What is timed of a pass."""
+        forward = partial(self.call, by, self.x, self.dtype)
+        run = forward if what == "forward" else partial(self.gradients, self.results[by])
+        return Checked(run, self.error, {"error": self.error})
 
 
-@failing_beyond_memory()
-def kernels(**options: Any) -> list[Row]:
-    """Prints and returns a row for each op, stage and pass; options are those of `KernelsConfig`."""
-    config = KernelsConfig(**options)
-    listed("model", config.model, str, SIZES)
-    if (device := choose_device(config.device)).type != "cpu":
-        return gpu_kernels(config, device)
-    if cpu.unusable():
-        raise UserError(f"there are no kernels to measure: {cpu.unusable()}")
-    results = Results("kernels", config, COLUMNS, device)
-    torch.manual_seed(config.seed)
-    size = image_size_of(config.image_size)
-    mask = draw_mask(config.batch_size, SparseEncoder("atto", image_size=size).grid(*size), config.mask_ratio)
-    dtype = torch.bfloat16 if config.dtype == "bf16" else torch.float32
-    rates = measure_rates(dtype, config.rounds)
-    setting = {k: getattr(config, k) for k in ("model", "batch_size", "image_size", "mask_ratio", "dtype")}
-    setting |= {"kernels": cpu.instruction_set(), **{f"measured_{k}_per_second": rate for k, rate in rates.items()}}
-    rows = []
-    for stage, channels in enumerate(SIZES[config.model][1]):
-        side = 8 >> stage
-        place = setting | {"stage": stage + 1, "features": f"{side}x{side}x{channels}"}
+def ops_of(patch_map: PatchMap, side: int, channels: int, dtype: torch.dtype) -> list[Op]:
+    """Every op on random features of one stage, with random parameters."""
+    block, patches = move_parameters(Block(channels)), TorchPatches(patch_map.mask)
+    dwconv, norm, gamma = list(block.dwconv.parameters()), list(block.norm.parameters()), block.grn.gamma
+    parameters, maps = block.ten_parameters(), (patch_map.patch_to_row, patch_map.row_to_patch)
 
-        def of_stage(side: int = side, channels: int = channels) -> list[Row]:
-            every = cases(VisiblePatches.of(mask), side, channels, dtype)
-            tolerance = TOLERANCE[config.dtype]
-            return [{"op": c.op} | row for c in every for row in measure(c, rates, tolerance, config.rounds)]
+    def features(channels: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.randn(len(patch_map.row_to_patch), side, side, channels).to(dtype).requires_grad_()
 
-        found = within_memory(of_stage)
-        rows += [place | row for row in ([{"op": "all", "refused": OUT_OF_MEMORY}] if found is None else found)]
-    results.add(rows)
-    return results.finish()
+    def op(call: Callable, x: Tensor, parameters: list[Tensor], forward: Cost, backward: Cost) -> Op:
+        return Op(call.__name__, call, dtype, x, parameters, {"forward": forward, "backward": backward})
 
+    def block_dwconv(by: Any, x: Tensor, dtype: torch.dtype) -> Tensor:
+        cast = (lambda p: p) if by is ops else (lambda p: p.to(dtype))  # the op casts by itself
+        return by.block_dwconv(x, *map(cast, dwconv), *maps, *map(cast, norm))
 
-def measure_rates(dtype: torch.dtype, rounds: int) -> dict[str, float]:
-    """What this CPU reaches with all threads: bytes copied, and flops of matrix products in `dtype` and float32."""
-    source, target = torch.zeros(2, 1 << 26).unbind()
-    has_bf16 = choose_dtype("auto", torch.device("cpu"), "auto") == torch.bfloat16
-    # a product in bfloat16 takes a hundred times as long where the CPU has no instructions for it
-    side = {torch.bfloat16: 2048 if has_bf16 else 512, torch.float32: 2048}
-    square = {d: torch.randn(side[d], side[d]).to(d) for d in (dtype, torch.float32)}
-    out = {d: torch.empty_like(a) for d, a in square.items()}
-    runs: dict[str, Callable[[], Any]] = {"bytes": lambda: target.copy_(source)}
-    runs |= {str(d): lambda d=d: torch.mm(square[d], square[d], out=out[d]) for d in square}
-    best = {name: min(times) for name, times in take_turns(runs, rounds, torch.device("cpu")).items()}
-    matrix, other = (2 * side[d] ** 3 / best[str(d)] for d in (dtype, torch.float32))
-    return {"bytes": 2 * source.nbytes / best["bytes"], "matrix_flops": matrix, "flops": other}
+    def gelu_grn(by: Any, x: Tensor, dtype: torch.dtype) -> Tensor:
+        return by.gelu_grn(x, gamma.flatten(), patch_map.image_offsets)
 
+    def layer_norm(by: Any, x: Tensor, dtype: torch.dtype) -> Tensor:
+        return by.layer_norm(x, *norm, tile=min(2, side), dtype=dtype)
 
-def cases(visible: VisiblePatches, side: int, channels: int, dtype: torch.dtype) -> list[Case]:
-    """Every op on the features of one stage."""
-    slot, index, offsets = visible.slot, visible.index, visible.offsets
-    shape, wide, wide_shape = (len(index), side, side, channels), 4 * channels, (len(index), side, side, 4 * channels)
-    count, width = len(index) * side * side, dtype.itemsize
-    ones = torch.ones(len(index), side, side, 1)
-    taps = reference.block_dwconv(ones, torch.ones(1, 1, 7, 7), None, slot, index).sum().item()  # between visible ones
+    def convnext_block(by: Any, x: Tensor, dtype: torch.dtype) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            return by.convnext_block(x, parameters, *maps, patch_map.image_offsets) if by is ops else block(x, patches)
 
-    block = Block(channels)
-    with torch.no_grad():
-        for parameter in block.parameters():
-            parameter.add_(0.02 * torch.randn_like(parameter))
-    layout, parameters = TorchLayout(visible.mask), list(block.parameters())
-    half = dtype == torch.bfloat16
-    x, stored, inner = torch.randn(shape), torch.randn(shape).to(dtype), torch.randn(wide_shape).to(dtype)
-    x, stored, inner = (t.requires_grad_() for t in (x, stored, inner))
-    dwconv = [*block.dwconv.parameters(), slot, index, *block.norm.parameters()]
-    gamma, tile = block.grn.gamma, min(2, side)
-
-    def in_blocks(whole: bool) -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16, enabled=half):
-            return ops.convnext_block(x, parameters, slot, index, offsets) if whole else layout.block(x, block)
-
-    def cast(t: Tensor) -> list[Tensor]:
-        return [p.to(dtype) if p.is_floating_point() else p for p in t]
-
-    conv, elements = 2 * taps * channels, count * channels
-    dense = 16 * count * channels**2
-    around = conv + elements * (NORM_FLOPS + 4 * GELU_FLOPS)
+    x, b = features(channels, torch.float32), dtype.itemsize
+    n = x.numel()
+    taps = reference.block_dwconv(torch.ones_like(x[..., :1]), torch.ones(1, 1, 7, 7), None, *maps).sum().item()
+    conv, normed, products = 2 * taps * channels, NORM_FLOPS * n, 16 * n * channels
+    gelu, slopes, around = 4 * GELU_FLOPS * n, 8 * SLOPE_FLOPS * n, conv + normed + 4 * GELU_FLOPS * n
+    convolved = Cost(2 * b * n, 0, conv + normed), Cost(3 * b * n, 0, 3 * (conv + normed))
+    whole = Cost(8 * n, products, around), Cost(12 * n, 2 * products, 2 * around + conv)
     return [
-        Case(
-            "block_dwconv",
-            lambda: ops.block_dwconv(stored, *dwconv),
-            lambda: reference.block_dwconv(stored, *cast(dwconv)),
-            lambda: reference.block_dwconv(stored.float(), *dwconv),
-            [stored, *block.dwconv.parameters(), *block.norm.parameters()],
-            (2 * width * elements, 3 * width * elements),
-            ((0, conv + NORM_FLOPS * elements), (0, 3 * conv + 3 * NORM_FLOPS * elements)),
-        ),
-        Case(
-            "gelu_grn",
-            lambda: ops.gelu_grn(inner, gamma.flatten(), offsets),
-            lambda: reference.gelu_grn(inner, gamma.flatten(), offsets),
-            lambda: reference.gelu_grn(inner.float(), gamma.flatten(), offsets),
-            [inner, gamma],
-            (2 * width * count * wide, 3 * width * count * wide),
-            ((0, GELU_FLOPS * count * wide), (0, (GELU_FLOPS + 2 * SLOPE_FLOPS) * count * wide)),
-        ),
-        Case(
-            "layer_norm",
-            lambda: ops.layer_norm(x, *block.norm.parameters(), tile=tile, dtype=dtype),
-            lambda: reference.layer_norm(x, *block.norm.parameters(), tile=tile, dtype=dtype),
-            lambda: reference.layer_norm(x, *block.norm.parameters(), tile=tile),
-            [x, *block.norm.parameters()],
-            ((4 + width) * elements, (8 + width) * elements),
-            ((0, NORM_FLOPS * elements), (0, 3 * NORM_FLOPS * elements)),
-        ),
-        Case(
-            "convnext_block",
-            lambda: in_blocks(True),
-            lambda: in_blocks(False),
-            lambda: layout.block(x, block),
-            [x, *parameters],
-            (8 * elements, 12 * elements),
-            ((dense, around), (2 * dense, 2 * around + conv)),
-        ),
+        op(block_dwconv, features(channels), dwconv + norm, *convolved),
+        op(gelu_grn, features(4 * channels), [gamma], Cost(8 * b * n, 0, gelu), Cost(12 * b * n, 0, gelu + slopes)),
+        op(layer_norm, x, norm, Cost((4 + b) * n, 0, normed), Cost((8 + b) * n, 0, 3 * normed)),
+        op(convnext_block, x, parameters, *whole),
     ]
 
 
-def measure(case: Case, rates: dict[str, float], tolerance: float, rounds: int) -> list[Row]:
-    """A row for the forward and one for the backward pass, or the one that says why there are none."""
-    out, expected, exact = case.ours(), case.reference(), case.exact()
-    probe = torch.randn_like(out)
+def rows_of_ops(config: KernelsConfig, case: Case) -> Iterator[Row]:
+    """A row for each stage, op and pass."""
+    rates = measure_rates(case.device, (case.dtype, torch.float32), config.rounds)
+    place = setting_of(config) | {
+        "kernels": package.of(case.device).instruction_set(),
+        "measured_bytes_per_second": rates["bytes"],
+        "measured_matrix_flops_per_second": rates[case.dtype],
+        "measured_flops_per_second": rates[torch.float32],
+    }
+    patch_map = PatchMap.of(case.masks())
+    for number, (side, channels) in enumerate(zip(SIDES, SIZES[config.model][1], strict=True), 1):
+        at_stage = place | {"stage": number, "features": f"{side}x{side}x{channels}"}
+        for op in ops_of(patch_map, side, channels, case.dtype):
+            candidates = [
+                Candidate(
+                    (what, by),
+                    partial(op.run_of, what, by),
+                    at_stage | {"op": op.name, "pass": what},
+                    gate=OP_RESULTS[config.dtype],
+                )
+                for what, by in product(op.costs, (ops, reference))
+            ]
+            turns = take_turns(candidates, config.rounds, case.device)
+            yield from (figures(turns, what, cost, rates, case.dtype) for what, cost in op.costs.items())
 
-    def backward(result: Tensor) -> tuple[Tensor, ...]:
-        return torch.autograd.grad(result, case.inputs, probe.to(result.dtype), retain_graph=True)
 
-    pairs = zip((out, *backward(out)), (exact, *backward(exact)), strict=True)
-    error = max(relative(a.float(), b.float()) for a, b in pairs)
-    if not error < tolerance:
-        return [{"pass": "both", "refused": f"relative error {error:.0e}"}]
-    rows = []
-    runs = ({"ours": case.ours, "reference": case.reference},)
-    runs += ({"ours": lambda: backward(out), "reference": lambda: backward(expected)},)
-    for name, pair, size, (matrix, other) in zip(("forward", "backward"), runs, case.bytes, case.flops, strict=True):
-        times = take_turns(pair, rounds, torch.device("cpu"))
-        memory = size / rates["bytes"]
-        arithmetic = matrix / rates["matrix_flops"] + other / rates["flops"]
-        seconds = statistics.median(times["ours"])
-        rows.append(
-            {
-                **{"pass": name, "ms": 1e3 * seconds, "bytes": size, "flops": matrix + other},
-                "over_reference": statistics.median(b / a for a, b in zip(*times.values(), strict=True)),
-                "of_bound": max(memory, arithmetic) / seconds,
-                "bound": "memory" if memory > arithmetic else "arithmetic",
-                "error": error,
-            }
-        )
-    return rows
+def figures(turns: Turns, what: str, cost: Cost, rates: Rates, dtype: torch.dtype) -> Row:
+    """The row of a pass of an op, with what follows from the times."""
+    row, ours = turns.rows[what, ops], (what, ops)
+    if ours not in turns.seconds:
+        return row
+    memory = cost.bytes / rates["bytes"]
+    arithmetic = cost.products / rates[dtype] + cost.others / rates[torch.float32]
+    milliseconds = turns.speed(ours)["ms"]
+    return row | {
+        "ms": milliseconds,
+        "bytes": cost.bytes,
+        "flops": cost.products + cost.others,
+        "over_reference": turns.ratio((what, reference), ours),
+        "of_bound": 1e3 * max(memory, arithmetic) / milliseconds,
+        "bound": "memory" if memory > arithmetic else "arithmetic",
+    }

@@ -1,31 +1,35 @@
-"""Rows of the benchmarks as pictures. Needs matplotlib."""
+"""Rows of the benchmarks as pictures. Needs matplotlib.
+
+A function that draws takes rows and returns None where they have nothing for it to draw.
+"""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable
+from functools import partial
 from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparse_fcmae.benchmarks.results import Row
-from sparse_fcmae.errors import UserError
-from sparse_fcmae.files import write_atomic
+from sparse_fcmae.runtime.errors import UserError
+from sparse_fcmae.runtime.files import write_atomic
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 COLOURS = {  # Okabe and Ito's, told apart by the colour-blind too
-    **{"native": "#0072b2", "torch": "#56b4e9", "masked": "#999999", "minkowski": "#e69f00"},
-    **{"dense": "#999999", "sparse": "#0072b2", "sparse-fcmae": "#0072b2", "matrix products": "#009e73"},
+    "native": "#0072b2",
+    "torch": "#56b4e9",
+    "masked": "#999999",
+    "minkowski": "#e69f00",
+    "dense": "#999999",
+    "sparse": "#0072b2",
+    "sparse-fcmae": "#0072b2",
+    "matrix products": "#009e73",
 }
-SPARE_COLOURS = ("#d55e00", "#cc79a7", "#e69f00", "#009e73", "#56b4e9", "#f0e442")
-LABELS = {
-    "mask-ratio": "share of the patches that is masked",
-    "image-size": "side of the image, pixels",
-    "batch-size": "images a step",
-    "threads": "threads",
-    "model": "model",
-}
+SPARE_COLOURS = ("#d55e00", "#cc79a7", "#e69f00", "#009e73", "#56b4e9", "#f0e442", "#0072b2", "#999999")
+LABELS = {"mask-ratio": "fraction of the patches that is masked", "image-size": "side of the image, pixels"}
 
 
 def require_matplotlib() -> None:
@@ -36,10 +40,11 @@ def require_matplotlib() -> None:
         raise UserError("pictures need matplotlib: pip install 'sparse-fcmae[plots]'") from None
 
 
-def new_figure(width: float = 7, height: float = 3.6) -> tuple["Figure", "Axes"]:
+def new_figure(width: float = 7) -> tuple["Figure", "Axes"]:
+    """An empty figure, so many inches wide."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), layout="constrained")
+    figure = Figure(figsize=(width, 3.6), layout="constrained")
     axes = figure.subplots()
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", alpha=0.3)
@@ -47,20 +52,34 @@ def new_figure(width: float = 7, height: float = 3.6) -> tuple["Figure", "Axes"]
     return figure, axes
 
 
-def bars(groups: dict[str, dict[str, float]], ylabel: str, spec: str = ".1f", log: bool = False) -> "Figure":
-    """Groups of labelled bars: group -> candidate -> value."""
+def draw_bars(
+    rows: list[Row],
+    value: str,
+    ylabel: str,
+    *,
+    group: Callable[[Row], str],
+    bar: Callable[[Row], str] = lambda row: row["candidate"],
+    spec: str = ".1f",
+    log: bool = False,
+) -> "Figure | None":
+    """The rows that have a value as labelled bars, in groups. group, bar: the names of a row's."""
     from matplotlib.patches import Patch
 
-    names = list(dict.fromkeys(name for group in groups.values() for name in group))
-    figure, axes = new_figure(width=max(7, 1 + 0.42 * sum(map(len, groups.values())) + 0.4 * len(groups)))
+    rows = [row for row in rows if row.get(value) is not None]
+    if not rows:
+        return None
+    names = list(dict.fromkeys(map(bar, rows)))
+    groups = list(dict.fromkeys(map(group, rows)))
+    figure, axes = new_figure(max(7, 1 + 0.42 * len(rows) + 0.4 * len(groups)))
     left, ticks = 0.0, []
-    for group in groups.values():
-        for i, (name, value) in enumerate(group.items()):
-            bar = axes.bar(left + i, value, width=0.9, color=colour(name, names))
-            axes.bar_label(bar, fmt=lambda v: format(v, spec), fontsize=7, padding=1)
-        ticks.append(left + (len(group) - 1) / 2)
-        left += len(group) + 0.8
-    axes.set_xticks(ticks, list(groups), fontsize=8)
+    for name in groups:
+        own = {bar(row): row[value] for row in rows if group(row) == name}
+        for i, (label, height) in enumerate(own.items()):
+            drawn = axes.bar(left + i, height, width=0.9, color=colour(label, names))
+            axes.bar_label(drawn, fmt=lambda v: format(v, spec), fontsize=7, padding=1)
+        ticks.append(left + (len(own) - 1) / 2)
+        left += len(own) + 0.8
+    axes.set_xticks(ticks, groups, fontsize=8)
     axes.set_ylabel(ylabel)
     if log:
         axes.set_yscale("log")
@@ -71,51 +90,57 @@ def bars(groups: dict[str, dict[str, float]], ylabel: str, spec: str = ".1f", lo
 
 
 def colour(name: str, names: list[str]) -> str:
-    """A candidate's colour."""
-    known = {n: COLOURS[n.split(", ")[0]] for n in names if n.split(", ")[0] in COLOURS}
-    others = [n for n in names if n not in known]
-    return known.get(name) or SPARE_COLOURS[others.index(name) % len(SPARE_COLOURS)]
+    """A candidate's colour, another one than those of the other names."""
+    others = [n for n in names if n.split(", ")[0] not in COLOURS]
+    return COLOURS.get(name.split(", ")[0]) or SPARE_COLOURS[others.index(name) % len(SPARE_COLOURS)]
 
 
-def draw_gflops(rows: list[Row]) -> "Figure":
-    """Encoder dense and sparse, of each model at the first image size."""
+def draw_gflops(rows: list[Row]) -> "Figure | None":
+    """The encoder dense and sparse, of each model at the first image size."""
     whole = [row for row in rows if "sparse_encoder_gmacs" in row and row["part"] == "whole"]
-    groups = {
-        row["model"]: {"dense": row["encoder_gmacs"], "sparse": row["sparse_encoder_gmacs"]}
+    bars = [
+        {"model": row["model"], "candidate": kind, "gmacs": row[key]}
         for row in whole
         if row["image_size"] == whole[0]["image_size"]
-    }
-    return bars(groups, "G multiply-accumulates of the encoder", ".3g", log=True)
+        for kind, key in (("dense", "encoder_gmacs"), ("sparse", "sparse_encoder_gmacs"))
+    ]
+    ylabel = "G multiply-accumulates of the encoder"
+    return draw_bars(bars, "gmacs", ylabel, group=lambda row: row["model"], spec=".3g", log=True)
 
 
-def draw_throughput(rows: list[Row], key: str, ylabel: str, spec: str = ".1f") -> "Figure":
-    """A figure of each backend, grouped by model, dtype and kind of work."""
-    groups: dict[str, dict[str, float]] = {}
-    for row in rows:
-        if row.get(key) is not None:
-            where = f"{row['model']} {row['dtype']}\n{row['work']}"
-            groups.setdefault(where, {})[row["candidate"]] = row[key]
-    return bars(groups, ylabel, spec)
+# a figure of each backend
+draw_backends = partial(draw_bars, group=lambda row: f"{row['model']} {row['dtype']}\n{row['work']}")
+draw_speedups = partial(draw_backends, value="speedup", ylabel="images/s over masked")
+draw_memory = partial(draw_backends, value="peak_mb", ylabel="peak memory, MB", spec=".0f")
+draw_speeds = partial(draw_bars, value="images_per_second", ylabel="images/s", group=lambda row: row.get("model", ""))
+draw_bounds = partial(
+    draw_bars,
+    value="of_bound",
+    ylabel="bound / measured",
+    group=lambda row: row["op"],
+    bar=lambda row: f"{row['features']} {row['pass']}",
+    spec=".2f",
+)
 
 
-def draw_scaling(rows: list[Row]) -> "Figure":
+def draw_scaling(rows: list[Row]) -> "Figure | None":
     """Milliseconds an image over what varies, and the ideal lines."""
-    over = rows[0]["over"]
     rows = [row for row in rows if "ms" in row]
-    figure, axes = new_figure()
+    if not rows:
+        return None
+    over, (figure, axes) = rows[0]["over"], new_figure()
     values = list(dict.fromkeys(str(row["value"]) for row in rows))
     numeric = over in ("mask-ratio", "threads", "batch-size") or all("x" not in v and over != "model" for v in values)
     names = list(dict.fromkeys(row["candidate"] for row in rows))
     for name in names:
-        mine = [row for row in rows if row["candidate"] == name]
-        x = [float(row["value"]) if numeric else str(row["value"]) for row in mine]
-        axes.plot(
-            x, [1e3 / row["images_per_second"] for row in mine], marker=".", color=colour(name, names), label=name
-        )
-        if "ideal_ms" in mine[0]:
-            ideal = [row["ideal_ms"] / row["ms"] * 1e3 / row["images_per_second"] for row in mine]
-            axes.plot(x, ideal, linestyle="--", linewidth=1, color=colour(name, names), label=f"{name}, ideal")
-    axes.set(xlabel=LABELS[over], ylabel="ms an image, forward and backward")
+        own = [row for row in rows if row["candidate"] == name]
+        x = [float(row["value"]) if numeric else str(row["value"]) for row in own]
+        measured, paint = [1e3 / row["images_per_second"] for row in own], colour(name, names)
+        axes.plot(x, measured, marker=".", label=name, color=paint)
+        if "ideal_ms" in own[0]:
+            ideal = [row["ideal_ms"] / row["ms"] * y for row, y in zip(own, measured, strict=True)]
+            axes.plot(x, ideal, linestyle="--", linewidth=1, label=f"{name}, ideal", color=paint)
+    axes.set(xlabel=LABELS.get(over, over), ylabel="ms an image, forward and backward")
     if numeric and over != "mask-ratio":
         axes.set(xscale="log", yscale="log")
         axes.set_xticks([float(v) for v in values], values)
@@ -123,34 +148,6 @@ def draw_scaling(rows: list[Row]) -> "Figure":
     else:
         axes.set_ylim(0)
     axes.legend(fontsize=8, frameon=False)
-    return figure
-
-
-def draw_speeds(rows: Iterable[Row], group: str = "") -> "Figure":
-    """Images a second of each candidate, grouped by a column."""
-    groups: dict[str, dict[str, float]] = {}
-    for row in rows:
-        if "images_per_second" in row:
-            groups.setdefault(row.get(group, ""), {})[row["candidate"]] = row["images_per_second"]
-    return bars(groups, "images/s")
-
-
-def draw_bounds(rows: list[Row]) -> "Figure":
-    """The share of the machine's bound that each op reaches, by stage and pass."""
-    groups: dict[str, dict[str, float]] = {}
-    for row in rows:
-        if "of_bound" in row:
-            groups.setdefault(row["op"], {})[f"{row['features']} {row['pass']}"] = row["of_bound"]
-    figure, axes = new_figure(width=max(6, 0.3 * sum(map(len, groups.values()))))
-    left, ticks, labels = 0, [], []
-    for op, group in groups.items():
-        axes.bar(range(left, left + len(group)), list(group.values()), label=op)
-        ticks += range(left, left + len(group))
-        labels += list(group)
-        left += len(group) + 1
-    axes.set_xticks(ticks, labels, rotation=90, fontsize=6)
-    axes.set(ylabel="bound / measured", ylim=(0, None))
-    axes.legend(fontsize=8, frameon=False, ncols=4)
     return figure
 
 

@@ -1,21 +1,21 @@
 """Where the time of a training step of the `native` encoder goes on the CPU: self times, and bytes moved if known."""
 
 from collections import Counter
+from collections.abc import Callable, Iterator
 from math import prod
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from sparse_fcmae.benchmarks.results import Columns, Results, Row
-from sparse_fcmae.benchmarks.timing import draw_mask
-from sparse_fcmae.config import ProfileConfig, image_size_of
-from sparse_fcmae.encoder import SparseEncoder
-from sparse_fcmae.kernels import cpu
+from sparse_fcmae.benchmarks.config import ProfileConfig
+from sparse_fcmae.benchmarks.engine import benchmark
+from sparse_fcmae.benchmarks.results import Columns, Row
+from sparse_fcmae.benchmarks.steps import Case, builds, setting_of
+from sparse_fcmae.kernels.observe import observing
 
-MATRIX_PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_")
+PRODUCTS = {"aten::mm": (0, 1), "aten::addmm": (1, 2), "aten::addmm_": (1, 2)}  # which of their inputs are multiplied
 SHOWN = 16
 COLUMNS: Columns = {
     "what": ("what", ""),
@@ -26,55 +26,43 @@ COLUMNS: Columns = {
 }
 
 
-def profile_step(**options: Any) -> list[Row]:
-    """Prints and returns what takes the most time, milliseconds of a step; options are those of `ProfileConfig`."""
-    config = ProfileConfig(**options)
-    results = Results("profile", config, COLUMNS, torch.device("cpu"))
-    torch.manual_seed(config.seed)
-    size = image_size_of(config.image_size)
-    encoder = SparseEncoder(config.model, image_size=size, backend="native")
-    images = torch.randn(config.batch_size, 3, *size)
-    mask = draw_mask(config.batch_size, encoder.grid(*size), config.mask_ratio)
+@benchmark("profile", ProfileConfig, COLUMNS)
+def profile_step(config: ProfileConfig, device: torch.device) -> Iterator[list[Row]]:
+    """Prints and returns what takes the most time, in milliseconds of a step, and all of it together."""
+    case = Case.of(config, device)
+    step = builds(case, "step", ["native"])["native"]()
+    moved: Counter[str] = Counter()
 
-    def step() -> None:
-        encoder.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16, enabled=config.dtype == "bf16"):
-            features = encoder(images, mask)
-        features.float().square().mean().backward()
-
-    kernel_bytes: Counter[str] = Counter()
-    call = cpu.call
-
-    def labelled(name: str, *arguments: Tensor | int | None) -> int | None:
-        label = f"kernel {name}"
-        kernel_bytes[label] += sum(a.nbytes for a in arguments if isinstance(a, Tensor))
+    def labelled(run: Callable[..., Any], kernel: str, *arguments: Any) -> Any:
+        label = f"kernel {kernel}"
+        moved[label] += sum(a.nbytes for a in arguments if isinstance(a, Tensor))
         with record_function(label):
-            return call(name, *arguments)
+            return run(kernel, *arguments)
 
     step()
-    with patch.object(cpu, "call", labelled), profile(activities=[ProfilerActivity.CPU], record_shapes=True) as trace:
+    with observing(labelled), profile(activities=[ProfilerActivity.CPU], record_shapes=True) as trace:
         for _ in range(config.rounds):
             step()
-    width = 2 if config.dtype == "bf16" else 4
-    spent: dict[str, dict[str, float]] = {}
+    calls, spent = Counter(), Counter()
     for event in trace.key_averages(group_by_input_shape=True):
-        matrix = event.key in MATRIX_PRODUCTS
-        name = "matrix products" if matrix else event.key
-        row = spent.setdefault(name, {"calls": 0, "ms": 0, "bytes": 0})
-        row["calls"] += event.count / config.rounds
-        row["ms"] += event.self_cpu_time_total / 1e3 / config.rounds
-        if matrix:
-            first, second = event.input_shapes[:2] if event.key == "aten::mm" else event.input_shapes[1:3]
-            row["bytes"] += width * (prod(first) + prod(second) + first[0] * second[1]) * event.count / config.rounds
-    for name, size in kernel_bytes.items():
-        spent[name]["bytes"] = size / config.rounds
-    total = sum(row["ms"] for row in spent.values())
+        name = "matrix products" if event.key in PRODUCTS else event.key
+        calls[name] += event.count
+        spent[name] += event.self_cpu_time_total / 1e3
+        if event.key in PRODUCTS:
+            first, second = (event.input_shapes[i] for i in PRODUCTS[event.key])
+            numbers = prod(first) + prod(second) + first[0] * second[1]
+            moved[name] += case.dtype.itemsize * numbers * event.count
+    total, setting = sum(spent.values()), setting_of(config)
     rows = [
-        {"what": name, **row, "mb": row["bytes"] / 1e6 or None, "share": row["ms"] / total}
-        for name, row in spent.items()
+        setting
+        | {
+            "what": name,
+            "calls": calls[name] / config.rounds,
+            "ms": ms / config.rounds,
+            "bytes": moved[name] / config.rounds,
+            "mb": moved[name] / config.rounds / 1e6 or None,
+            "share": ms / total,
+        }
+        for name, ms in spent.most_common(SHOWN)
     ]
-    rows.sort(key=lambda row: -row["ms"])
-    setting = {k: getattr(config, k) for k in ("model", "batch_size", "image_size", "mask_ratio", "dtype")}
-    rows.append({"what": "all", "ms": total})
-    results.add([setting | row for row in rows[:SHOWN] + rows[-1:]])
-    return results.finish()
+    yield [*rows, setting | {"what": "all", "ms": total / config.rounds}]

@@ -5,8 +5,7 @@ the first value on. Everything takes turns, so that a drift of the machine's spe
 """
 
 import os
-import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,26 +13,27 @@ from typing import Any
 
 import torch
 
-from sparse_fcmae.backends import BACKENDS
+from sparse_fcmae.benchmarks.config import ScalingConfig
+from sparse_fcmae.benchmarks.engine import Candidate, Run, benchmark, take_turns, torch_threads
+from sparse_fcmae.benchmarks.gates import BASELINE, check_backends, choose_backends
 from sparse_fcmae.benchmarks.plots import draw_scaling, require_matplotlib, save_png
-from sparse_fcmae.benchmarks.results import Columns, Results, Row
-from sparse_fcmae.benchmarks.steps import Case, Run, builds
-from sparse_fcmae.benchmarks.throughput import BASELINE, CROWDED, MAX_BATCH, after_one_run, check_usable, gated, ratio
-from sparse_fcmae.benchmarks.timing import OUT_OF_MEMORY, failing_beyond_memory, take_turns, within_memory
-from sparse_fcmae.config import ScalingConfig, image_size_of, listed, shown_size
-from sparse_fcmae.encoder import SIZES
-from sparse_fcmae.errors import UserError
-from sparse_fcmae.flops import count
-from sparse_fcmae.training.distributed import choose_device
+from sparse_fcmae.benchmarks.results import Columns, Row
+from sparse_fcmae.benchmarks.steps import Case, builds, setting_of
+from sparse_fcmae.benchmarks.throughput import MAX_BATCH
+from sparse_fcmae.model.convnext import SIZES
+from sparse_fcmae.model.flops import count
+from sparse_fcmae.runtime.errors import UserError
+from sparse_fcmae.runtime.options import image_size_of, listed, shown_size
 
 GATE_BATCH = 2
-USUAL = {  # what --over varies: its usual values, and how each is read
+USUAL = {  # what `over` varies: its usual values, and how each is read
     "mask-ratio": ("0,0.2,0.4,0.6,0.75,0.9,0.95", float),
     "image-size": ("224,384,512,768,1024", image_size_of),
     "batch-size": ("1,2,4,8,16,32,64", int),
     "threads": ("1,2,4,8,16", int),
     "model": ("atto,femto,pico,nano,tiny", str),
 }
+FIELDS = {"mask-ratio": "mask_ratio", "image-size": "size", "batch-size": "batch", "model": "model_name"}  # of a Case
 COLUMNS: Columns = {
     "over": ("over", ""),
     "value": ("value", ">"),
@@ -46,31 +46,38 @@ COLUMNS: Columns = {
 }
 
 
-@failing_beyond_memory()
-def scaling(**options: Any) -> list[Row]:
-    """Prints and returns a row for each value and backend; options are those of `ScalingConfig`.
+@benchmark("scaling", ScalingConfig, COLUMNS)
+def scaling(config: ScalingConfig, device: torch.device) -> Iterator[list[Row]]:
+    """Prints and returns a row for each value and backend.
 
     of_ideal is the ideal time over the measured one: more than 1 is better than from the first value on.
     """
-    config = ScalingConfig(**options)
-    device = choose_device(config.device)
-    results = Results("scaling", config, COLUMNS, device)
     values = values_of(config, device)
-    names = list(BACKENDS) if config.backend == "all" else listed("backend", config.backend, str, BACKENDS)
     listed("model", config.model, str, SIZES)
-    size = image_size_of(config.image_size)
-    base = Case(config.model, size, config.mask_ratio, config.batch_size, config.dtype == "bf16", device)
-    cases = {value: vary(base, config.over, value) for value in values}
+    base = Case.of(config, device)
+    vary = FIELDS.get(config.over)
+    cases = {value: replace(base, **{vary: value}) if vary else base for value in values}
     for case in cases.values():
-        _ = case.kept  # refuses ratios and sizes that do not fit together
-    check_usable(names, {base.dtype}, device)
+        _ = case.num_visible  # refuses ratios and sizes that do not fit together
+    names = choose_backends(config.backend, device, {base.dtype})
     if config.png:
         require_matplotlib()
-    torch.manual_seed(config.seed)
-    results.add(measure(config, cases, names))
-    if config.png:
-        save_png(draw_scaling(results.rows), Path(config.png))
-    return results.finish()
+    turns = take_turns(candidates(config, cases, names), config.rounds, device)
+
+    def figures(key: tuple[Any, str]) -> Row:
+        value, name = key
+        row = turns.speed(key) | {"speedup": turns.ratio((value, BASELINE), key)}
+        if name != BASELINE:
+            first = next(v for v in cases if (v, name) in turns.seconds)
+            ideal = macs(config, cases[value], value) / macs(config, cases[first], first)  # for an image
+            more = cases[value].batch / cases[first].batch
+            row["ideal_ms"] = turns.speed((first, name))["ms"] * ideal * more
+            row["of_ideal"] = ideal * turns.ratio((first, name), key)
+        return row
+
+    yield (rows := turns.table(figures))
+    if config.png and (figure := draw_scaling(rows)):
+        save_png(figure, Path(config.png))
 
 
 def values_of(config: ScalingConfig, device: torch.device) -> list[Any]:
@@ -80,73 +87,41 @@ def values_of(config: ScalingConfig, device: torch.device) -> list[Any]:
     values = listed(name, config.values or usual, kind, known)
     if config.over == "threads":
         if device.type != "cpu":
-            raise UserError("--over threads is about the CPU: give --device cpu")
+            raise UserError("`over=threads` is about the CPU: give `device=cpu`")
         if not config.values:
             values = [n for n in values if n <= torch.get_num_threads()]
         if max(values) > (os.cpu_count() or 1):
-            raise UserError(f"--values: this machine runs {os.cpu_count()} threads at most")
+            raise UserError(f"`values` {config.values}: this machine runs {os.cpu_count()} threads at most")
     if config.over in ("threads", "batch-size") and not 1 <= min(values) <= max(values) <= MAX_BATCH:
-        raise UserError(f"--values must be from 1 to {MAX_BATCH}")
+        raise UserError(f"`values` must be from 1 to {MAX_BATCH}")
     return values
 
 
-def vary(case: Case, over: str, value: Any) -> Case:
-    """The case at a value."""
-    field = {"mask-ratio": "mask_ratio", "image-size": "size", "batch-size": "batch", "model": "model_name"}.get(over)
-    return replace(case, **{field: value}) if field else case
-
-
-def measure(config: ScalingConfig, cases: dict[Any, Case], names: list[str]) -> list[Row]:
-    """The rows, those of one value together."""
-    setting = {k: getattr(config, k) for k in ("model", "batch_size", "image_size", "mask_ratio", "dtype")}
-    rows: dict[tuple[Any, str], Row] = {}
-    runs: dict[tuple[Any, str], Run] = {}
+def candidates(config: ScalingConfig, cases: dict[Any, Case], names: list[str]) -> Iterator[Candidate]:
+    """Every backend at every value."""
     for value, case in cases.items():
         shown = shown_size(value) if config.over == "image-size" else value
-        place = setting | {"over": config.over, "value": shown, config.over.replace("-", "_"): shown}
-        refused = gated(replace(case, batch=min(case.batch, GATE_BATCH)), "step", names)[1]
+        place = setting_of(config) | {"over": config.over, "value": shown, config.over.replace("-", "_"): shown}
+        _, refused = check_backends(replace(case, batch=min(case.batch, GATE_BATCH)), "step", names)
+        built = builds(case, "step", [name for name in names if name not in refused])
         for name in names:
-            reason = {"refused": refused[name]} if name in refused else {}
-            rows[value, name] = place | {"candidate": name} | reason
-        for name, build in builds(case, "step", [name for name in names if name not in refused]).items():
-            if name not in names:
-                continue
-            run = within_memory(partial(after_one_run, build))
-            if run is None:
-                rows[value, name]["refused"] = OUT_OF_MEMORY
-            else:
-                runs[value, name] = with_threads(run, value) if config.over == "threads" else run
-    device = next(iter(cases.values())).device
-    times = within_memory(partial(take_turns, runs, config.rounds, device, ready=True))
-    for key in runs if times is None else ():
-        rows[key]["refused"] = CROWDED
-    for (value, name), seconds in (times or {}).items():
-        typical, row = statistics.median(seconds), rows[value, name]
-        row |= {"ms": 1e3 * typical, "images_per_second": cases[value].batch / typical}
-        row["speedup"] = ratio(times, (value, BASELINE), (value, name))
-        first = next(v for v in cases if (v, name) in times)
-        if name != BASELINE:
-            share = work(config.over, cases[value], value) / work(config.over, cases[first], first)
-            row["ideal_ms"] = 1e3 * statistics.median(times[first, name]) * share
-            row["of_ideal"] = share * ratio(times, (first, name), (value, name))
-    return list(rows.values())
+            row = place | {"candidate": name} | ({"refused": refused[name]} if name in refused else {})
+            threads = value if config.over == "threads" else None
+            yield Candidate((value, name), partial(by_threads, built.get(name), threads), row, case.batch)
 
 
-def work(over: str, case: Case, value: Any) -> float:
-    """What the time would be proportional to, ideally."""
-    macs = case.batch * count(case.model_name, image_size=case.size, mask_ratio=case.mask_ratio)["encoder"].sparse
-    return macs / value if over == "threads" else macs
+def macs(config: ScalingConfig, case: Case, value: Any) -> float:
+    """What the time of an image would be proportional to, ideally: multiply-accumulates of a thread."""
+    cost = count(case.model_name, image_size=case.size, mask_ratio=case.mask_ratio)["encoder"].sparse
+    return cost / value if config.over == "threads" else cost
 
 
-def with_threads(run: Callable[[], Any], threads: int) -> Run:
-    """A run on so many threads."""
+def by_threads(build: Callable[[], Run], threads: int | None) -> Run:
+    """What is built, run by so many threads; None for as many as there are anyway."""
+    run = build()
 
     def limited() -> None:
-        before = torch.get_num_threads()
-        torch.set_num_threads(threads)
-        try:
+        with torch_threads(threads):
             run()
-        finally:
-            torch.set_num_threads(before)
 
     return limited

@@ -1,0 +1,125 @@
+import csv
+import json
+import re
+import sys
+from dataclasses import replace
+from html.parser import HTMLParser
+
+import pytest
+import torch
+
+from sparse_fcmae import UserError
+from sparse_fcmae.benchmarks import registry
+from sparse_fcmae.benchmarks import report as module
+from sparse_fcmae.benchmarks.config import ReportConfig
+from sparse_fcmae.benchmarks.registry import SECTIONS, Plan
+from sparse_fcmae.cli import main
+
+PLOTS = {"gflops.png", "throughput.png", "memory.png", "scaling-mask-ratio.png"}
+
+
+@pytest.fixture
+def small_report(monkeypatch):
+    """The report on what is measured in seconds."""
+
+    def absent(plan):
+        raise UserError("<timm> is not there & so on")
+
+    small = {"batch_size": 1, "image_size": "64", "rounds": 1}
+    runs = {name: lambda plan: [] for name in SECTIONS}
+    runs["gflops"] = lambda plan: [{"model": "atto,tiny", "image_size": "224"}]
+    runs["throughput"] = lambda plan: [small | {"mask_ratio": "0.5", "backend": "native,masked"}]
+    runs["mask ratio"] = lambda plan: [small | {"values": "0,0.5"}]
+    runs["compare"] = absent
+    sections = {name: replace(section, runs=runs[name]) for name, section in SECTIONS.items()}
+    monkeypatch.setattr(module, "SECTIONS", sections)
+
+
+def test_report_is_one_page_with_plots_and_rows(small_report, tmp_path):
+    out = tmp_path / "bench"
+    main(["bench", "report", "--out", str(out), "--model", "atto"])
+    page = (out / "report.html").read_text()
+    assert page.count("<svg") == page.count("</svg>") == 4
+    ids = re.findall(r'\bid="([^"]+)"', page)
+    assert len(ids) == len(set(ids))
+    assert set(re.findall(r'href="#([^"]+)"', page)) <= set(ids)
+    assert not re.search(r"""(src|href|url)\s*[=(]\s*["']?https?:""", page.replace("xlink:href", ""))
+    assert "<li>&lt;timm&gt; is not there &amp; so on</li>" in page
+    assert "over dense convolution with a mask, atto, fp32" in page
+    parser = HTMLParser()
+    parser.feed(page)
+    parser.close()
+    assert {path.name for path in out.iterdir()} == {"report.html", "rows.json", "rows.csv", *PLOTS}
+    rows = json.loads((out / "rows.json").read_text())
+    assert set(rows["sections"]) == set(SECTIONS)
+    assert rows["sections"]["compare"] == [{"refused": "<timm> is not there & so on"}]
+    assert rows["environment"]["command"] == "sparse-fcmae bench report --model atto"
+    with (out / "rows.csv").open() as file:
+        assert {row["benchmark"] for row in csv.DictReader(file)} == {"gflops", "throughput", "mask ratio", "compare"}
+
+
+def test_a_page_can_be_made_again_from_the_saved_rows(small_report, tmp_path):
+    out, again = tmp_path / "bench", tmp_path / "again"
+    module.report(out=out, model="atto")
+    again.mkdir()
+    module.make_page(json.loads((out / "rows.json").read_text()), again)
+    assert (again / "report.html").read_text() == (out / "report.html").read_text()
+    assert (again / "rows.csv").read_text() == (out / "rows.csv").read_text()
+    assert {path.name for path in again.iterdir()} == {"report.html", "rows.csv", *PLOTS}
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_report_measures_bfloat16_where_it_is_fast(monkeypatch, fast):
+    monkeypatch.setattr(registry, "choose_dtype", lambda *_: torch.bfloat16 if fast else torch.float32)
+    plan = Plan(ReportConfig(model="atto"), ["atto"], torch.device("cpu"))
+    monkeypatch.setitem(
+        module.SECTIONS, "throughput", replace(SECTIONS["throughput"], benchmark=lambda **options: [options])
+    )
+    rows = module.measured("throughput", plan)
+    assert rows[0]["dtype"] == ("fp32,bf16" if fast else "fp32")
+    assert rows[0]["batch_size"] == 32
+    assert any(row.get("dtype") == "bf16" and row["refused"] for row in rows) is not fast
+
+
+def test_report_replaces_reports_alone(capsys, small_report, tmp_path):
+    out = tmp_path / "bench"
+    out.mkdir()
+    (out / "mine.txt").write_text("mine")
+
+    def refuses(flags, message):
+        with pytest.raises(SystemExit) as stop:
+            main(["bench", "report", "--out", str(out), *flags])
+        assert stop.value.code == 2
+        assert message in capsys.readouterr().err
+
+    refuses([], "holds no report")
+    refuses(["--overwrite"], "holds no report")
+    assert [path.name for path in tmp_path.rglob("*")] == ["bench", "mine.txt"]
+    (out / "report.html").write_text("an earlier one")
+    refuses([], "give --overwrite")
+    main(["bench", "report", "--out", str(out), "--overwrite"])
+    assert "<svg" in (out / "report.html").read_text()
+
+
+def test_an_interrupted_report_leaves_the_earlier_one(monkeypatch, small_report, tmp_path):
+    out = tmp_path / "bench"
+    out.mkdir()
+    (out / "report.html").write_text("an earlier one")
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "measured", interrupt)
+    with pytest.raises(SystemExit) as stop:
+        main(["bench", "report", "--out", str(out), "--overwrite"])
+    assert stop.value.code == 130
+    assert [path.name for path in tmp_path.rglob("*")] == ["bench", "report.html"]
+
+
+def test_pictures_need_matplotlib(capsys, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    for command in (["report", "--out", str(tmp_path / "x")], ["scaling", "--png", str(tmp_path / "x.png")]):
+        with pytest.raises(SystemExit):
+            main(["bench", *command])
+        assert "pip install 'sparse-fcmae[plots]'" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
