@@ -1,9 +1,11 @@
 import csv
+import inspect
 import json
 import re
 import sys
 from dataclasses import replace
 from html.parser import HTMLParser
+from importlib.resources import files
 
 import pytest
 import torch
@@ -66,6 +68,16 @@ def test_a_page_can_be_made_again_from_the_saved_rows(small_report, tmp_path):
     assert (again / "report.html").read_text() == (out / "report.html").read_text()
     assert (again / "rows.csv").read_text() == (out / "rows.csv").read_text()
     assert {path.name for path in again.iterdir()} == {"report.html", "rows.csv", *PLOTS}
+
+
+def test_every_section_has_options_that_its_benchmark_takes_and_a_place_on_the_page():
+    plan = Plan(ReportConfig(), ["atto", "tiny"], torch.device("cpu"))
+    template = files("sparse_fcmae.benchmarks").joinpath("report.html").read_text()
+    for name, section in SECTIONS.items():
+        for options in section.runs(plan):
+            inspect.signature(section.benchmark).bind(**options)
+        assert f"${name.replace(' ', '_')}\n" in template
+        assert f'<h2 id="{name.replace(" ", "-")}">' in template
 
 
 @pytest.mark.parametrize("fast", [True, False])

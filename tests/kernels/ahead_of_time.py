@@ -1,6 +1,8 @@
 """Compiles every Triton kernel with every tile that may be timed, without a GPU, and says what it takes.
 
-python tests/kernels/ahead_of_time.py CAPABILITY MODEL...   prints a JSON list of kernels, tiles, registers and spilled bytes
+python tests/kernels/ahead_of_time.py CAPABILITY MODEL...
+
+prints a JSON list of kernels, tiles, registers and spilled bytes.
 """
 
 import json
