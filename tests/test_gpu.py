@@ -10,8 +10,9 @@ from sparse_fcmae import create_encoder, create_fcmae, pretrain, random_mask
 from sparse_fcmae.backends import available_backends
 from sparse_fcmae.backends.patch_map import PatchMap
 from sparse_fcmae.ops import gelu_grn, reference
+from sparse_fcmae.tasks.pretraining import PretrainingObjective
 from sparse_fcmae.training.optim import adamw, set_lr
-from sparse_fcmae.training.step import WARMUP, GraphedTrainStep, TrainStep, fcmae_loss
+from sparse_fcmae.training.step import WARMUP, GraphedTrainStep, TrainStep
 
 pytestmark = [
     pytest.mark.gpu,
@@ -26,8 +27,8 @@ def trained(kind, batches, steps, compiled=False):
     model = create_fcmae("atto", image_size=64).to(GPU)
     optimizer = adamw(model, 0.05, (0.9, 0.95), capturable=kind is GraphedTrainStep)
     call = torch.compile(model, fullgraph=True, dynamic=False) if compiled else model
-    loss_of = fcmae_loss(call, model.num_visible((64, 64)))
-    work = kind(loss_of, call, optimizer, share=sum(batches), clip_grad=1.0, bf16=True)
+    objective = PretrainingObjective(call, model.num_visible((64, 64)))
+    work = kind(objective, optimizer, images_per_rank=sum(batches), clip_grad=1.0, bf16=True)
     generator, losses = torch.Generator(GPU).manual_seed(0), []
     for step in range(steps):
         set_lr(optimizer, 2**-10)  # the same as a number and as a float32 tensor

@@ -53,7 +53,7 @@ def test_wheel_has_the_kernels_and_no_top_level_strangers(tmp_path):
     for kernel in library.SETS if os.uname().machine == "x86_64" else ("baseline",):
         assert f"sparse_fcmae/kernels/cpu/_{kernel}.abi3.so" in names
     assert "sparse_fcmae/benchmarks/throughput.py" in names
-    assert "sparse_fcmae/imagenet_wordnet_ids.txt" in names
+    assert "sparse_fcmae/evaluation/imagenet_wordnet_ids.txt" in names
     assert not [name for name in names if name.endswith((".cpp", ".h"))]
     assert (output, errors) == (["None"], [])
 
@@ -71,7 +71,7 @@ from sparse_fcmae.kernels.cpu import library
 library.SETS[:] = ["{name}"] * 4
 assert library.instruction_set() == "{name}"
 files = ("block_dwconv", "convnext_block", "gelu_grn", "layer_norm")
-sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", *(f"test_{{file}}.py" for file in files)]))
+sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", *(f"ops/test_{{file}}.py" for file in files)]))
 """
 
 
