@@ -134,7 +134,7 @@ def visible_taps(mask: Tensor, side: int) -> float:
 def expected_taps(grid: tuple[int, int], visible: int, side: int) -> float:
     """The mean of `visible_taps` over all masks that keep `visible` patches of a grid.
 
-    Two positions of one patch are visible together in a share K / L of the masks, those of two patches in a share
+    Two positions of one patch are visible together in a fraction K / L of the masks, those of two patches in a fraction
     K (K - 1) / (L (L - 1)), where K of L patches are visible.
     """
     patches = grid[0] * grid[1]

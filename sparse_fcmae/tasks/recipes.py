@@ -51,7 +51,8 @@ def pretraining_recipe(config: PretrainConfig, images: int) -> tuple[PretrainCon
     notes = [f"recipe {config.recipe} for {images} images: {chosen}"]
     if config.save_every is None:
         steps = min(max(1, images // batch), CHECKPOINT_STEPS)
-        notes.append(f"a checkpoint every {steps} steps, but at most one a minute (--save-every N: every N steps)")
+        often = f"every {steps} steps" if steps > 1 else "every step"
+        notes.append(f"a checkpoint {often}, but at most one a minute (--save-every N: every N steps)")
     return replace(config, **found), notes
 
 

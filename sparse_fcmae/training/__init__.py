@@ -1,1 +1,1 @@
-"""Training loops and what they share."""
+"""The training loop, one for every task, and what it is made of."""
