@@ -110,12 +110,12 @@ class Once(argparse.Action):
 def main(arguments: list[str] | None = None) -> None:
     """Entry point. A mistake of the user's ends in one line and exit code 2, without a traceback."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    spin_briefly()
     options, unknown = make_parser(arguments).parse_known_args(arguments)
     options = vars(options)
     command, parser = options.pop("command"), options.pop("parser")
     if unknown:
         parser.error(unknown_arguments(unknown, parser))
-    spin_briefly()
     try:
         result = load(command.run)(**options)
         if isinstance(result, str):

@@ -24,7 +24,6 @@ class PretrainConfig(RunConfig):
         "auto",
         help="auto: batch, epochs and learning rate that suit the number of images; paper: the paper's",
         choices=("auto", "paper"),
-        resumable=True,
     )
 
     model: str = option("atto", help="atto, femto, pico, nano, tiny, base, large or huge")

@@ -17,6 +17,7 @@ from sparse_fcmae.evaluation.reconstruct import reconstruct, sample_images, save
 from sparse_fcmae.runtime.errors import UserError
 from sparse_fcmae.runtime.files import writing
 from sparse_fcmae.runtime.options import image_size_of, keywords_of
+from sparse_fcmae.runtime.run_folder import newest_checkpoint
 from sparse_fcmae.runtime.streams import Stream, torch_seed
 from sparse_fcmae.tasks.build import build_fcmae, check_model, evaluation_view, options_of_weights
 from sparse_fcmae.tasks.config import PretrainConfig
@@ -74,7 +75,8 @@ class Pretraining(Task):
         dtype = choose_dtype(config.dtype, ranks.device, config.backend)
         self.config = config = replace(config, dtype="bf16" if dtype == torch.bfloat16 else "fp32")
         check_acceleration(config, ranks)
-        self.model, notes = build_fcmae(config, resumed=config.resume)
+        checkpoint = newest_checkpoint(Path(config.out)) if config.resume else None
+        self.model, notes = build_fcmae(config, resumed=checkpoint is not None)
         self.model.to(ranks.device)
         self.notes = recipe + notes
 
