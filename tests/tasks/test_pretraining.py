@@ -367,3 +367,12 @@ def test_pretraining_goes_on_from_weights_and_looks_at_neighbours(pictures, enco
     with pytest.raises(UserError, match="has no folder train"):
         pretrain(data=pictures, out=tmp_path / "x", knn=pictures, epochs=1, **small)
     assert not (tmp_path / "x").exists()
+
+
+def test_a_run_stopped_before_its_first_checkpoint_starts_from_its_weights_again(pictures, encoder, tmp_path):
+    options = SMALL | {"epochs": 1, "lr": 1e-12}
+    pretrain(data=pictures, out=tmp_path / "run", init=encoder, **options)
+    subprocess.run(["rm", "-r", tmp_path / "run" / "checkpoints"], check=True)
+    pretrain(out=tmp_path / "run", resume=True)
+    state, after = (load_file(f / "model.safetensors") for f in (encoder, tmp_path / "run" / "exported"))
+    assert all((after[key] - value).abs().max() < 1e-6 for key, value in state.items())
