@@ -8,7 +8,6 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
 from sparse_fcmae.runtime.errors import UserError
-from sparse_fcmae.runtime.files import new_folder, write_json, writing
 from sparse_fcmae.runtime.options import check, keywords_of, option
 
 SIDE = 64  # pixels
@@ -73,6 +72,8 @@ def _texture(kind: str, rng: np.random.Generator, contrast: float) -> Image.Imag
 
 def draw_images(folder: Path, count: int, seed: int) -> None:
     """Draws `count` PNG files into a folder a class, equally many of each."""
+    from sparse_fcmae.runtime.files import new_folder, writing
+
     with new_folder(folder) as temporary, writing(folder):
         for name in CLASSES:
             (temporary / name).mkdir()
@@ -84,7 +85,9 @@ def draw_images(folder: Path, count: int, seed: int) -> None:
 @keywords_of(DemoConfig)
 def demo(options: dict[str, Any]) -> Path:
     """Draws images into OUT/images, pretrains on them in OUT/run; returns the folder of the exported encoder."""
-    from sparse_fcmae.tasks.pretraining import pretrain  # here, so that pictures can be drawn without loading torch
+    # imported here, as they load torch, which help does without
+    from sparse_fcmae.runtime.files import write_json
+    from sparse_fcmae.tasks.pretraining import pretrain
 
     config = DemoConfig(**options)
     check(config)
@@ -113,6 +116,8 @@ def demo(options: dict[str, Any]) -> Path:
 
 def _check_folder(out: Path, overwrite: bool) -> None:
     """Makes the demo's folder. Raises UserError where it holds what is not to be replaced."""
+    from sparse_fcmae.runtime.files import writing
+
     with writing(out):
         if out.exists() and not out.is_dir():
             raise UserError(f"`out` {out} is a file: choose another")

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import sparse_fcmae
+from sparse_fcmae.cli import COMMANDS
 
 ROOT = Path(__file__).parent.parent
 LAYERS = [  # from the ground up: a layer imports from itself and from those before it
@@ -58,7 +59,7 @@ def run(program):
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["pretrain", "--help"], ["bench", "kernels", "--help"], ["pretrain", "--x"]]
+    "arguments", [["--help"], ["pretrain", "--x"], *([*name.split(), "--help"] for name in COMMANDS)]
 )
 def test_help_and_mistyped_flags_are_answered_without_torch(arguments):
     program = f"""
