@@ -11,7 +11,7 @@ WINDOW = 7  # positions along the side of the depthwise convolution's window
 HALO = WINDOW // 2  # positions that a window reaches beyond its centre; where a patch is one position, patches
 TAPS = WINDOW * WINDOW
 
-CXX_FLAGS = [f"-DSPARSE_FCMAE_ABI={ABI}", f"-DSPARSE_FCMAE_EPS={EPS}f"]
+CXX_FLAGS = [f"-DSPARSE_FCMAE_ABI={ABI}", f"-DSPARSE_FCMAE_EPS={EPS}f", f"-DSPARSE_FCMAE_WINDOW={WINDOW}"]
 
 if __name__ == "__main__":
     print(*CXX_FLAGS)

@@ -1,11 +1,11 @@
-"""Parameters in the form in which kernels read them, and gradients in the form in which kernels write them."""
+"""Parameters and sizes in the form in which kernels read them, and gradients in the form in which they write them."""
 
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from sparse_fcmae.kernels.constants import TAPS
+from sparse_fcmae.kernels.constants import HALO, TAPS
 
 
 def taps_of(weight: Tensor) -> Tensor:
@@ -21,6 +21,11 @@ def weight_gradient_of(sums: Tensor, weight: Tensor) -> Tensor:
 def row_of(parameter: Tensor | None) -> Tensor | None:
     """A parameter [C] as float32, contiguous."""
     return None if parameter is None else parameter.float().contiguous()
+
+
+def grid_of(patch_to_row: Tensor) -> tuple[int, int]:
+    """Rows and columns of an image's patches from the map [B, rows + 6, cols + 6], which has a border around them."""
+    return patch_to_row.shape[1] - 2 * HALO, patch_to_row.shape[2] - 2 * HALO
 
 
 class BlockParameters(NamedTuple):

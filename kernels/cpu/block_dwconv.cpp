@@ -3,8 +3,8 @@
 //
 // Features are [T, S, S, C]: T visible patches, S x S positions each (S = 8, 4, 2 or 1), channels last. `patch_to_row`
 // [B, rows + 6, cols + 6] is the row in T of every patch, -1 where it is masked or outside. `row_to_patch[t]` is patch
-// t's flat position in [B, rows, cols]. Masked neighbours are skipped, so only taps between visible positions are computed. Whole
-// images can be computed apart: features then hold the `blocks` patches of the batch from `first` on.
+// t's flat position in [B, rows, cols]. Masked neighbours are skipped, so only taps between visible positions are
+// computed. Whole images can be computed apart: features then hold the `blocks` patches of the batch from `first` on.
 //
 // Built once per instruction set (see setup.py); no Python and no PyTorch header is needed.
 
@@ -17,27 +17,27 @@
 
 namespace {
 
-constexpr int K = 7, PAD = 3, TAPS = K * K;
+constexpr int WINDOW = SPARSE_FCMAE_WINDOW, HALO = WINDOW / 2, TAPS = WINDOW * WINDOW;  // see constants.py
 
 struct Geometry {
   const int32_t* patch_to_row;
   const int64_t* row_to_patch;
   int64_t first, blocks, rows, cols, channels;
 
-  // Address in the patch_to_row of patch first + t; neighbours are at (dr * (cols + 6) + dc) from it.
+  // Address in patch_to_row of patch first + t; neighbours are at (dr * (cols + 6) + dc) from it.
   INLINE const int32_t* at(int64_t t) const {
     const int64_t flat = row_to_patch[first + t], image = flat / (rows * cols), r = flat / cols % rows, c = flat % cols;
-    return patch_to_row + (image * (rows + 2 * PAD) + r + PAD) * (cols + 2 * PAD) + c + PAD;
+    return patch_to_row + (image * (rows + 2 * HALO) + r + HALO) * (cols + 2 * HALO) + c + HALO;
   }
 };
 
 // Patches on either side that a 7-tap window can reach.
 template <int S>
-constexpr int REACH = (PAD + S - 1) / S;
+constexpr int REACH = (HALO + S - 1) / S;
 
 template <int S>
 INLINE int floor_div(int a) {
-  return (a + S * PAD) / S - PAD;
+  return (a + S * HALO) / S - HALO;
 }
 
 // Calls f(std::integral_constant<int, d>) for d = -REACH .. REACH: column offsets are compile-time constants in f.
@@ -53,22 +53,22 @@ INLINE void each_column(F f) {
 // Whether any tap joins input column ix of the patch at column offset DC with an output column.
 template <int S, int DC>
 constexpr bool reaches(int ix) {
-  return DC * S + ix - (S - 1) + PAD < K && DC * S + ix + PAD >= 0;
+  return DC * S + ix - (S - 1) + HALO < WINDOW && DC * S + ix + HALO >= 0;
 }
 
 // tile [S * S, C]: outputs of block t in channels [c, c + V * U), a row of S positions at a time in registers.
 template <int S, int V, int U, class E>
 INLINE void forward_chunk(const Geometry& g, int64_t t, int64_t c, const E* x, const float* weight, const float* bias,
                           float* tile) {
-  const int64_t C = g.channels, stride = g.cols + 2 * PAD;
+  const int64_t C = g.channels, stride = g.cols + 2 * HALO;
   const int32_t* here = g.at(t);
   for (int oy = 0; oy < S; ++oy) {
     fvec<V> acc[S][U];
     UNROLL for (int ox = 0; ox < S; ++ox)
       UNROLL for (int u = 0; u < U; ++u) acc[ox][u] = bias ? load<V>(bias + c + u * V) : fvec<V>{};
-    for (int ky = 0; ky < K; ++ky) {
-      const int iy = oy + ky - PAD, dr = floor_div<S>(iy);
-      const float* w = weight + ky * K * C + c;
+    for (int ky = 0; ky < WINDOW; ++ky) {
+      const int iy = oy + ky - HALO, dr = floor_div<S>(iy);
+      const float* w = weight + ky * WINDOW * C + c;
       each_column<S>([&](auto column) ALWAYS_INLINE {
         constexpr int dc = decltype(column)::value;
         const int32_t neighbour = here[dr * stride + dc];
@@ -79,8 +79,8 @@ INLINE void forward_chunk(const Geometry& g, int64_t t, int64_t c, const E* x, c
           UNROLL for (int u = 0; u < U; ++u) {
             const fvec<V> in = load<V>(row + ix * C + u * V);
             UNROLL for (int ox = 0; ox < S; ++ox) {
-              const int kx = dc * S + ix - ox + PAD;
-              if (kx >= 0 && kx < K) acc[ox][u] += in * load<V>(w + kx * C + u * V);
+              const int kx = dc * S + ix - ox + HALO;
+              if (kx >= 0 && kx < WINDOW) acc[ox][u] += in * load<V>(w + kx * C + u * V);
             }
           }
         }
@@ -97,14 +97,14 @@ INLINE void forward_chunk(const Geometry& g, int64_t t, int64_t c, const E* x, c
 template <int S, int V, int U, class E>
 INLINE void weight_chunk(const Geometry& g, int64_t begin, int64_t end, int64_t c, const E* x, const float* grad,
                          float* sum) {
-  const int64_t C = g.channels, stride = g.cols + 2 * PAD;
-  for (int ky = 0; ky < K; ++ky) {
-    fvec<V> acc[K][U] = {};
-    float* const taps = sum + ky * K * C + c;
+  const int64_t C = g.channels, stride = g.cols + 2 * HALO;
+  for (int ky = 0; ky < WINDOW; ++ky) {
+    fvec<V> acc[WINDOW][U] = {};
+    float* const taps = sum + ky * WINDOW * C + c;
     for (int64_t t = begin; t < end; ++t) {
       const int32_t* here = g.at(t);
       for (int oy = 0; oy < S; ++oy) {
-        const int iy = oy + ky - PAD, dr = floor_div<S>(iy);
+        const int iy = oy + ky - HALO, dr = floor_div<S>(iy);
         fvec<V> go[S][U];
         UNROLL for (int ox = 0; ox < S; ++ox)
           UNROLL for (int u = 0; u < U; ++u) go[ox][u] = load<V>(grad + ((t * S + oy) * S + ox) * C + c + u * V);
@@ -118,15 +118,15 @@ INLINE void weight_chunk(const Geometry& g, int64_t begin, int64_t end, int64_t 
             UNROLL for (int u = 0; u < U; ++u) {
               const fvec<V> in = load<V>(row + ix * C + u * V);
               UNROLL for (int ox = 0; ox < S; ++ox) {
-                const int kx = dc * S + ix - ox + PAD;
-                if (kx >= 0 && kx < K) acc[kx][u] += in * go[ox][u];
+                const int kx = dc * S + ix - ox + HALO;
+                if (kx >= 0 && kx < WINDOW) acc[kx][u] += in * go[ox][u];
               }
             }
           }
         });
       }
     }
-    UNROLL for (int kx = 0; kx < K; ++kx)
+    UNROLL for (int kx = 0; kx < WINDOW; ++kx)
       UNROLL for (int u = 0; u < U; ++u) {
         float* const tap = taps + kx * C + u * V;
         store<V>(tap, load<V>(tap) + acc[kx][u]);

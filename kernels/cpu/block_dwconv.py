@@ -3,6 +3,7 @@
 from torch import Tensor
 
 from sparse_fcmae.kernels.cpu.library import INT, LONG, POINTER, TENSOR, Kernel, bf16
+from sparse_fcmae.kernels.parameters import grid_of
 
 PATCHES = (POINTER, POINTER, LONG, LONG, LONG, LONG, INT, LONG)  # what `_patches` gives
 _forward = Kernel("block_dwconv", TENSOR, *[POINTER] * 5, PATCHES, POINTER, TENSOR)
@@ -42,5 +43,5 @@ def block_dwconv_weight(
 
 def _patches(x: Tensor, patch_to_row: Tensor, row_to_patch: Tensor, first: int) -> tuple[Tensor | int, ...]:
     count, side, _, channels = x.shape
-    rows, cols = patch_to_row.shape[1] - 6, patch_to_row.shape[2] - 6
-    return patch_to_row.contiguous(), row_to_patch.contiguous(), first, count, rows, cols, side, channels
+    grid = grid_of(patch_to_row)
+    return patch_to_row.contiguous(), row_to_patch.contiguous(), first, count, *grid, side, channels

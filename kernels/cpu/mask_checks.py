@@ -3,6 +3,7 @@
 from torch import Tensor
 
 from sparse_fcmae.kernels.cpu.library import INT, LONG, POINTER, Kernel
+from sparse_fcmae.kernels.parameters import grid_of
 
 _one_mask = Kernel("one_mask", POINTER, POINTER, *[LONG] * 4, POINTER, LONG, result=INT)
 
@@ -12,11 +13,11 @@ def one_mask(patch_to_row: Tensor, row_to_patch: Tensor, image_offsets: Tensor |
 
     image_offsets, if given, ascend from 0 to T, and must not divide the patches of an image.
     """
-    images, rows, cols = patch_to_row.shape[0], patch_to_row.shape[1] - 6, patch_to_row.shape[2] - 6
+    images, grid = patch_to_row.shape[0], grid_of(patch_to_row)
     maps = (patch_to_row.contiguous(), row_to_patch.contiguous())
     offsets = None if image_offsets is None else image_offsets.contiguous()
     count = 0 if offsets is None else len(offsets)
-    return bool(_one_mask(*maps, images, rows, cols, len(row_to_patch), offsets, count))
+    return bool(_one_mask(*maps, images, *grid, len(row_to_patch), offsets, count))
 
 
 def ascending(image_offsets: Tensor, patches: int) -> bool:

@@ -14,12 +14,14 @@ import triton.language as tl
 from torch import Tensor
 
 from sparse_fcmae.kernels import constants
+from sparse_fcmae.kernels.parameters import grid_of
 from sparse_fcmae.kernels.triton.launching import launch, portions
 from sparse_fcmae.kernels.triton.layer_norm import normalised
 from sparse_fcmae.kernels.triton.tuning import TILES, tuned
 
-REACH = tl.constexpr(constants.HALO)
+HALO = tl.constexpr(constants.HALO)
 WINDOW = tl.constexpr(constants.WINDOW)
+PADDED = tl.constexpr(triton.next_power_of_2(constants.WINDOW))  # taps in a tensor, whose size is a power of 2
 PARTIAL = 1 << 16  # elements of the partial sums of each quantity: enough programs to fill a GPU
 
 WEIGHT_TILES = [triton.Config({"BLOCK_C": 32 * w}, num_warps=w) for w in (4, 2)]
@@ -39,10 +41,10 @@ def _suits(config: triton.Config, arguments: dict[str, Any]) -> bool:
 
 @triton.jit
 def _centre(patch_to_row, row_to_patch, patch, live, rows, cols):
-    """Pointers to the slots of the patches themselves."""
+    """Pointers into patch_to_row, to where it has the patches themselves."""
     flat = tl.load(row_to_patch + patch, mask=live, other=0)
     image, row, col = flat // (rows * cols), flat // cols % rows, flat % cols
-    return patch_to_row + (image * (rows + 2 * REACH) + row + REACH) * (cols + 2 * REACH) + col + REACH
+    return patch_to_row + (image * (rows + 2 * HALO) + row + HALO) * (cols + 2 * HALO) + col + HALO
 
 
 @tuned(TILES, key=["C", "S"], suits=_suits)
@@ -76,21 +78,21 @@ def block_dwconv_kernel(
     centre = _centre(patch_to_row, row_to_patch, patch, live, rows, cols)
     sums = (tl.zeros([R, BLOCK_C], tl.float32),) * S
     for dy in range(WINDOW):
-        below = y + dy - REACH + 4 * S  # counted from 4 patches above, so that it is not negative
-        neighbours = centre + (below // S - 4) * (cols + 2 * REACH)
+        below = y + dy - HALO + HALO * S  # counted from HALO patches above, so that it is not negative
+        neighbours = centre + (below // S - HALO) * (cols + 2 * HALO)
         start = below % S * S
         weights = ()
         for dx in tl.static_range(WINDOW):
             weights += (tl.load(taps + (dy * WINDOW + dx) * C + c, mask=c < C, other=0.0)[None, :],)
-        for column in tl.static_range(-REACH, S + REACH):
+        for column in tl.static_range(-HALO, S + HALO):
             number = tl.load(neighbours + column // S, mask=live, other=-1)
             position = (number - first).to(tl.int64) * (S * S) + start + column % S
             seen = (number >= 0)[:, None] & (c < C)[None, :]
             value = tl.load(x + position[:, None] * C + c[None, :], mask=seen, other=0.0).to(tl.float32)
             added = ()
             for i in tl.static_range(S):
-                if column - i >= -REACH and column - i <= REACH:
-                    added += (tl.fma(weights[column - i + REACH], value, sums[i]),)
+                if column - i >= -HALO and column - i <= HALO:
+                    added += (tl.fma(weights[column - i + HALO], value, sums[i]),)
                 else:
                     added += (sums[i],)
             sums = added
@@ -131,12 +133,12 @@ def block_dwconv_weight_kernel(
 ):
     """Program (i, j) takes the BLOCK_C channels i and the lines j * per_program and on; it has row j of partial.
 
-    partial is [programs, 50, C]: 49 taps, bias. The 7 taps of a window's column lie in a tensor, of 8 as its size has
-    to be a power of 2; there are 7 of these.
+    partial is [programs, 50, C]: 49 taps, bias. The 7 taps of a window's column lie in a tensor of PADDED taps; there
+    are 7 such tensors.
     """
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    dy = tl.arange(0, 8)
-    sums = (tl.zeros([8, BLOCK_C], tl.float32),) * WINDOW
+    dy = tl.arange(0, PADDED)
+    sums = (tl.zeros([PADDED, BLOCK_C], tl.float32),) * WINDOW
     bias = tl.zeros([BLOCK_C], tl.float32)
     begin = tl.program_id(1) * per_program
     source = grad + begin.to(tl.int64) * (S * C) + c
@@ -146,20 +148,20 @@ def block_dwconv_weight_kernel(
         for i in tl.static_range(S):
             grads += (tl.load(source + ((line - begin) * S + i) * C, mask=c < C, other=0.0).to(tl.float32),)
             bias += grads[i]
-        below = y + dy - REACH + 4 * S
-        neighbours = _centre(patch_to_row, row_to_patch, patch, True, rows, cols) + (below // S - 4) * (
-            cols + 2 * REACH
+        below = y + dy - HALO + HALO * S
+        neighbours = _centre(patch_to_row, row_to_patch, patch, True, rows, cols) + (below // S - HALO) * (
+            cols + 2 * HALO
         )
         start = below % S * S
-        for column in tl.static_range(-REACH, S + REACH):
+        for column in tl.static_range(-HALO, S + HALO):
             number = tl.load(neighbours + column // S, mask=dy < WINDOW, other=-1)
             position = (number - first).to(tl.int64) * (S * S) + start + column % S
             seen = (number >= 0)[:, None] & (c < C)[None, :]
             value = tl.load(x + position[:, None] * C + c[None, :], mask=seen, other=0.0).to(tl.float32)
             added = ()
             for dx in tl.static_range(WINDOW):
-                if column + REACH - dx >= 0 and column + REACH - dx < S:
-                    added += (tl.fma(grads[column + REACH - dx][None, :], value, sums[dx]),)
+                if column + HALO - dx >= 0 and column + HALO - dx < S:
+                    added += (tl.fma(grads[column + HALO - dx][None, :], value, sums[dx]),)
                 else:
                     added += (sums[dx],)
             sums = added
@@ -194,7 +196,7 @@ def block_dwconv(
     tensors = (x, taps, bias, *norm, residual, *place, convolved, out)
     sizes = {"C": channels, "S": side, "BLOCK_C": triton.next_power_of_2(channels)}
     grid = lambda tile: (triton.cdiv(blocks * side, tile["R"]),)  # noqa: E731
-    launch(block_dwconv_kernel, grid, *tensors, blocks, first, *_grid_of(patch_to_row), **sizes)
+    launch(block_dwconv_kernel, grid, *tensors, blocks, first, *grid_of(patch_to_row), **sizes)
     return out
 
 
@@ -208,10 +210,6 @@ def block_dwconv_weight(
     partial = x.new_empty(programs, *sums.shape[1:], dtype=torch.float32)
     tensors = (x, grad, patch_to_row.contiguous(), row_to_patch[first:].contiguous(), partial)
     grid = lambda tile: (triton.cdiv(channels, tile["BLOCK_C"]), programs)  # noqa: E731
-    sizes = (blocks, first, *_grid_of(patch_to_row), per_program)
+    sizes = (blocks, first, *grid_of(patch_to_row), per_program)
     launch(block_dwconv_weight_kernel, grid, *tensors, *sizes, C=channels, S=side)
     sums += partial.sum(0)
-
-
-def _grid_of(patch_to_row: Tensor) -> tuple[int, int]:
-    return patch_to_row.shape[1] - 6, patch_to_row.shape[2] - 6

@@ -199,7 +199,9 @@ def gelu_grn(
     bias: Tensor | None = None,
     beta: Tensor | None = None,
 ) -> Tensor:
-    """Writes to `out`, which may be x, and returns it; writes G to norm [B, H], for the backward pass.
+    """Writes to `out`, which may be x, and returns it; writes what the backward pass needs to norm [B, H].
+
+    norm has the norm of each channel after GELU over each image's positions.
 
     x [N, H] is of DTYPES; bias [H], which is added to x, gamma and beta [H] are float32. offsets int64 [B + 1]: image b
     has the positions offsets[b] to offsets[b + 1].

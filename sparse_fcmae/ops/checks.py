@@ -5,10 +5,11 @@ from torch import Tensor
 
 from sparse_fcmae import kernels
 from sparse_fcmae.kernels.constants import HALO, SIDES, WINDOW
+from sparse_fcmae.kernels.parameters import grid_of
 
 
 def check_features(x: Tensor) -> None:
-    """x is [T, S, S, C], of a dtype that the kernels for its device take."""
+    """x is [T, S, S, C], S one of 8, 4, 2, 1. Its dtype is for `kernels.check_dtype`."""
     if x.dim() != 4 or x.shape[1] != x.shape[2] or x.shape[1] not in SIDES:
         raise ValueError(f"x must be [T, S, S, C] with S one of {', '.join(map(str, SIDES))}, not {tuple(x.shape)}")
 
@@ -28,7 +29,7 @@ def check_depthwise_weight(weight: Tensor, x: Tensor) -> None:
     if weight.device != x.device:
         raise ValueError(f"weight must be on {x.device}, not {weight.device}")
     if weight.shape != (x.shape[3], 1, WINDOW, WINDOW):
-        raise ValueError(f"weight must be [{x.shape[3]}, 1, 7, 7], not {tuple(weight.shape)}")
+        raise ValueError(f"weight must be [{x.shape[3]}, 1, {WINDOW}, {WINDOW}], not {tuple(weight.shape)}")
 
 
 def check_patch_map(x: Tensor, patch_to_row: Tensor, row_to_patch: Tensor, image_offsets: Tensor | None = None) -> None:
@@ -37,9 +38,10 @@ def check_patch_map(x: Tensor, patch_to_row: Tensor, row_to_patch: Tensor, image
     On a GPU shapes and dtypes alone are checked, as the host would have to wait for the values.
     """
     if patch_to_row.device != x.device or patch_to_row.dtype != torch.int32 or patch_to_row.dim() != 3:
-        raise ValueError(f"patch_to_row must be int32 [B, rows + 6, cols + 6] on {x.device}")
-    if min(patch_to_row.shape[1:]) < 2 * HALO:
-        raise ValueError(f"patch_to_row must be [B, rows + 6, cols + 6], not {tuple(patch_to_row.shape)}")
+        raise ValueError(f"patch_to_row must be int32 [B, rows + {2 * HALO}, cols + {2 * HALO}] on {x.device}")
+    if min(grid_of(patch_to_row)) < 0:
+        shape = tuple(patch_to_row.shape)
+        raise ValueError(f"patch_to_row must be [B, rows + {2 * HALO}, cols + {2 * HALO}], not {shape}")
     if row_to_patch.device != x.device or row_to_patch.dtype != torch.int64 or row_to_patch.shape != x.shape[:1]:
         raise ValueError(f"row_to_patch must be int64 [{x.shape[0]}] on {x.device}")
     if not kernels.load("mask_checks", x.device).one_mask(patch_to_row, row_to_patch, image_offsets):

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparse_fcmae.kernels.constants import EPS, HALO
+from sparse_fcmae.kernels.parameters import grid_of
 
 
 def block_dwconv(
@@ -21,7 +22,7 @@ def block_dwconv(
 ) -> Tensor:
     """Submanifold 7x7 depthwise convolution by way of a dense canvas that is zero where masked: `ops.block_dwconv`."""
     _, side, _, channels = x.shape
-    batch, rows, cols = patch_to_row.shape[0], patch_to_row.shape[1] - 2 * HALO, patch_to_row.shape[2] - 2 * HALO
+    batch, (rows, cols) = patch_to_row.shape[0], grid_of(patch_to_row)
     canvas = x.new_zeros(batch * rows * cols, side, side, channels).index_copy(0, row_to_patch, x)
     canvas = canvas.view(batch, rows, cols, side, side, channels).transpose(2, 3)
     canvas = canvas.reshape(batch, rows * side, cols * side, channels).permute(0, 3, 1, 2)
@@ -49,7 +50,7 @@ def gelu_grn(x: Tensor, gamma: Tensor, image_offsets: Tensor, beta: Tensor | Non
 
 
 def grn_scale(squares: Tensor, gamma: Tensor) -> Tensor:
-    """Global response normalisation's factor 1 + gamma * N (ConvNeXt V2, section 3.2).
+    """What global response normalisation multiplies each channel by (ConvNeXt V2, section 3.2).
 
     squares [..., H]: each channel's sum of squares over the positions that are pooled. gamma [H].
     """

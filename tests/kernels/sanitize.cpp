@@ -30,6 +30,9 @@ int sparse_fcmae_one_mask(const int32_t*, const int64_t*, int64_t, int64_t, int6
 
 namespace {
 
+// as in the kernels that are tested, by the same flag (see kernels/constants.py)
+constexpr int64_t WINDOW = SPARSE_FCMAE_WINDOW, HALO = WINDOW / 2, TAPS = WINDOW * WINDOW;
+
 // `size` numbers in float32 or bfloat16, in a heap block of exactly their size.
 struct Numbers {
   std::unique_ptr<char[]> memory;
@@ -81,12 +84,13 @@ struct Visible {
   std::vector<int32_t> patch_to_row;
   std::vector<int64_t> row_to_patch, offsets{0};
 
-  Visible(int64_t rows, int64_t cols) : rows(rows), cols(cols), patch_to_row(3 * (rows + 6) * (cols + 6), -1) {
+  Visible(int64_t rows, int64_t cols)
+      : rows(rows), cols(cols), patch_to_row(3 * (rows + 2 * HALO) * (cols + 2 * HALO), -1) {
     for (int64_t b = 0; b < 3; ++b) {
       for (int64_t r = 0; r < rows; ++r)
         for (int64_t c = 0; c < cols; ++c)
           if (b && (b == 2 || std::rand() % 5 < 2)) {
-            patch_to_row[(b * (rows + 6) + r + 3) * (cols + 6) + c + 3] = row_to_patch.size();
+            patch_to_row[(b * (rows + 2 * HALO) + r + HALO) * (cols + 2 * HALO) + c + HALO] = row_to_patch.size();
             row_to_patch.push_back((b * rows + r) * cols + c);
           }
       offsets.push_back(row_to_patch.size());
@@ -102,7 +106,7 @@ void run(int side, int64_t channels, int is_bf16, int threads) {
     std::fputs("one_mask refuses a mask\n", stderr);
     std::exit(1);
   }
-  auto taps = random(49 * channels), bias = random(channels), weight = random(channels), shift = random(channels);
+  auto taps = random(TAPS * channels), bias = random(channels), weight = random(channels), shift = random(channels);
 
   auto x = random(positions * channels, is_bf16), residual = random(positions * channels, is_bf16);
   auto convolved = poisoned(positions * channels), out = poisoned(positions * channels, is_bf16);
@@ -120,7 +124,7 @@ void run(int side, int64_t channels, int is_bf16, int threads) {
                             channels, nullptr, out_part.data(), is_bf16, threads);
   require_numbers(out_part, "block_dwconv of one image");
 
-  auto grad = random(positions * channels), sums = zeros(threads * 50 * channels);
+  auto grad = random(positions * channels), sums = zeros(threads * (TAPS + 1) * channels);
   sparse_fcmae_block_dwconv_weight(x.data(), is_bf16, grad.floats(), v.patch_to_row.data(),
                                    v.row_to_patch.data(), 0, blocks, v.rows, v.cols, side, channels, sums.floats(), threads);
   require_numbers(sums, "block_dwconv_weight");

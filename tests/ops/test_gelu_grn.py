@@ -120,6 +120,7 @@ def test_wrong_arguments():
     wrong = {
         "float32 or bfloat16": (x.double(), gamma, offsets),
         "x must be": (x[0], gamma, offsets),
+        "S one of 8, 4, 2, 1": (x.repeat(1, 2, 2, 1)[:, :3, :3], gamma, offsets),
         "gamma must be": (x, gamma[:4], offsets),
         "beta must be": (x, gamma, offsets, beta[:4]),
         "offsets must be": (x, gamma, offsets.float()),
