@@ -37,10 +37,14 @@ class GRN(nn.Module):
 
 
 class Block(nn.Module):
-    """ConvNeXt V2 block: x + pwconv2(GRN(GELU(pwconv1(LN(dwconv7x7(x)))))).
+    """ConvNeXt V2 block: x + pwconv2(GRN(GELU(pwconv1(LN(dwconv7x7(x)))))) (ConvNeXt V2, sections 3.1 and 3.2).
 
-    With h = GELU(pwconv1(...)) and G_c the norm of h_c over the visible positions of an image, GRN(h) is
-    h * (1 + gamma * G / (mean of G + eps)) + beta. Only dwconv7x7 looks at other positions, and only at visible ones.
+    GELU is the exact one, by erf. With h = GELU(pwconv1(...)) and G_c the norm of channel h_c over the visible
+    positions of an image, or of the batch if grn_scope is "batch", GRN(h) is
+    h * (1 + gamma * G / (mean of G over the channels + eps)) + beta. eps is 1e-6, in LN and in GRN. Only dwconv7x7
+    looks at other positions, and only at visible ones (submanifold convolution).
+
+    `drop_path` is applied by `run_blocks`. A block that is called by itself never skips an image.
     """
 
     def __init__(self, dim: int, grn_scope: str = "image") -> None:

@@ -1,7 +1,8 @@
 """Ops: what of the network is not a library call. Importing this registers them with `torch.library`.
 
 Each op has a file here, kernels of its name in `kernels/cpu` and `kernels/triton`, and a function in `reference` that
-specifies it in plain PyTorch. An op knows no devices: `kernels.load` finds the kernels for a tensor's.
+specifies it in plain PyTorch; `convnext_block` is specified by `model.convnext.Block`, whose parts are in `reference`.
+An op knows no devices: `kernels.load` finds the kernels for a tensor's.
 """
 
 from sparse_fcmae.ops.block_dwconv import block_dwconv

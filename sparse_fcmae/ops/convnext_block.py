@@ -1,7 +1,7 @@
 """A whole ConvNeXt V2 block over visible patches, as a `torch.library` op.
 
 How the block runs differs between devices: `kernels/cpu/convnext_block.py` takes a few images at a time through the
-caches, `kernels/triton/convnext_block.py` the whole batch at once. `model.convnext.Block` specifies it.
+caches, `kernels/triton/convnext_block.py` the whole batch at once.
 """
 
 import torch
@@ -20,7 +20,9 @@ from sparse_fcmae.ops.checks import (
 def convnext_block(
     x: Tensor, parameters: list[Tensor], patch_to_row: Tensor, row_to_patch: Tensor, image_offsets: Tensor
 ) -> Tensor:
-    """x + pwconv2(GRN(GELU(pwconv1(LN(dwconv7x7(x)))))), submanifold (ConvNeXt V2, sections 3.1 and 3.2).
+    """A ConvNeXt V2 block over the visible patches of a batch (ConvNeXt V2, sections 3.1 and 3.2).
+
+    It computes what `model.convnext.Block` says in words, from the parts that `ops.reference` has in plain PyTorch.
 
     x: [T, S, S, C] float32 or bfloat16, on a GPU also float16, S one of 8, 4, 2, 1. parameters: the block's ten in the
     official order and shapes: weight and bias of dwconv, norm and pwconv1, gamma and beta of GRN, weight and bias of

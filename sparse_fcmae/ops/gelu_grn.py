@@ -9,21 +9,23 @@ from sparse_fcmae.ops.checks import check_features, check_image_offsets, check_r
 
 
 def gelu_grn(x: Tensor, gamma: Tensor, image_offsets: Tensor, beta: Tensor | None = None) -> Tensor:
-    """h * (1 + gamma * N) + beta with h = GELU(x), exact (erf), and N each image's response (ConvNeXt V2, section 3.2).
+    """GELU, then global response normalisation over each image's positions (ConvNeXt V2, section 3.2).
 
-    N_c = G_c / (mean of G + 1e-6), where G_c is the norm of h_c over all positions of the image. Only x and G are kept
-    for the backward pass, which computes GELU again.
+    It computes what `model.convnext.Block` says in words and `ops.reference.gelu_grn` in plain PyTorch. Only x and the
+    norm of each image's channels are kept for the backward pass, which computes GELU again.
 
-    x: [T, S, S, H] float32 or bfloat16, on a GPU also float16. gamma, beta: [H]; beta may be None. image_offsets: int64
-    [B + 1]; image b has the patches image_offsets[b] to image_offsets[b + 1] of the T. Returns [T, S, S, H] of x's
-    dtype; sums are float32. Differentiable once in x, gamma and beta. Raises ValueError for other shapes, dtypes or
-    devices.
+    x: [T, S, S, H] float32 or bfloat16, on a GPU also float16, S one of 8, 4, 2, 1. gamma, beta: [H]; beta may be None.
+    image_offsets: int64 [B + 1]; image b has the patches image_offsets[b] to image_offsets[b + 1] of the T.
+
+    Returns [T, S, S, H] of x's dtype; sums are float32. Differentiable once in x, gamma and beta. Raises ValueError for
+    other shapes, dtypes or devices. On a GPU the values of image_offsets are not checked.
     """
     return _gelu_grn(x, gamma, image_offsets, beta)[0]
 
 
 @torch.library.custom_op("sparse_fcmae::gelu_grn", mutates_args=())
 def _gelu_grn(x: Tensor, gamma: Tensor, image_offsets: Tensor, beta: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The result; the norm of each image's channels, float32 [B, H]."""
     kernels.check_dtype("gelu_grn", x.device, x.dtype)
     check_features(x)
     check_row("gamma", gamma, x)
