@@ -154,9 +154,11 @@ class FCMAE(nn.Module):
         mask_patch_size = self.patch_size if self.mask_patch_size is None else self.mask_patch_size
         side, rest = divmod(mask_patch_size, self.patch_size)
         if rest or side < 1 or grid[0] % side or grid[1] % side:
+            height, width = (self.patch_size * patches for patches in grid)
+            divides = mask_patch_size > 0 and height % mask_patch_size == width % mask_patch_size == 0
             raise UserError(
                 f"`mask_patch_size` {mask_patch_size} must be a multiple of the {self.patch_size}-pixel patch that "
-                f"divides the image{self.encoder.smaller_patch(mask_patch_size)}"
+                f"divides the {height}x{width} image{self.encoder.smaller_patch(mask_patch_size) if divides else ''}"
             )
         return grid[0] // side, grid[1] // side
 

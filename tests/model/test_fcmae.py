@@ -1,3 +1,5 @@
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -78,8 +80,8 @@ def test_whole_image_hidden_and_whole_image_visible():
         ({"mask_ratio": 1.0}, "keeps no patch"),
         ({"mask_ratio": 0.0}, "masks no patch"),
         ({"mask_patch_size": 48}, "`mask_patch_size` 48 must be a multiple"),
-        ({"mask_patch_size": 96}, "divides the image"),
-        ({"mask_patch_size": 16}, "or `stem_stride=2`, whose patch has 16 pixels"),
+        ({"mask_patch_size": 96}, "divides the 128x128 image"),
+        ({"mask_patch_size": 16}, "; the patch of a new model with `stem_stride=2` has 16 pixels"),
         ({"mask_grid": 3}, "`mask_grid` 3 does not divide"),
         ({"mask_grid": 2, "mask_patch_size": 64}, "exclude each other"),
         ({"decoder_depth": 0}, "`decoder_depth`"),
@@ -88,3 +90,28 @@ def test_whole_image_hidden_and_whole_image_visible():
 def test_wrong_options(options, message):
     with pytest.raises(UserError, match=message):
         create_fcmae("atto", image_size=128, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "suggested"),
+    [
+        ({"image_size": 48}, 2),
+        ({"image_size": (48, 64)}, 2),
+        ({"image_size": 24}, 1),
+        ({"image_size": 100}, None),
+        ({"image_size": 224, "mask_patch_size": 16}, 2),
+        ({"image_size": 224, "mask_patch_size": 56}, 1),
+        ({"image_size": 224, "mask_patch_size": 64}, None),
+        ({"image_size": 128, "mask_patch_size": 96}, None),
+        ({"image_size": (64, 48), "mask_patch_size": 16, "stem_stride": 2}, None),
+    ],
+)
+def test_a_stem_stride_is_suggested_only_where_it_is_accepted(options, suggested):
+    try:
+        create_fcmae("atto", **options)
+        refusal = ""
+    except UserError as error:
+        refusal = str(error)
+    assert re.findall(r"`stem_stride=(\d)`", refusal) == ([str(suggested)] if suggested else [])
+    if suggested:
+        create_fcmae("atto", **options | {"stem_stride": suggested})
