@@ -9,7 +9,7 @@ import os
 import sys
 import types
 import typing
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, Field, dataclass, fields
 from importlib import import_module
 from typing import Any, NoReturn
 
@@ -25,6 +25,10 @@ class Command:
     help: str
     config: str | None
     run: str
+
+    def options(self) -> dict[str, Field]:
+        """The fields of the options' dataclass by name."""
+        return {f.name: f for f in fields(load(self.config))} if self.config else {}
 
 
 COMMANDS = {
@@ -109,20 +113,14 @@ class Once(argparse.Action):
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point. A mistake of the user's ends in one line and exit code 2, without a traceback."""
-    arguments = sys.argv[1:] if arguments is None else arguments
     spin_briefly()
-    options, unknown = make_parser(arguments).parse_known_args(arguments)
-    options = vars(options)
-    command, parser = options.pop("command"), options.pop("parser")
-    if unknown:
-        parser.error(unknown_arguments(unknown, parser))
+    command, options = parse(sys.argv[1:] if arguments is None else arguments)
     try:
         result = load(command.run)(**options)
         if isinstance(result, str):
             print(result)
     except UserError as error:
-        names = [f.name for f in fields(load(command.config))] if command.config else []
-        stop(as_flags(str(error), names))
+        stop(as_flags(str(error), command.options()))
     except BrokenPipeError:  # the reader of the output, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
@@ -133,9 +131,26 @@ def main(arguments: list[str] | None = None) -> None:
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError" and "can't allocate memory" not in str(error):
             raise
-        stop(f"out of memory, lower --micro-batch-size or --batch-size: {str(error).splitlines()[0]}")
+        smaller = [flag(name) for name in ("micro_batch_size", "batch_size", "image_size") if name in command.options()]
+        stop(f"out of memory, lower {' or '.join(smaller) or 'what is asked for'}: {str(error).splitlines()[0]}")
     except (Interrupted, KeyboardInterrupt):
         sys.exit(130)
+
+
+def parse(arguments: list[str]) -> tuple[Command, dict[str, Any]]:
+    """The command that the arguments name, and the options that they give. A mistake ends in one line."""
+    parser = make_parser(arguments)
+    if near := meant_command(arguments):
+        parser.error(f"there is no command {' '.join(arguments[: len(near.split())])}; is {near} meant?")
+    namespace, unknown = parser.parse_known_args(arguments)
+    options = vars(namespace)
+    command, parser = options.pop("command"), options.pop("parser")
+    if unknown:
+        parser.error(unknown_arguments(unknown, parser))
+    for name, f in command.options().items():
+        if f.default is MISSING and name not in options:
+            parser.error(f"{flag(name)} is missing: {as_flags(f.metadata['help'], command.options())}")
+    return command, options
 
 
 def make_parser(arguments: list[str]) -> Parser:
@@ -163,23 +178,32 @@ def add_options(parser: Parser, config: type) -> None:
         kind = kinds[f.name]
         if isinstance(kind, types.UnionType):
             kind = next(k for k in typing.get_args(kind) if k is not type(None))
-        text = f.metadata["help"]
+        text = as_flags(f.metadata["help"], kinds)
         if not any(f.default is silent for silent in (MISSING, None, False)):
             text += f" [{'yes' if f.default is True else f.default}]"
-        settings: dict[str, Any] = {"help": text, "default": argparse.SUPPRESS, "action": Once}
+        settings: dict[str, Any] = {"help": text.replace("%", "%%"), "default": argparse.SUPPRESS, "action": Once}
         if kind is bool:
             settings["nargs"] = 0
         else:
             settings["type"], settings["choices"] = kind, f.metadata["choices"]
             if not f.metadata["choices"]:
-                settings["metavar"] = {int: "N", float: "X"}.get(kind, "TEXT")
+                settings["metavar"] = {int: "N", float: "X"}.get(kind, "PATH" if f.metadata["path"] else "TEXT")
         if f.metadata["positional"]:
             parser.add_argument(f.name, **settings | {"metavar": f.name.upper()})
             continue
         names = [flag(f.name)]
         if kind is bool and f.default is True:
             names.append("--no-" + names[0].removeprefix("--"))
-        parser.add_argument(*names, dest=f.name, required=f.default is MISSING, **settings)
+        parser.add_argument(*names, dest=f.name, **settings)
+
+
+def meant_command(arguments: list[str]) -> str | None:
+    """The command that may be meant where there is none of the name given; None where there is one, or none is near."""
+    words = arguments[: 2 if arguments[:1] and arguments[0] in GROUPS else 1]
+    given, known = " ".join(words), {*COMMANDS, *GROUPS}
+    if given in known or not words or words[-1].startswith("-"):
+        return None
+    return next(iter(difflib.get_close_matches(given, known, 1)), None)
 
 
 def unknown_arguments(unknown: list[str], parser: Parser) -> str:

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
 from sparse_fcmae.runtime.errors import UserError
-from sparse_fcmae.runtime.options import check, keywords_of, option
+from sparse_fcmae.runtime.options import check, keywords_of, option, seed_option
 
 SIDE = 64  # pixels
 BATCH = 100
@@ -25,8 +25,8 @@ class DemoConfig:
     out: str = option("runs/demo", help="folder for the drawn images and the run", path=True)
     images: int = option(3000, help="images to draw", at_least=BATCH)
     epochs: int = option(10, help="passes over the images", above=0)
-    seed: int = option(0, help="of images, weights and masks", at_least=0, below=2**32)
-    overwrite: bool = option(False, help="delete what an earlier demo left in --out first")
+    seed: int = seed_option("of images, weights and masks")
+    overwrite: bool = option(False, help="delete what an earlier demo left in `out` first")
 
 
 def draw_image(label: int, seed: tuple[int, ...]) -> Image.Image:
@@ -39,8 +39,8 @@ def draw_image(label: int, seed: tuple[int, ...]) -> Image.Image:
     centre, radius = rng.uniform(0.38, 0.62, 2) * 4 * SIDE, rng.uniform(0.24, 0.36) * 4 * SIDE
     draw, turn = ImageDraw.Draw(mask), rng.uniform(0, 2 * np.pi)
     if shape in ("disc", "ring"):
-        for share, fill in ((1.0, 255), (0.5, 0))[: 1 + (shape == "ring")]:
-            (x, y), r = centre, radius * share
+        for size, fill in ((1.0, 255), (0.5, 0))[: 1 + (shape == "ring")]:
+            (x, y), r = centre, radius * size
             draw.ellipse((x - r, y - r, x + r, y + r), fill=fill)
     else:
         corners = {"square": 4, "triangle": 3, "star": 10}[shape]

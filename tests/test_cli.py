@@ -6,7 +6,7 @@ from PIL import Image
 
 from sparse_fcmae.cli import COMMANDS, SPINS, load, main, spin_briefly
 from sparse_fcmae.demo import CLASSES, draw_image, draw_images
-from sparse_fcmae.runtime.options import flag
+from sparse_fcmae.runtime.options import as_flags, flag
 
 
 def test_info_names_every_backend(capsys):
@@ -36,6 +36,12 @@ def test_a_wrong_command_line_is_one_line(capsys, arguments):
         (["finetune", "--labels", "3"], "unknown arguments: --labels 3; is --labels-per-class meant?"),
         (["pretrain", "--epohcs", "3"], "is --epochs meant?"),
         (["convert", "a", "b", "c", "--to", "timm"], "unknown arguments: c"),
+        (["evaluate", "--dta", "x", "--init", "y"], "unknown arguments: --dta x; is --data meant?"),
+        (["evaluate", "--data", "x"], "--init is missing: weights"),
+        (["convert", "a", "b"], "--to is missing: layout to write"),
+        (["pretrian"], "there is no command pretrian; is pretrain meant?"),
+        (["bench", "thruput", "--rounds", "1"], "there is no command bench thruput; is bench throughput meant?"),
+        (["pretrain", "--backend", "cuda"], "argument --backend: invalid choice: 'cuda'"),
     ],
 )
 def test_flags_are_taken_whole_and_once(capsys, arguments, message):
@@ -68,7 +74,7 @@ def test_help_gives_every_flag_with_its_default(capsys, monkeypatch, command):
     text = " ".join(capsys.readouterr().out.split())
     config = COMMANDS[command].config
     for field in fields(load(config)) if config else ():
-        help_text = field.metadata["help"] % ()
+        help_text = as_flags(field.metadata["help"], [f.name for f in fields(load(config))])
         if not any(field.default is silent for silent in (MISSING, None, True, False)):
             help_text += f" [{field.default}]"
         assert help_text in text
@@ -87,11 +93,11 @@ def test_convert_prints_what_it_did(capsys, tmp_path, pictures):
     assert "give --overwrite" in capsys.readouterr().err
     own = tmp_path / "data" / "images" / "holiday.png"
     own.parent.mkdir(parents=True)
-    own.write_bytes(b"mine")
+    own.write_bytes(b"holiday")
     with pytest.raises(SystemExit):
         main(["demo", "--out", str(tmp_path / "data"), "--overwrite"])
     assert "holds no demo" in capsys.readouterr().err
-    assert own.read_bytes() == b"mine"
+    assert own.read_bytes() == b"holiday"
 
 
 def test_drawn_images_are_deterministic_and_labelled(tmp_path):

@@ -1,7 +1,8 @@
 """Options as fields of dataclasses: declared once, with help, choices and range, for Python and the command line.
 
 A config is a frozen dataclass whose fields are made by `option`. The command line makes a flag of each field, `check`
-refuses values outside the declared range, and `keywords_of` gives a function the config's fields as its keywords.
+refuses values outside the declared range, and `keywords_of` gives a function the config's fields as its keywords. Help
+names other options in backticks, as the messages of a UserError do.
 """
 
 import inspect
@@ -51,6 +52,11 @@ def option(
     return field(default=default, metadata=metadata | {"bounds": {k: v for k, v in bounds.items() if v is not None}})
 
 
+def seed_option(help: str) -> Any:
+    """The option of a seed. help: what is drawn from it."""
+    return option(0, help=help, at_least=0, below=2**32)
+
+
 def check(config: Any) -> None:
     """Raises UserError for the first option that is not finite, not among its choices, or out of its bounds."""
     for f in fields(config):
@@ -71,21 +77,27 @@ def check(config: Any) -> None:
 def keywords_of(config: Callable[P, Config]) -> Callable[[Callable[[dict[str, Any]], Result]], Callable[P, Result]]:
     """Has a function of the given options take them as keywords, which are the fields of `config`.
 
-    Editors and `help` show each with its type and default. The function gets a dict of those that the caller gave, with
-    path objects as strings. Raises TypeError for a keyword that is no field.
+    Editors and `help` show each with its type and default; a path may be a path object too. The function gets a dict of
+    those that the caller gave, with path objects as strings. Raises TypeError for a keyword that is no field.
     """
 
     def decorate(function: Callable[[dict[str, Any]], Result]) -> Callable[P, Result]:
         signature = inspect.signature(config)
-        defaults = "\n".join(f"    {f.name}: {f.metadata['help']}" for f in fields(config))  # type: ignore[arg-type]
+        helps = "\n".join(f"    {f.name}: {f.metadata['help']}" for f in fields(config))  # type: ignore[arg-type]
 
         @wraps(function)
         def accept(*arguments: P.args, **given: P.kwargs) -> Result:
             bound = signature.bind_partial(*arguments, **given)
             return function({k: os.fspath(v) if isinstance(v, os.PathLike) else v for k, v in bound.arguments.items()})
 
-        accept.__signature__ = signature.replace(return_annotation=inspect.signature(function).return_annotation)
-        accept.__doc__ = f"{inspect.cleandoc(function.__doc__ or '')}\n\nOptions:\n{defaults}\n"
+        paths = {f.name for f in fields(config) if f.metadata["path"]}  # type: ignore[arg-type]
+        parameters = [
+            p.replace(annotation=p.annotation | os.PathLike) if p.name in paths else p
+            for p in signature.parameters.values()
+        ]
+        result = inspect.signature(function).return_annotation
+        accept.__signature__ = signature.replace(parameters=parameters, return_annotation=result)
+        accept.__doc__ = f"{inspect.cleandoc(function.__doc__ or '')}\n\nOptions:\n{helps}\n"
         return accept
 
     return decorate

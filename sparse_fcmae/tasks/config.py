@@ -3,10 +3,8 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from sparse_fcmae.runtime.options import option
+from sparse_fcmae.runtime.options import option, seed_option
 from sparse_fcmae.training.config import RunConfig
-
-SEED_LIMIT = 2**32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +25,9 @@ class PretrainConfig(RunConfig):
     )
 
     model: str = option("atto", help="atto, femto, pico, nano, tiny, base, large or huge")
-    image_size: str = option("224", help="pixels, as 224 or, height first, 224x320; a multiple of the patch")
+    image_size: str | int | tuple[int, int] = option(
+        "224", help="pixels, as 224 or, height first, 224x320; a multiple of the patch"
+    )
     in_chans: int = option(3, help="channels: 3 for colour, 1 for greyscale")
     stem_stride: int = option(4, help="4, 2 or 1; the patch is 8 times that, so 2 or 1 suit small images")
     mask_ratio: float = option(0.6, help="fraction of the patches that is masked", at_least=0)
@@ -43,12 +43,12 @@ class PretrainConfig(RunConfig):
         None, help="images an optimiser step, over all ranks and micro-batches [recipe]", above=0
     )
     micro_batch_size: int = option(128, help="images a rank takes through the model at once", above=0)
-    warmup_epochs: float | None = option(None, help="epochs of linear warm-up [5 %% of --epochs]", at_least=0)
-    base_lr: float | None = option(None, help="peak learning rate for each 256 images of --batch-size", above=0)
+    warmup_epochs: float | None = option(None, help="epochs of linear warm-up [5 % of `epochs`]", at_least=0)
+    base_lr: float | None = option(None, help="peak learning rate for each 256 images of `batch_size`", above=0)
     lr: float | None = option(None, help="peak learning rate outright [recipe]", above=0)
     weight_decay: float = option(0.05, help="of AdamW; none on biases and norms", at_least=0)
     clip_grad: float | None = option(None, help="clip the gradient to this norm [off]", above=0)
-    seed: int = option(0, help="of weights, data order, augmentation and masks", at_least=0, below=SEED_LIMIT)
+    seed: int = seed_option("of weights, data order, augmentation and masks")
 
     compile: bool = option(False, help="compile the model with torch.compile", resumable=True)
     cuda_graphs: bool = option(False, help="replay the training step from CUDA graphs (GPU only)", resumable=True)
@@ -56,7 +56,7 @@ class PretrainConfig(RunConfig):
     knn: str | None = option(
         None, help="labelled folder with train and val or test: k-NN on it meanwhile", path=True, resumable=True
     )
-    eval_every: int = option(10, help="epochs between the evaluations on --knn", above=0, resumable=True)
+    eval_every: int = option(10, help="epochs between the evaluations on `knn`", above=0, resumable=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +67,7 @@ class FinetuneConfig(RunConfig):
 
     data: str | None = option(
         None,
-        help="folder with train and val or test, each of class folders; see --val-split",
+        help="folder with train and val or test, each of class folders; see `val_split`",
         path=True,
         resumable=True,
     )
@@ -75,29 +75,31 @@ class FinetuneConfig(RunConfig):
     init: str | None = option(None, help="weights to fine-tune: run or other folder, or file, of any layout", path=True)
     from_scratch: bool = option(False, help="start from random weights instead, the baseline")
     preset: str | None = option(
-        None, help="recipe of this size, or probe [that of the model, probe with --freeze-encoder]"
+        None, help="recipe of this size, or probe [that of the model, probe with `freeze_encoder`]"
     )
     val_split: float | None = option(
         None, help="fraction of each class to hold out, where there is no val or test", above=0, below=1
     )
     labels_per_class: int | None = option(
-        None, help="train on so many images of each class, chosen by --seed [all]", above=0
+        None, help="train on so many images of each class, chosen by `seed` [all]", above=0
     )
     freeze_encoder: bool = option(False, help="train the final norm and the head alone")
 
-    model: str = option("atto", help="with --from-scratch: atto, femto, pico, nano, tiny, base, large or huge")
-    image_size: str | None = option(None, help="pixels, as 224 or, height first, 224x320 [that of --init, or 224]")
-    in_chans: int = option(3, help="with --from-scratch: channels, 3 for colour, 1 for greyscale")
-    stem_stride: int = option(4, help="with --from-scratch: 4, 2 or 1; the patch is 8 times that")
+    model: str = option("atto", help="with `from_scratch`: atto, femto, pico, nano, tiny, base, large or huge")
+    image_size: str | int | tuple[int, int] | None = option(
+        None, help="pixels, as 224 or, height first, 224x320 [that of `init`, or 224]"
+    )
+    in_chans: int = option(3, help="with `from_scratch`: channels, 3 for colour, 1 for greyscale")
+    stem_stride: int = option(4, help="with `from_scratch`: 4, 2 or 1; the patch is 8 times that")
 
     epochs: int | None = option(None, help="passes over the images [preset]", above=0)
     batch_size: int = option(1024, help="images an optimiser step, over all ranks and micro-batches", above=0)
     micro_batch_size: int = option(64, help="images a rank takes through the model at once", above=0)
     warmup_epochs: float | None = option(None, help="epochs of linear warm-up [preset]", at_least=0)
     base_lr: float | None = option(
-        None, help="peak learning rate for each 256 images of --batch-size [preset]", above=0
+        None, help="peak learning rate for each 256 images of `batch_size` [preset]", above=0
     )
-    lr: float | None = option(None, help="peak learning rate outright, instead of --base-lr", above=0)
+    lr: float | None = option(None, help="peak learning rate outright, instead of `base_lr`", above=0)
     min_lr: float = option(1e-6, help="learning rate at the end of the cosine", at_least=0)
     weight_decay: float | None = option(None, help="of AdamW; none on biases and norms [preset]", at_least=0)
     layer_decay: float | None = option(
@@ -123,11 +125,6 @@ class FinetuneConfig(RunConfig):
     ema_decay: float | None = option(
         None, help="of the moving average of the weights, 0 for none [preset]", at_least=0, below=1
     )
-    seed: int = option(
-        0,
-        help="of new weights, data order, augmentation, --val-split and --labels-per-class",
-        at_least=0,
-        below=SEED_LIMIT,
-    )
+    seed: int = seed_option("of new weights, data order, augmentation, `val_split` and `labels_per_class`")
 
     eval_every: int = option(1, help="epochs between evaluations", above=0, resumable=True)

@@ -3,11 +3,12 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
+from sparse_fcmae.runtime.compute import ComputeConfig
 from sparse_fcmae.runtime.options import option
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunConfig:
+class RunConfig(ComputeConfig):
     """Options that `sparse-fcmae pretrain` and `finetune` have in common.
 
     task names the kind of run in messages and in its config.json.
@@ -19,7 +20,7 @@ class RunConfig:
     data: str | None
     out: str
     init: str | None
-    image_size: str | None
+    image_size: str | int | tuple[int, int] | None
     epochs: int | None
     batch_size: int | None
     micro_batch_size: int
@@ -30,15 +31,6 @@ class RunConfig:
     seed: int
     eval_every: int
 
-    backend: str = option("auto", help="auto, native, torch, masked or minkowski; see `sparse-fcmae info`")
-    device: str = option("auto", help="auto, cpu, cuda, cuda:1, ...", resumable=True)
-    dtype: str = option("auto", help="auto is bf16 where the device has it", choices=("auto", "bf16", "fp32"))
-    num_workers: int | None = option(
-        None,
-        help="processes that load images, for each rank [one for every 4 cores; beside a GPU one a core, up to 16]",
-        at_least=0,
-        resumable=True,
-    )
     max_bad_images: float = option(
         0.01, help="stop when a larger fraction of the files is unreadable", at_least=0, resumable=True
     )
@@ -50,5 +42,5 @@ class RunConfig:
         resumable=True,
     )
     keep_checkpoints: int = option(3, help="how many of the newest checkpoints to keep", above=0, resumable=True)
-    resume: bool = option(False, help="go on from the newest checkpoint in --out", resumable=True)
-    overwrite: bool = option(False, help="delete the run that is in --out first", resumable=True)
+    resume: bool = option(False, help="go on from the newest checkpoint in `out`", resumable=True)
+    overwrite: bool = option(False, help="delete the run that is in `out` first", resumable=True)
