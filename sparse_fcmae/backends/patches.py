@@ -11,7 +11,8 @@ class Patches(ABC):
     """The visible patches of one batch: B images, each over a grid of rows x cols patches.
 
     The layers of the network call these methods with their features [..., C]. What `...` is, each backend decides. The
-    features of a patch are P x P positions, with P = 8, 4, 2, 1 in the four stages.
+    features of a patch are P x P positions, with P = 8, 4, 2, 1 in the four stages. Where nothing is masked, the first
+    dimension goes through the images one after the other, as stochastic depth takes some of them out.
     """
 
     name: ClassVar[str]

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from sparse_fcmae.data.batches import BadImage
 from sparse_fcmae.data.sources import LabelledSource
-from sparse_fcmae.evaluation.run import EvaluationView, Ranks, run_model
+from sparse_fcmae.evaluation.run import EvaluationView, run_model
+from sparse_fcmae.runtime.distributed import Ranks
 
 
 def accuracy(logits: Tensor, labels: Tensor, classes: tuple[str, ...]) -> dict[str, Any]:

@@ -78,7 +78,7 @@ def corruption_folders(root: str | os.PathLike) -> dict[str, dict[str, Path]]:
     """
     root = Path(root)
     if not root.is_dir():
-        raise UserError(f"`data` {root}: no such folder")
+        raise UserError(f"{root}: no such folder")
     candidates = [path for path in sorted(root.iterdir()) if path.is_dir()]
     candidates += [path for above in candidates for path in sorted(above.iterdir()) if path.is_dir()]
     found = {}

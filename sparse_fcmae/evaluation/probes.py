@@ -8,9 +8,10 @@ from torch import Tensor, nn
 
 from sparse_fcmae.data.batches import BadImage
 from sparse_fcmae.data.sources import LabelledSource
-from sparse_fcmae.data.sources.class_folder import open_splits
-from sparse_fcmae.evaluation.run import EvaluationView, Ranks, run_model
+from sparse_fcmae.data.sources.class_folder import open_train_and_held_out
+from sparse_fcmae.evaluation.run import EvaluationView, run_model
 from sparse_fcmae.model.convnext import SparseEncoder
+from sparse_fcmae.runtime.distributed import Ranks
 
 NEIGHBOURS, TEMPERATURE = 20, 0.07  # of the weighted vote of Wu et al., 2018, section 3.4, as in DINO
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # on the linear probe's weights, of which held-out images choose one
@@ -52,7 +53,7 @@ class KNNMonitor:
 
     def __init__(self, root: str | os.PathLike, view: EvaluationView, ranks: Ranks) -> None:
         self.view, self.ranks = view, ranks
-        train, held_out = open_splits(root, val_split=None, seed=0)
+        train, held_out = open_train_and_held_out(root)
         self.train = train.take(range(ranks.rank, len(train), ranks.world))
         self.held_out = held_out.take(range(ranks.rank, len(held_out), ranks.world))
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -33,17 +32,6 @@ class EvaluationView:
     num_workers: int = 0
 
 
-class Ranks(Protocol):
-    """The processes that share an evaluation. `rank` is this one's place among `world`."""
-
-    rank: int
-    world: int
-
-    def gather(self, value: Any) -> list[Any]:
-        """Every rank's value, in rank order, on all ranks."""
-        ...
-
-
 @torch.no_grad()
 def run_model(
     source: ImageSource, function: Callable[[Tensor], Tensor], view: EvaluationView, description: str | None = None
@@ -68,5 +56,5 @@ def run_model(
                 index.append(batch.index)
             bar.update(len(batch.pixels) + len(batch.bad))
     if not outputs:
-        raise UserError(f"no image is readable: {bad[0].name}: {bad[0].reason}")
+        raise UserError(f"no image of {source} is readable: {bad[0].name}: {bad[0].reason}")
     return torch.cat(outputs), torch.cat(index), bad

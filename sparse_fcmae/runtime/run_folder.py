@@ -1,11 +1,10 @@
 """What the folder of a run holds, and which folders are refused before anything in them is lost.
 
-RUN/config.json  metrics.jsonl  evaluations.jsonl  train.log  loss.png  accuracy.png  events.out.tfevents.*
+RUN/config.json  metrics.jsonl  evaluations.jsonl  train.log  events.out.tfevents.*
 RUN/checkpoints/step-00000100/{model.safetensors, trainer.pt, meta.json}   valid only once meta.json is there
 RUN/checkpoints/latest      name of the newest valid one
 RUN/exported/{model.safetensors, config.json}   dense encoder or classifier
-RUN/exported-ema/                               the moving average of a classifier's weights
-RUN/reconstructions/step-00000100.png
+and what the task makes beside these, such as loss.png or reconstructions/step-00000100.png
 """
 
 import shutil
@@ -24,17 +23,13 @@ from sparse_fcmae.runtime.files import read_json, write_json, writing
 MODEL, TRAINER, META, LATEST = "model.safetensors", "trainer.pt", "meta.json", "latest"
 CONFIG, LOCK = "config.json", ".lock"
 TEMPORARY_ENDS = ("tmp", "old")  # of the names that `files` gives to what is not whole yet
-PARTS = (
+PARTS = (  # of every run; a task has further ones
     "metrics.jsonl",
     "evaluations.jsonl",
     "train.log",
     "events.out.tfevents.*",
-    "loss.png",
-    "accuracy.png",
     "checkpoints",
     "exported",
-    "exported-ema",
-    "reconstructions",
     CONFIG,
 )
 RENAMED = {"every": "eval_every"}  # options under the names that earlier versions wrote into config.json
@@ -73,19 +68,19 @@ class RunFolder:
             return None
         return {RENAMED.get(name, name): value for name, value in saved.items()}
 
-    def begin(self, config: Any, **beside: Any) -> None:
+    def begin(self, config: Any, outputs: tuple[str, ...], **beside: Any) -> None:
         """Makes the folder, keeps other processes out of it, and writes the config, with `beside` next to the options.
 
         Where the config says `overwrite`, an earlier run's files are deleted, else only what a killed process left half
-        written. Raises UserError where another process is training there.
+        written. outputs: the files and folders that the task makes beside PARTS. Raises UserError where another process
+        is training there.
         """
-        half_written = [
-            f"{folder}.*.{end}" for folder in ("", "checkpoints/", "reconstructions/") for end in TEMPORARY_ENDS
-        ]
+        parts = (*PARTS, *outputs)
+        half_written = [f"{folder}.*.{end}" for folder in ("", *(f"{p}/" for p in parts)) for end in TEMPORARY_ENDS]
         with writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock()
-            for pattern in (*half_written, *(PARTS if config.overwrite else ())):
+            for pattern in (*half_written, *(parts if config.overwrite else ())):
                 for part in self.path.glob(pattern):
                     shutil.rmtree(part) if part.is_dir() else part.unlink()
         options = {k: v for k, v in asdict(config).items() if k not in ("resume", "overwrite")}

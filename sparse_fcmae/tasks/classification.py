@@ -17,6 +17,7 @@ from sparse_fcmae.data.splits import few_labels
 from sparse_fcmae.data.views import RandomView
 from sparse_fcmae.evaluation.accuracy import measure
 from sparse_fcmae.model.convnext import SIZES
+from sparse_fcmae.runtime.distributed import Ranks, process_group
 from sparse_fcmae.runtime.errors import UserError
 from sparse_fcmae.runtime.options import image_size_of, keywords_of
 from sparse_fcmae.runtime.run_folder import newest_checkpoint
@@ -24,7 +25,6 @@ from sparse_fcmae.runtime.streams import Stream, torch_seed
 from sparse_fcmae.tasks.build import build_classifier, evaluation_view, moving_average
 from sparse_fcmae.tasks.config import FinetuneConfig
 from sparse_fcmae.training.configure import configure
-from sparse_fcmae.training.distributed import Ranks, process_group
 from sparse_fcmae.training.log import RunLog
 from sparse_fcmae.training.loop import train
 from sparse_fcmae.training.optim import adamw, layer_scale
@@ -71,13 +71,11 @@ class Classification(Task):
     """A classifier that learns the classes of labelled images, and is evaluated on others."""
 
     evaluates = True
+    outputs = ("loss.png", "accuracy.png", "exported-ema")
 
     def __init__(self, config: FinetuneConfig, ranks: Ranks) -> None:
         self.ranks, self.left_out = ranks, set()  # unreadable images that the log has named
-        self.source, held_out = open_splits(config.data, config.val_split, config.seed)
-        for folder in (self.source, held_out):
-            if folder.contains(config.out):
-                raise UserError(f"`out` {config.out} lies among the class folders of {folder.root}: choose another")
+        self.source, held_out = open_splits(config.data, config.val_split, config.seed, config.out)
         if config.labels_per_class:
             self.source = few_labels(self.source, config.labels_per_class, config.seed)
         self.held_out = held_out.take(range(ranks.rank, len(held_out), ranks.world))

@@ -14,12 +14,19 @@ class ImageSource(Protocol):
     """Encoded images, such as JPEGs, that are counted from 0.
 
     fingerprint: a text that changes when the images change. A run is resumed only on the images it was started with.
-    The processes that load images get a copy of the source, so it can be pickled.
+
+    Several processes that were forked from one open images at the same time, and elsewhere each gets a pickled copy.
+    So a file, archive or connection that they all read from is opened in `open`, once for each process, and never when
+    the source is made: forked processes would move each other's place in it.
     """
 
     fingerprint: str
 
     def __len__(self) -> int: ...
+
+    def __str__(self) -> str:
+        """Where the images are, for messages and reports."""
+        ...
 
     def open(self, index: int) -> BinaryIO:
         """An image's bytes as a seekable binary file, which the caller closes."""

@@ -19,20 +19,23 @@ class ClassFolder(ImageFolder):
     """Images in one folder for each class.
 
     classes: the folders' names, sorted. labels: int64 [N], for each image an index into `classes`. Raises UserError as
-    `ImageFolder` does, and for images outside of the class folders and for class folders without images.
+    `ImageFolder` does, for images outside of the class folders, for class folders without images, and where `out`, the
+    folder that a run is to write to, lies among the class folders.
     """
 
-    def __init__(self, root: str | os.PathLike) -> None:
+    def __init__(self, root: str | os.PathLike, out: str | os.PathLike | None = None) -> None:
         super().__init__(root)
+        if out is not None and Path(out).resolve().is_relative_to(self.root.resolve()):
+            raise UserError(f"`out` {out} lies among the class folders of {root}: choose another")
         self.classes = tuple(sorted(p.name for p in self.root.iterdir() if p.is_dir() and not p.name.startswith(".")))
         folders = [Path(file).parts[0] for file in self.files]
         for index, file in enumerate(self.files):
             if folders[index] == file:
                 raise UserError(
-                    f"`data` {root}: {self.name(index)} lies in no class folder: make a folder below it for each class"
+                    f"{root}: {self.name(index)} lies in no class folder: make a folder below it for each class"
                 )
         if empty := sorted(set(self.classes) - set(folders)):
-            raise UserError(f"`data` {root}: class folder {empty[0]} holds no images: fill or remove it")
+            raise UserError(f"{root}: class folder {empty[0]} holds no images: fill or remove it")
         label_of = {name: label for label, name in enumerate(self.classes)}
         self.labels = torch.tensor([label_of[name] for name in folders])
 
@@ -53,34 +56,43 @@ def open_held_out(root: str | os.PathLike) -> ClassFolder:
     root = Path(root)
     held_out = held_out_folder(root)
     if held_out is None and (root / TRAIN).is_dir():
-        raise UserError(f"`data` {root} has no folder {' or '.join(HELD_OUT)}: name a folder of classes")
+        raise UserError(f"{root} has no folder {' or '.join(HELD_OUT)}: name a folder of classes")
     return ClassFolder(held_out or root)
 
 
-def open_splits(root: str | os.PathLike, val_split: float | None, seed: int) -> tuple[ClassFolder, ClassFolder]:
+def open_splits(
+    root: str | os.PathLike, val_split: float | None, seed: int, out: str | os.PathLike | None = None
+) -> tuple[ClassFolder, ClassFolder]:
     """Training and held-out images.
 
     Without `val_split` they are those of ROOT/train and of ROOT/val or ROOT/test. With it, that fraction of each class
-    in the one folder, ROOT/train or else ROOT, is held out at random. Raises UserError where the folders that this
-    needs are missing, and where a class lacks in one of them.
+    in the one folder, ROOT/train or else ROOT, is held out at random. Raises UserError as `ClassFolder` does, where the
+    folders that this needs are missing, and where a class lacks in one of them.
     """
+    if val_split is None:
+        return open_train_and_held_out(root, out, "make one, or hold images out with `val_split=0.1`")
     root = Path(root)
     has_train, held_out = (root / TRAIN).is_dir(), held_out_folder(root)
-    if val_split is not None:
-        if has_train and held_out:
-            raise UserError(f"`data` {root} has {held_out.name} already: leave `val_split` out")
-        return hold_out(ClassFolder(root / TRAIN if has_train else root), val_split, seed)
+    if has_train and held_out:
+        raise UserError(f"{root} has {held_out.name} already: leave `val_split` out")
+    return hold_out(ClassFolder(root / TRAIN if has_train else root, out), val_split, seed)
+
+
+def open_train_and_held_out(
+    root: str | os.PathLike, out: str | os.PathLike | None = None, remedy: str = "make one"
+) -> tuple[ClassFolder, ClassFolder]:
+    """The images of ROOT/train, and those of ROOT/val or ROOT/test. remedy: what to do where one of them is missing."""
+    root = Path(root)
     if not root.is_dir():
-        raise UserError(f"`data` {root}: no such folder")
+        raise UserError(f"{root}: no such folder")
+    has_train, held_out = (root / TRAIN).is_dir(), held_out_folder(root)
     if not has_train or held_out is None:
         missing = " or ".join(HELD_OUT) if has_train else TRAIN
-        raise UserError(f"`data` {root} has no folder {missing}: make one, or hold images out with `val_split=0.1`")
-    train, val = ClassFolder(root / TRAIN), ClassFolder(held_out)
+        raise UserError(f"{root} has no folder {missing}: {remedy}")
+    train, val = ClassFolder(root / TRAIN, out), ClassFolder(held_out, out)
     for here, there in ((train, val), (val, train)):
         if lacking := sorted(set(here.classes) - set(there.classes)):
-            raise UserError(
-                f"`data` {root}: class folder {lacking[0]} of {here.root.name} is missing in {there.root.name}"
-            )
+            raise UserError(f"{root}: class folder {lacking[0]} of {here.root.name} is missing in {there.root.name}")
     return train, val
 
 

@@ -25,7 +25,7 @@ class ImageFolder:
         self.root = Path(root)
         if not os.path.isdir(root):
             what = "is a file, name the folder that holds the images" if os.path.isfile(root) else "no such folder"
-            raise UserError(f"`data` {root}: {what}")
+            raise UserError(f"{root}: {what}")
         extensions = image_extensions()
         self.files = sorted(
             os.path.relpath(os.path.join(folder, name), root)
@@ -34,11 +34,14 @@ class ImageFolder:
             if os.path.splitext(name)[1].lower() in extensions and not name.startswith(".")
         )
         if not self.files:
-            raise UserError(f"`data` {root}: no image files in this folder or below it")
+            raise UserError(f"{root}: no image files in this folder or below it")
         self.fingerprint = fingerprint_of(self.files)
 
     def __len__(self) -> int:
         return len(self.files)
+
+    def __str__(self) -> str:
+        return str(self.root)
 
     def open(self, index: int) -> BinaryIO:
         """The file with an image's bytes."""
@@ -47,10 +50,6 @@ class ImageFolder:
     def name(self, index: int) -> str:
         """An image's path below the folder. Bytes that are no UTF-8 appear as escapes."""
         return self.files[index].encode(errors="backslashreplace").decode()
-
-    def contains(self, path: str | os.PathLike) -> bool:
-        """Whether a path lies in this folder or below it, or would."""
-        return Path(path).resolve().is_relative_to(self.root.resolve())
 
 
 def fingerprint_of(files: Sequence[str]) -> str:
@@ -70,7 +69,7 @@ def walk(root: str | os.PathLike, without: str | os.PathLike | None) -> Iterator
     """Every folder under `root` and the names of its files. Links are followed, and no folder comes twice."""
 
     def unreadable(error: OSError) -> NoReturn:
-        raise UserError(f"`data` {root}: can't read {error.filename}: {error.strerror}")
+        raise UserError(f"{root}: can't read {error.filename}: {error.strerror}")
 
     seen = {os.path.realpath(without)} if without else set()
     for folder, folders, names in os.walk(root, followlinks=True, onerror=unreadable):

@@ -53,7 +53,7 @@ def test_images_open_as_files_and_have_names_that_can_be_printed(tmp_path):
 
 
 def test_folder_without_images(tmp_path):
-    with pytest.raises(UserError, match=f"`data` {tmp_path}/missing: no such folder"):
+    with pytest.raises(UserError, match=f"{tmp_path}/missing: no such folder"):
         ImageFolder(tmp_path / "missing")
     with pytest.raises(UserError, match="no image files"):
         ImageFolder(tmp_path)
