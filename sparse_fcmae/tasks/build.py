@@ -80,7 +80,7 @@ def build_classifier(
     """The classifier that fine-tuning starts with, the config without open ends, and what to say about the weights.
 
     The head of the weights is kept where it is for these classes, or for as many whose names are not known. Where there
-    is a checkpoint of the run, the weights are its own.
+    is a checkpoint of the run, the weights are its own, and there is nothing to say about them.
     """
     torch.manual_seed(config.seed)
     source = checkpoint or config.init
@@ -106,7 +106,7 @@ def build_classifier(
         model.requires_grad_(False)
         model.norm.requires_grad_(True)
         model.head.requires_grad_(True)
-    return model, replace(config, image_size=shown_size(size)), notes + recipe
+    return model, replace(config, image_size=shown_size(size)), ([] if checkpoint else notes) + recipe
 
 
 def moving_average(model: nn.Module, decay: float) -> AveragedModel:

@@ -14,6 +14,7 @@ from sparse_fcmae.data.statistics import normalise
 from sparse_fcmae.data.views import RandomView
 from sparse_fcmae.evaluation.probes import KNNMonitor
 from sparse_fcmae.evaluation.reconstruct import reconstruct, sample_images, save_picture
+from sparse_fcmae.runtime.distributed import Ranks, process_group
 from sparse_fcmae.runtime.errors import UserError
 from sparse_fcmae.runtime.files import writing
 from sparse_fcmae.runtime.options import image_size_of, keywords_of
@@ -21,9 +22,9 @@ from sparse_fcmae.runtime.run_folder import newest_checkpoint
 from sparse_fcmae.runtime.streams import Stream, torch_seed
 from sparse_fcmae.tasks.build import build_fcmae, check_model, evaluation_view, options_of_weights
 from sparse_fcmae.tasks.config import PretrainConfig
+from sparse_fcmae.tasks.hints import hints
 from sparse_fcmae.tasks.recipes import pretraining_recipe
 from sparse_fcmae.training.configure import configure
-from sparse_fcmae.training.distributed import Ranks, process_group
 from sparse_fcmae.training.log import RunLog
 from sparse_fcmae.training.loop import train
 from sparse_fcmae.training.optim import adamw
@@ -66,12 +67,14 @@ class PretrainingObjective(nn.Module):
 
 
 class Pretraining(Task):
-    """An FCMAE that learns to fill in the masked patches of a folder's images."""
+    """An FCMAE that learns to fill in the masked patches of a source's images."""
+
+    outputs = ("loss.png", "reconstructions")
 
     def __init__(self, config: PretrainConfig, ranks: Ranks) -> None:
         self.ranks, self.size = ranks, image_size_of(config.image_size)
         self.source = ImageFolder(config.data, without=config.out)
-        config, recipe = pretraining_recipe(config, len(self.source))
+        config, recipe = pretraining_recipe(config, len(self.source), ranks.world)
         dtype = choose_dtype(config.dtype, ranks.device, config.backend)
         self.config = config = replace(config, dtype="bf16" if dtype == torch.bfloat16 else "fp32")
         check_acceleration(config, ranks)
@@ -88,6 +91,7 @@ class Pretraining(Task):
         self.evaluates = self.evaluates_untrained = self.monitor is not None
         samples = sample_images(self.source, SAMPLES if ranks.main else 0, self.size, config.in_chans)
         self.samples = samples.to(ranks.device)
+        self.notes += hints(self.model.encoder, samples)
         self.description = (
             f"{config.model} on {ranks.device}, backend {resolve_backend(config.backend, ranks.device.type).name}, "
             f"{config.dtype}, {sum(p.numel() for p in self.model.parameters()) / 1e6:.1f} M parameters with the decoder"

@@ -11,7 +11,6 @@ from typing import Any
 from sparse_fcmae.runtime.errors import UserError
 from sparse_fcmae.runtime.options import flag
 from sparse_fcmae.tasks.config import FinetuneConfig, PretrainConfig
-from sparse_fcmae.training.schedule import CHECKPOINT_STEPS
 
 PAPER_BATCH, PAPER_EPOCHS, PAPER_BASE_LR = 4096, 800, 1.5e-4  # ConvNeXt V2, appendix A
 WARMUP = 0.05  # of the epochs: 40 of the paper's 800
@@ -21,8 +20,8 @@ IMAGES_SEEN = 2_000_000  # over all epochs, with at least LEAST_EPOCHS and at mo
 LEAST_EPOCHS = 100
 
 
-def pretraining_recipe(config: PretrainConfig, images: int) -> tuple[PretrainConfig, list[str]]:
-    """The config without open ends for so many images, and what there is to say about it, a line each.
+def pretraining_recipe(config: PretrainConfig, images: int, world: int) -> tuple[PretrainConfig, list[str]]:
+    """The config without open ends for so many images and processes, and what there is to say about it, a line each.
 
     The automatic recipe makes the batch so small that an epoch has about STEPS_PER_EPOCH steps, and trains for
     IMAGES_SEEN images, as small sets need more epochs. It lowers the paper's peak learning rate with the fourth root of
@@ -32,7 +31,7 @@ def pretraining_recipe(config: PretrainConfig, images: int) -> tuple[PretrainCon
     paper = config.recipe == "paper"
     batch = config.batch_size
     if batch is None:
-        batch = found["batch_size"] = PAPER_BATCH if paper else _batch_for(images)
+        batch = found["batch_size"] = PAPER_BATCH if paper else _batch_for(images, world)
     epochs = config.epochs
     if epochs is None:
         suitable = min(PAPER_EPOCHS, max(LEAST_EPOCHS, round(IMAGES_SEEN / images)))
@@ -48,18 +47,14 @@ def pretraining_recipe(config: PretrainConfig, images: int) -> tuple[PretrainCon
     if not found:
         return config, []
     chosen = ", ".join(f"{flag(name)} {value:g}" for name, value in found.items())
-    notes = [f"recipe {config.recipe} for {images} images: {chosen}"]
-    if config.save_every is None:
-        steps = min(max(1, images // batch), CHECKPOINT_STEPS)
-        often = f"every {steps} steps" if steps > 1 else "every step"
-        notes.append(f"a checkpoint {often}, but at most one a minute (--save-every N: every N steps)")
-    return replace(config, **found), notes
+    return replace(config, **found), [f"recipe {config.recipe} for {images} images: {chosen}"]
 
 
-def _batch_for(images: int) -> int:
-    """A power of two of which an epoch has about STEPS_PER_EPOCH."""
+def _batch_for(images: int, world: int) -> int:
+    """A batch of which an epoch has about STEPS_PER_EPOCH, of a power of two of images in each process."""
     wanted = max(LEAST_BATCH, images // STEPS_PER_EPOCH)
-    return 1 << (min(wanted, images, PAPER_BATCH).bit_length() - 1)
+    of_process = max(1, min(wanted, images, PAPER_BATCH) // world)
+    return world << (of_process.bit_length() - 1)
 
 
 AUGMENTED = {"random_erasing": 0.25, "rand_augment": 9.0, "ema_decay": 0.9999}

@@ -38,13 +38,23 @@ class Checkpoints:
         self.unreadable = unreadable
         self.saved_step, self.saved_at = start, time.monotonic()
 
+    def __str__(self) -> str:
+        steps = self.schedule.save_every
+        often = "every step" if steps == 1 else f"every {steps} steps"
+        if self.task.config.save_every:
+            return f"a checkpoint {often}"
+        return f"a checkpoint {often}, but at most one a minute (--save-every N: every N steps)"
+
     def asked_for(self, step: int) -> bool:
         """Whether a checkpoint is saved once so many steps are done, whatever the time."""
         at_interval = self.task.config.save_every and step % self.task.config.save_every == 0
         return bool(at_interval) or step == self.schedule.steps
 
     def due(self, step: int) -> bool:
-        """Whether enough steps and time have gone by for a checkpoint that the user did not ask for."""
+        """Whether enough steps and time have gone by for a checkpoint that the user did not ask for.
+
+        The loop asks only when it writes its log, as losses are not lost between the two.
+        """
         enough_steps = step - self.saved_step >= self.schedule.save_every
         enough_time = time.monotonic() - self.saved_at >= LEAST_SECONDS
         return not self.task.config.save_every and enough_steps and enough_time

@@ -56,6 +56,6 @@ def _resumed(kind: type[Config], options: dict[str, Any], run: RunFolder) -> Con
     for name in differences(config, saved):
         raise UserError(
             f"`{name}` is {getattr(config, name)} but the run in {config.out} has {getattr(saved, name)}: leave it out "
-            "to resume, or start another run with another `out`"
+            f"to resume, or start another run from its weights with `init={config.out}` and another `out`"
         )
     return config

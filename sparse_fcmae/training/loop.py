@@ -6,10 +6,10 @@ from torch.utils.data import DataLoader
 
 from sparse_fcmae.data.batches import make_loader, micro_batches
 from sparse_fcmae.runtime.device import loader_processes
+from sparse_fcmae.runtime.distributed import averaging
 from sparse_fcmae.runtime.errors import Interrupted
 from sparse_fcmae.runtime.run_folder import RunFolder, newest_checkpoint
 from sparse_fcmae.training.checkpoint import Checkpoints, restore
-from sparse_fcmae.training.distributed import averaging
 from sparse_fcmae.training.log import RunLog
 from sparse_fcmae.training.optim import set_lr
 from sparse_fcmae.training.progress import Progress
@@ -31,7 +31,7 @@ def train(task: Task) -> Path:
     start, unreadable = restore(checkpoint, task, optimizer) if checkpoint else (0, {})
     ranks.barrier()  # every rank has found the folder in order before one writes to it
     if ranks.main:
-        run.begin(config, **task.beside_config())
+        run.begin(config, task.outputs, **task.beside_config())
     ranks.barrier()
 
     batches = iter(_loader(task, schedule, start))
@@ -48,8 +48,9 @@ def train(task: Task) -> Path:
     try:
         log.say(f"{task.description}; {len(task.source)} images, {schedule}")
         if config.resume:
-            log.say(f"resumed from {checkpoint}" if checkpoint else "no checkpoint to resume from: starting at step 0")
-        for note in [] if checkpoint else task.notes:
+            found = f"resumed from {checkpoint}" if checkpoint else "no checkpoint to resume from: starting at step 0"
+            log.say(found + (", the run's last: only exporting again" if start == schedule.steps else ""))
+        for note in (*task.notes, str(checkpoints)):
             log.say(note)
         if not start and task.evaluates_untrained:
             _evaluate(task, schedule, log, 0)
@@ -74,7 +75,7 @@ def train(task: Task) -> Path:
                     if ranks.main and (saving or checkpoints.due(done)):
                         checkpoints.save(done)
                 if stopping:
-                    log.say(f"stopped at step {done}; go on with --out {config.out} --resume")
+                    log.say(f"stopped at step {done}: resume the run in {config.out} to go on")
                     raise Interrupted
         if ranks.main:
             task.export(run.path, log)

@@ -7,9 +7,9 @@ from torch import Tensor
 
 from sparse_fcmae.data.batches import Batch
 from sparse_fcmae.data.sources import ImageSource
+from sparse_fcmae.runtime.distributed import Ranks
 from sparse_fcmae.runtime.errors import UserError
 from sparse_fcmae.training.config import RunConfig
-from sparse_fcmae.training.distributed import Ranks
 from sparse_fcmae.training.log import RunLog
 from sparse_fcmae.training.schedule import Schedule
 

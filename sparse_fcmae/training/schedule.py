@@ -13,11 +13,12 @@ CHECKPOINT_STEPS = 500  # between checkpoints at most, where the user does not s
 class Schedule:
     """The plan of a run.
 
-    images_per_rank: of a step. micro_batch_size: images that go through the model at once. steps_per_epoch: an epoch's
-    incomplete last batch is left out. steps, warmup_steps: of the whole run. peak_lr, min_lr: of the learning rate.
-    save_every: steps between checkpoints. eval_steps: between evaluations.
+    batch_size: images of a step. images_per_rank: of a step, on each rank. micro_batch_size: images that go through the
+    model at once. steps_per_epoch: an epoch's incomplete last batch is left out. steps, warmup_steps: of the whole run.
+    peak_lr, min_lr: of the learning rate. save_every: steps between checkpoints. eval_steps: between evaluations.
     """
 
+    batch_size: int
     images_per_rank: int
     micro_batch_size: int
     steps_per_epoch: int
@@ -44,6 +45,7 @@ class Schedule:
         steps_per_epoch = images // batch
         steps = config.epochs * steps_per_epoch
         return cls(
+            batch_size=batch,
             images_per_rank=batch // world,
             micro_batch_size=config.micro_batch_size,
             steps_per_epoch=steps_per_epoch,
@@ -73,8 +75,10 @@ class Schedule:
         return step % self.eval_steps == 0 or step == self.steps
 
     def __str__(self) -> str:
-        steps = f"{self.steps_per_epoch} steps an epoch, {self.steps} in all, {self.warmup_steps} of warm-up"
-        return f"{steps}, peak lr {self.peak_lr:.3g}"
+        return (
+            f"{self.batch_size} a step, {self.steps_per_epoch} steps an epoch, {self.steps} in all, "
+            f"{self.warmup_steps} of warm-up, peak lr {self.peak_lr:.3g}"
+        )
 
 
 def cosine_lr(step: int, steps: int, warmup: int, peak: float, least: float = 0.0) -> float:

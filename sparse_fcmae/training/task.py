@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -10,8 +10,8 @@ from torch.utils.data import Dataset
 
 from sparse_fcmae.data.batches import Batch
 from sparse_fcmae.data.sources import ImageSource
+from sparse_fcmae.runtime.distributed import Ranks
 from sparse_fcmae.training.config import RunConfig
-from sparse_fcmae.training.distributed import Ranks
 from sparse_fcmae.training.log import RunLog
 from sparse_fcmae.training.step import TrainStep
 
@@ -24,7 +24,8 @@ class Task(ABC):
     config: without open ends, its dtype "fp32" or "bf16". ranks: the processes. source: the images that are trained on.
     model: what checkpoints hold. objective: a module whose forward takes the tensors of `inputs` and gives their mean
     loss. description: what is trained, where and how, in a line. notes: what else the log says at the start, a line
-    each. step_type: how steps run. min_lr: the learning rate at the end of the cosine. evaluates: whether `evaluate` is
+    each. outputs: the names of the files and folders in the run's folder that the task makes, beside `exported`.
+    step_type: how steps run. min_lr: the learning rate at the end of the cosine. evaluates: whether `evaluate` is
     called. evaluates_untrained: whether it is also called before the first step.
     """
 
@@ -35,6 +36,7 @@ class Task(ABC):
     objective: nn.Module
     description: str
     notes: list[str]
+    outputs: ClassVar[tuple[str, ...]] = ()
     step_type: type[TrainStep] = TrainStep
     min_lr: float = 0.0
     evaluates: bool = False
@@ -72,7 +74,7 @@ class Task(ABC):
 
     def evaluate(self, log: RunLog) -> dict[str, float]:
         """What is measured of the model now. All ranks call it together."""
-        raise NotImplementedError
+        raise NotImplementedError("a task whose `evaluates` is true says what it measures")
 
     def illustrate(self, run: Path, step: int) -> None:
         """Draws into the run's folder what the model does, at each checkpoint, on the main rank."""

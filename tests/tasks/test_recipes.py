@@ -4,6 +4,7 @@ from sparse_fcmae import UserError
 from sparse_fcmae.model.convnext import SIZES
 from sparse_fcmae.tasks.config import FinetuneConfig, PretrainConfig
 from sparse_fcmae.tasks.recipes import PRESETS, finetuning_recipe, pretraining_recipe
+from sparse_fcmae.training.schedule import Schedule
 
 
 def config(**options):
@@ -26,21 +27,30 @@ def test_presets_fill_what_is_open():
     [(3, 2, 800), (10, 8, 800), (400, 8, 800), (3000, 64, 667), (40_000, 1024, 100), (1_281_167, 4096, 100)],
 )
 def test_pretraining_suits_the_number_of_images(images, batch, epochs):
-    found, notes = pretraining_recipe(PretrainConfig(data="x"), images)
+    found, notes = pretraining_recipe(PretrainConfig(data="x"), images, 1)
     assert (found.batch_size, found.epochs, found.warmup_epochs) == (batch, epochs, pytest.approx(0.05 * epochs))
     assert found.batch_size <= images
     assert 3e-4 < found.lr <= 2.4e-3
     assert found.base_lr is None
-    for option in ("--batch-size", "--epochs", "--warmup-epochs", "--lr", "--save-every"):
+    for option in ("--batch-size", "--epochs", "--warmup-epochs", "--lr"):
         assert any(f"{option} " in note for note in notes), option
 
 
+@pytest.mark.parametrize(
+    ("images", "world", "batch"), [(3000, 1, 64), (3000, 4, 64), (3000, 3, 48), (400, 6, 12), (3, 3, 3)]
+)
+def test_the_automatic_batch_is_divided_evenly_among_processes(images, world, batch):
+    found, _ = pretraining_recipe(PretrainConfig(data="x"), images, world)
+    assert found.batch_size == batch
+    assert Schedule.of(found, images, world).images_per_rank * world == batch
+
+
 def test_the_papers_recipe_and_what_is_given_stay():
-    paper, _ = pretraining_recipe(PretrainConfig(data="x", recipe="paper"), 1_281_167)
+    paper, _ = pretraining_recipe(PretrainConfig(data="x", recipe="paper"), 1_281_167, 1)
     assert (paper.batch_size, paper.epochs, paper.warmup_epochs, paper.base_lr) == (4096, 800, 40, 1.5e-4)
     assert paper.lr is None
     given = PretrainConfig(data="x", batch_size=10, epochs=3, warmup_epochs=0.5, base_lr=1e-3, save_every=1)
-    assert pretraining_recipe(given, 400) == (given, [])
+    assert pretraining_recipe(given, 400, 1) == (given, [])
 
 
 def test_unknown_preset():

@@ -1,0 +1,22 @@
+"""What a user may want to know before hours of pretraining, as what he gave will not do what he may expect."""
+
+from torch import Tensor
+
+from sparse_fcmae.model.convnext import SparseEncoder
+from sparse_fcmae.weights.adapters import TARGETS
+from sparse_fcmae.weights.examples import SUGGESTED
+from sparse_fcmae.weights.weights import architecture_of
+
+
+def hints(encoder: SparseEncoder, samples: Tensor) -> list[str]:
+    """What there is to say about an encoder and some of its images, uint8 [N, H, W, C], a line each."""
+    lines = []
+    for target in SUGGESTED:
+        if reason := TARGETS[target].refusal(architecture_of(encoder)):
+            lines.append(f"the trained encoder can't be converted for {target}: {reason.split(':')[0]}")
+    if samples.shape[-1] == 3 and len(samples) and bool((samples == samples[..., :1]).all()):
+        lines.append(
+            "the images are grey but read as colour: the loss is lower by what the three channels have in common; "
+            "--in-chans 1 reads one channel"
+        )
+    return lines
