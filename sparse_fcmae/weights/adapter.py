@@ -6,6 +6,7 @@ layout of the same tensors. Each has a file of its own here, and `adapters.py` l
 
 import importlib
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,7 +48,7 @@ class Settings:
         )
 
 
-class Target:
+class Target(ABC):
     """A form in which weights can be written: as a folder with configs, or as a file of the weights alone.
 
     name: what the option `to` calls it.
@@ -82,9 +83,9 @@ class Target:
             return ["the response norm pools over each image there, not over the batch as in pretraining"]
         return []
 
+    @abstractmethod
     def save(self, weights: Weights, file: Path) -> str:
         """Writes the weights, which have none of the dropped parts, into a file; returns what was done."""
-        raise NotImplementedError
 
     def write_configs(self, weights: Weights, folder: Path) -> None:
         """Writes the configs into a folder."""
@@ -112,9 +113,10 @@ class Target:
     def run(self, path: Path, weights: Weights, images: Tensor) -> Outputs:
         """What the library itself computes of images with the folder or file that `weights` were written to.
 
-        Raises UserError where the library can't be imported, and whatever the library raises.
+        Only a target that names its `library` is run. Raises UserError where the library can't be imported, and
+        whatever the library raises.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"no library is known to run {self.name}")
 
 
 class Adapter(Target):
