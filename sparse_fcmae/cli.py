@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 from sparse_fcmae import __version__
 from sparse_fcmae.runtime.errors import Interrupted, UserError
-from sparse_fcmae.runtime.options import as_flags, flag
+from sparse_fcmae.runtime.options import as_flags, flag, options_of
 
 
 @dataclass(frozen=True)
@@ -172,9 +172,9 @@ def make_parser(arguments: list[str]) -> Parser:
 
 
 def add_options(parser: Parser, config: type) -> None:
-    """A flag or positional argument for each field, inherited ones last. What is not given is not in the namespace."""
+    """A flag or positional argument for each field. What is not given is not in the namespace."""
     kinds = typing.get_type_hints(config)
-    for f in sorted(fields(config), key=lambda f: f.name not in config.__annotations__):
+    for f in options_of(config):
         kind = kinds[f.name]
         if isinstance(kind, types.UnionType):
             kind = next(k for k in typing.get_args(kind) if k is not type(None))

@@ -10,7 +10,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import MISSING, field, fields
+from dataclasses import MISSING, Field, field, fields
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
@@ -57,6 +57,11 @@ def seed_option(help: str) -> Any:
     return option(0, help=help, at_least=0, below=2**32)
 
 
+def options_of(config: type) -> list[Field]:
+    """The fields of a config in the order in which they are shown: inherited ones last."""
+    return sorted(fields(config), key=lambda f: f.name not in config.__annotations__)
+
+
 def check(config: Any) -> None:
     """Raises UserError for the first option that is not finite, not among its choices, or out of its bounds."""
     for f in fields(config):
@@ -83,17 +88,17 @@ def keywords_of(config: Callable[P, Config]) -> Callable[[Callable[[dict[str, An
 
     def decorate(function: Callable[[dict[str, Any]], Result]) -> Callable[P, Result]:
         signature = inspect.signature(config)
-        helps = "\n".join(f"    {f.name}: {f.metadata['help']}" for f in fields(config))  # type: ignore[arg-type]
+        shown = options_of(config)  # type: ignore[arg-type]
+        helps = "\n".join(f"    {f.name}: {f.metadata['help']}" for f in shown)
 
         @wraps(function)
         def accept(*arguments: P.args, **given: P.kwargs) -> Result:
             bound = signature.bind_partial(*arguments, **given)
             return function({k: os.fspath(v) if isinstance(v, os.PathLike) else v for k, v in bound.arguments.items()})
 
-        paths = {f.name for f in fields(config) if f.metadata["path"]}  # type: ignore[arg-type]
         parameters = [
-            p.replace(annotation=p.annotation | os.PathLike) if p.name in paths else p
-            for p in signature.parameters.values()
+            p.replace(annotation=p.annotation | os.PathLike) if f.metadata["path"] else p
+            for f, p in ((f, signature.parameters[f.name]) for f in shown)
         ]
         result = inspect.signature(function).return_annotation
         accept.__signature__ = signature.replace(parameters=parameters, return_annotation=result)
