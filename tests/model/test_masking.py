@@ -5,12 +5,12 @@ from sparse_fcmae import UserError, random_mask
 from sparse_fcmae.model.masking import num_visible_patches
 
 
-@pytest.mark.parametrize(("grid", "ratio", "kept"), [((7, 7), 0.6, 19), ((2, 3), 0.5, 3), ((16, 16), 0.9, 25)])
-def test_random_mask_keeps_the_stated_number(grid, ratio, kept):
+@pytest.mark.parametrize(("grid", "ratio", "visible"), [((7, 7), 0.6, 19), ((2, 3), 0.5, 3), ((16, 16), 0.9, 25)])
+def test_random_mask_keeps_the_stated_number(grid, ratio, visible):
     mask = random_mask(5, grid, ratio)
     assert mask.shape == (5, *grid)
     assert mask.dtype == torch.bool
-    assert ((~mask).flatten(1).sum(1) == kept).all()
+    assert ((~mask).flatten(1).sum(1) == visible).all()
 
 
 def test_random_mask_follows_its_generator():
@@ -20,8 +20,8 @@ def test_random_mask_follows_its_generator():
 
 
 def test_random_mask_is_uniform():
-    share = random_mask(4000, (4, 5), 0.6, generator=torch.Generator().manual_seed(0)).float().mean(0)
-    assert (share - 0.6).abs().max() < 0.04
+    masked = random_mask(4000, (4, 5), 0.6, generator=torch.Generator().manual_seed(0)).float().mean(0)
+    assert (masked - 0.6).abs().max() < 0.04
 
 
 @pytest.mark.parametrize(
