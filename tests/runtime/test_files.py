@@ -1,0 +1,112 @@
+import json
+import os
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from sparse_fcmae import UserError
+from sparse_fcmae.runtime.files import (
+    check_writable,
+    new_folder,
+    one_line,
+    read_json,
+    save_tensors,
+    write_atomic,
+    write_json,
+)
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "x.json"
+    write_json(path, {"a": 1})
+    write_json(path, {"a": 2})
+    assert read_json(path) == {"a": 2}
+
+    def half(temporary):
+        temporary.write_text("half")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(UserError, match=r"can't write .*x.json: No space left on device"):
+        write_atomic(path, half)
+    assert read_json(path) == {"a": 2}
+    assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    calls = []
+    for name in ("fsync", "replace"):
+        real = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *a, n=name, r=real: (calls.append(n), r(*a))[1])
+    write_json(tmp_path / "x.json", 1)
+    assert calls == ["fsync", "replace", "fsync"]
+
+
+def test_where_no_file_can_be_made(tmp_path):
+    check_writable(tmp_path / "new")
+    (tmp_path / "old").write_text("x")
+    check_writable(tmp_path / "old")
+    assert (tmp_path / "old").read_text() == "x"
+    assert not (tmp_path / "new").exists()
+    for path, message in ((tmp_path, "it is a folder"), (tmp_path / "none" / "x", "No such file or directory")):
+        with pytest.raises(UserError, match=message):
+            check_writable(path)
+
+
+def test_json_that_can_not_be_read_is_named(tmp_path):
+    (tmp_path / "x.json").write_text("{\n]")
+    for name in ("x.json", "none.json"):
+        with pytest.raises(UserError, match=f"{name} can't be read as JSON") as error:
+            read_json(tmp_path / name)
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_tensors_are_readable_by_whom_the_umask_allows(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        save_tensors({"x": torch.arange(6.0).view(2, 3).t()}, tmp_path / "x.safetensors")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "x.safetensors").stat().st_mode & 0o777 == 0o666 & ~umask
+    assert torch.equal(load_file(tmp_path / "x.safetensors")["x"], torch.arange(6.0).view(2, 3).t())
+
+
+def test_a_folder_replaces_the_one_before_when_it_is_filled(tmp_path):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "old").write_text("x")
+    (tmp_path / "link").symlink_to("there")
+    with new_folder(tmp_path / "link") as temporary:
+        (temporary / "new").write_text("y")
+        assert (tmp_path / "there" / "old").exists()
+    assert [p.name for p in (tmp_path / "there").iterdir()] == ["new"]
+    assert (tmp_path / "link").is_symlink()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["link", "there"]
+
+
+def test_a_folder_stays_where_filling_or_moving_fails(tmp_path, monkeypatch):
+    path = tmp_path / "there"
+    path.mkdir()
+    (path / "old").write_text("x")
+    with pytest.raises(KeyError), new_folder(path):
+        raise KeyError
+    real, moves = os.replace, []
+
+    def failing(source, target):
+        moves.append(target)
+        if len(moves) == 2:  # the old folder is out of the way, the new one does not come
+            raise OSError(5, "Input/output error")
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", failing)
+    with pytest.raises(UserError, match=r"can't write .*there: Input/output error"), new_folder(path) as temporary:
+        (temporary / "new").write_text("y")
+    assert len(moves) == 3
+    assert [p.name for p in path.iterdir()] == ["old"]
+    assert [p.name for p in tmp_path.iterdir()] == ["there"]
+
+
+def test_messages_fit_on_a_line():
+    assert one_line(ValueError("two\n  lines")) == "two lines"
+    assert one_line(ValueError()) == "ValueError"
+    assert json.dumps(one_line(OSError(2, "No such file", "x"))) == "\"[Errno 2] No such file: 'x'\""

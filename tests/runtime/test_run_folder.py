@@ -1,0 +1,135 @@
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+
+import pytest
+
+from sparse_fcmae import UserError
+from sparse_fcmae.runtime.run_folder import RunFolder, check_whole, newest_checkpoint
+
+OUTPUTS = ("picture.png", "drawings")
+
+
+@dataclass(frozen=True)
+class Config:
+    eval_every: int = 3
+    resume: bool = False
+    overwrite: bool = False
+
+
+@pytest.fixture
+def run(tmp_path):
+    return RunFolder(tmp_path / "run", "juggling")
+
+
+def test_a_new_run_has_its_options_and_what_stands_beside_them(run):
+    run.check(resume=False, overwrite=False)
+    assert not run.path.exists()
+    run.begin(Config(), OUTPUTS, classes=["a", "b"])
+    saved = {"format": "sparse-fcmae juggling run", "eval_every": 3, "classes": ["a", "b"]}
+    assert json.loads((run.path / "config.json").read_text()) == saved
+    assert run.saved_options() == {"eval_every": 3, "classes": ["a", "b"]}
+    assert (run.path / "checkpoints").is_dir()
+
+
+def test_options_of_earlier_versions_have_their_names_of_today(run):
+    run.path.mkdir()
+    (run.path / "config.json").write_text('{"format": "sparse-fcmae juggling run", "every": 7, "seed": 1}')
+    assert run.saved_options() == {"eval_every": 7, "seed": 1}
+    assert RunFolder(run.path, "other").saved_options() is None
+
+
+@pytest.mark.parametrize(
+    ("there", "resume", "overwrite", "message"),
+    [
+        ("nothing", True, False, "holds no juggling run to resume: leave `resume` out to start one"),
+        ("nothing", True, True, "`resume` and `overwrite` exclude each other"),
+        ("file", False, False, "is a file: choose another"),
+        ("strangers", False, True, "is not empty and holds no juggling run: choose another"),
+        ("run", False, False, "holds a run: give `resume=True` to go on or `overwrite=True` to delete it"),
+        ("run", True, False, None),
+        ("run", False, True, None),
+        ("empty", False, True, None),
+        ("lock", False, False, None),
+    ],
+)
+def test_folders_that_can_not_be_used_as_asked(run, there, resume, overwrite, message):
+    if there == "file":
+        run.path.write_text("x")
+    elif there != "nothing":
+        run.path.mkdir()
+    if there == "strangers":
+        (run.path / "config.json").write_text('{"format": "sparse-fcmae knitting run"}')
+    elif there == "run":
+        (run.path / "config.json").write_text('{"format": "sparse-fcmae juggling run"}')
+    elif there == "lock":
+        (run.path / ".lock").touch()
+    if message is None:
+        run.check(resume, overwrite)
+    else:
+        with pytest.raises(UserError, match=message):
+            run.check(resume, overwrite)
+
+
+def test_overwriting_deletes_the_runs_own_files_and_no_others(run):
+    run.begin(Config(), OUTPUTS)
+    for name in ("checkpoints/step-00000001/meta.json", "exported/config.json", "drawings/1.png", "mine/1.png"):
+        (run.path / name).parent.mkdir(parents=True, exist_ok=True)
+        (run.path / name).write_text("x")
+    for name in ("metrics.jsonl", "train.log", "events.out.tfevents.1", "picture.png", "notes.md", "loss.png"):
+        (run.path / name).write_text("x")
+    run.begin(Config(overwrite=True), OUTPUTS)
+    left = {str(p.relative_to(run.path)) for p in run.path.rglob("*") if p.is_file()}
+    assert left == {".lock", "config.json", "mine/1.png", "notes.md", "loss.png"}
+
+
+def test_what_a_killed_process_left_half_written_goes(run):
+    run.begin(Config(), OUTPUTS)
+    (run.path / "drawings").mkdir()
+    (run.path / "mine").mkdir()
+    for name in (".config.json.77.tmp", "drawings/.1.png.77.tmp", "mine/.1.png.77.tmp", "metrics.jsonl"):
+        (run.path / name).write_text("x")
+    for name in ("checkpoints/.step-00000002.77.tmp", ".exported.77.old"):
+        (run.path / name).mkdir()
+    run.begin(Config(resume=True), OUTPUTS)
+    left = {str(p.relative_to(run.path)) for p in run.path.rglob("*")}
+    assert left == {".lock", "config.json", "metrics.jsonl", "checkpoints", "drawings", "mine", "mine/.1.png.77.tmp"}
+
+
+def test_a_second_process_is_kept_out(run):
+    run.begin(Config(), OUTPUTS)
+    program = f"""
+from dataclasses import make_dataclass
+from sparse_fcmae.runtime.errors import UserError
+from sparse_fcmae.runtime.run_folder import RunFolder
+config = make_dataclass("Config", ["overwrite"])(True)
+try:
+    RunFolder({str(run.path)!r}, "juggling").begin(config, ())
+except UserError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert "is in use by another process" in done.stdout
+    assert run.saved_options() == {"eval_every": 3}
+
+
+def test_the_newest_checkpoint_is_found_and_its_files_are_measured(tmp_path):
+    assert newest_checkpoint(tmp_path) is None
+    checkpoints = tmp_path / "checkpoints"
+    for step in (1, 2):
+        folder = checkpoints / f"step-{step:08d}"
+        folder.mkdir(parents=True)
+        (folder / "trainer.pt").write_bytes(b"12345")
+        (folder / "meta.json").write_text('{"bytes": {"trainer.pt": 5}}')
+    (checkpoints / "latest").write_text("step-00000002\n")
+    assert newest_checkpoint(tmp_path) == checkpoints / "step-00000002"
+    (checkpoints / "step-00000002" / "trainer.pt").write_bytes(b"1234")
+    with pytest.raises(UserError, match=r"trainer.pt is missing or truncated; .* write step-00000001 into .*latest"):
+        newest_checkpoint(tmp_path)
+    (checkpoints / "step-00000001" / "trainer.pt").unlink()
+    with pytest.raises(UserError, match="there is no earlier one, start the run anew with `overwrite=True`"):
+        check_whole(checkpoints / "step-00000001")
+    (checkpoints / "step-00000001" / "meta.json").unlink()
+    with pytest.raises(UserError, match=r"is no checkpoint: meta.json is missing"):
+        check_whole(checkpoints / "step-00000001")

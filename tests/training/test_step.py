@@ -1,0 +1,61 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from sparse_fcmae.training.step import TrainStep
+
+
+class Objective(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 2)
+
+    def forward(self, x, y):
+        return (self.layer(x) - y).square().mean()
+
+
+@pytest.mark.parametrize("clip_grad", [None, 0.1])
+@pytest.mark.parametrize("sizes", [[7], [3, 3, 1], [1] * 7])
+def test_micro_batches_of_any_size_are_one_step_of_the_whole_batch(sizes, clip_grad):
+    ours = Objective().double()
+    theirs = copy.deepcopy(ours)
+    x, y = torch.randn(7, 3).double(), torch.randn(7, 2).double()
+    optimizers = [torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9) for model in (ours, theirs)]
+    step = TrainStep(ours, optimizers[0], images_per_rank=7, clip_grad=clip_grad)
+    for _ in range(2):
+        parts = list(zip(x.split(sizes), y.split(sizes), strict=True))
+        for i, part in enumerate(parts):
+            step.add(*part, last=i == len(parts) - 1)
+        loss = step.finish()
+
+        expected = theirs(x, y)
+        expected.backward()
+        if clip_grad:
+            norm = torch.cat([p.grad.flatten() for p in theirs.parameters()]).norm()
+            for parameter in theirs.parameters():
+                parameter.grad *= min(1, clip_grad / (norm + 1e-6))
+        optimizers[1].step()
+        optimizers[1].zero_grad()
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+        assert all(p.grad is None for p in ours.parameters())
+        for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+
+
+def test_autocast_is_on_where_it_is_asked_for():
+    seen = []
+
+    class Watching(Objective):
+        def forward(self, x, y):
+            seen.append((torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")))
+            return super().forward(x, y)
+
+    model = Watching()
+    for bf16 in (True, False):
+        step = TrainStep(model, torch.optim.SGD(model.parameters()), images_per_rank=1, bf16=bf16)
+        step.add(torch.ones(1, 3), torch.ones(1, 2), last=True)
+        assert step.finish().dtype == torch.float32
+    assert seen[0] == (True, torch.bfloat16)
+    assert not seen[1][0]
