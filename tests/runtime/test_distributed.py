@@ -1,0 +1,44 @@
+import os
+import subprocess
+import sys
+
+import torch
+
+from sparse_fcmae.runtime.distributed import Ranks, averaging, process_group
+
+PROGRAM = """
+import torch
+from sparse_fcmae.runtime.distributed import averaging, process_group
+with process_group("cpu") as ranks:
+    assert ranks.main == (ranks.rank == 0)
+    gathered = ranks.gather({"rank": ranks.rank})
+    mean = ranks.mean(torch.tensor([1.0, 10.0]) * (ranks.rank + 1)).tolist()
+    layer = torch.nn.Linear(1, 1)
+    torch.nn.init.ones_(layer.weight)
+    averaged = averaging(layer, ranks)
+    averaged(torch.tensor([[float(ranks.rank)]])).sum().backward()
+    ranks.barrier()
+    if ranks.main:
+        print(gathered, mean, layer.weight.grad.item())
+assert not torch.distributed.is_initialized()
+"""
+
+
+def test_two_processes(tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(program)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(torchrun, check=True, capture_output=True, text=True, env=environment)
+    assert done.stdout == "[{'rank': 0}, {'rank': 1}] [1.5, 15.0] 0.5\n"
+
+
+def test_one_process_needs_no_group():
+    with process_group("cpu") as ranks:
+        assert ranks == Ranks(0, 1, torch.device("cpu"))
+        assert not torch.distributed.is_initialized()
+        assert ranks.gather(3) == [3]
+        assert ranks.mean(torch.ones(2)).tolist() == [1, 1]
+        layer = torch.nn.Linear(1, 1)
+        assert averaging(layer, ranks) is layer
+        ranks.barrier()

@@ -1,0 +1,66 @@
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from sparse_fcmae import UserError
+from sparse_fcmae.data.batches import BadImage, Batch
+from sparse_fcmae.runtime.distributed import Ranks
+from sparse_fcmae.training.progress import Progress
+
+CPU = Ranks(0, 1, torch.device("cpu"))
+
+
+def progress(bad=None, ranks=CPU, allowed=0.1):
+    said, recorded = [], []
+    log = SimpleNamespace(say=said.append, steps=lambda *arguments: recorded.append(arguments))
+    config = SimpleNamespace(batch_size=4, max_bad_images=allowed, out="runs/x")
+    made = Progress(config, SimpleNamespace(steps_per_epoch=5), range(20), log, ranks, {} if bad is None else bad)
+    made.said, made.recorded = said, recorded
+    return made
+
+
+def batch(images, *bad):
+    return Batch(torch.zeros(images, 2, 2, 3), torch.arange(images), [BadImage(name, "cut") for name in bad])
+
+
+def test_losses_are_recorded_together_and_once():
+    steps = progress()
+    for loss in (1.0, 0.5):
+        steps.take(batch(4), 4)
+        steps.step_done(torch.tensor(loss), lr=loss / 10)
+    steps.flush(2)
+    steps.step_done(torch.tensor(0.25), lr=0.01)
+    steps.flush(3)
+    assert steps.recorded == [(2, 5, [1.0, 0.5], [0.1, 0.05], 8), (3, 5, [0.25], [0.01], 4)]
+
+
+def test_an_unreadable_image_is_named_once_in_all_of_a_run():
+    bad = {"old.png": "cut"}
+    steps = progress(bad, allowed=0.15)
+    steps.take(batch(4, "new.png", "old.png"), 4)
+    steps.take(batch(4, "new.png"), 4)
+    steps.step_done(torch.tensor(1.0), 0.1)
+    steps.flush(1)
+    assert steps.said == ["unreadable, replaced by another image: new.png: cut"]
+    assert bad == {"old.png": "cut", "new.png": "cut"}  # which checkpoints hold
+    steps.take(batch(4, "third.png", "fourth.png"), 4)
+    steps.step_done(torch.tensor(1.0), 0.1)
+    with pytest.raises(UserError, match=r"4 of 20 images are unreadable, such as old.png: raise `max_bad_images`"):
+        steps.flush(2)
+
+
+def test_what_other_ranks_could_not_read_counts_too():
+    ranks = SimpleNamespace(
+        gather=lambda value: [value, [BadImage("there.png", "cut")]], mean=lambda values: values / 2
+    )
+    steps = progress(ranks=ranks)
+    steps.step_done(torch.tensor(1.0), 0.1)
+    steps.flush(1)
+    assert steps.said == ["unreadable, replaced by another image: there.png: cut"]
+    assert steps.recorded[0][2] == [0.5]
+
+
+def test_a_batch_without_enough_images_ends_the_run():
+    with pytest.raises(UserError, match=r"no readable image found in many tries: b.png: cut; check `data`"):
+        progress().take(batch(3, "a.png", "b.png"), 4)
