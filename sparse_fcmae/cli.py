@@ -140,8 +140,8 @@ def main(arguments: list[str] | None = None) -> None:
 def parse(arguments: list[str]) -> tuple[Command, dict[str, Any]]:
     """The command that the arguments name, and the options that they give. A mistake ends in one line."""
     parser = make_parser(arguments)
-    if near := meant_command(arguments):
-        parser.error(f"there is no command {' '.join(arguments[: len(near.split())])}; is {near} meant?")
+    if near := unknown_command(arguments):
+        parser.error(near)
     namespace, unknown = parser.parse_known_args(arguments)
     options = vars(namespace)
     command, parser = options.pop("command"), options.pop("parser")
@@ -197,19 +197,22 @@ def add_options(parser: Parser, config: type) -> None:
         parser.add_argument(*names, dest=f.name, **settings)
 
 
-def meant_command(arguments: list[str]) -> str | None:
-    """The command that may be meant where there is none of the name given; None where there is one, or none is near."""
+def unknown_command(arguments: list[str]) -> str | None:
+    """What is wrong where there is no command of the name given but a similar one; None in all other cases."""
     words = arguments[: 2 if arguments[:1] and arguments[0] in GROUPS else 1]
-    given, known = " ".join(words), {*COMMANDS, *GROUPS}
-    if given in known or not words or words[-1].startswith("-"):
+    given, known = " ".join(words), [*COMMANDS, *GROUPS]
+    if not words or given in known or words[-1].startswith("-"):
         return None
-    return next(iter(difflib.get_close_matches(given, known, 1)), None)
+    of_group = [name for name in known if len(words) == 1 or name.startswith(f"{words[0]} ")]
+    leaf = lambda name: name.split()[-1] if len(words) == 2 else name  # noqa: E731
+    near = difflib.get_close_matches(words[-1], map(leaf, of_group), 1)
+    return f"there is no command {given}; is {' '.join([*words[:-1], *near])} meant?" if near else None
 
 
 def unknown_arguments(unknown: list[str], parser: Parser) -> str:
     """What is wrong with arguments that no flag takes, and the flag that may be meant."""
     known = [name for action in parser._actions for name in action.option_strings]
-    given = unknown[0].split("=")[0]
+    given = next((word for word in unknown if word.startswith("-")), unknown[0]).split("=")[0]
     near = [name for name in known if name.startswith(given)] or difflib.get_close_matches(given, known)
     return f"unknown arguments: {' '.join(unknown)}" + (f"; is {near[0]} meant?" if near else "")
 

@@ -41,6 +41,10 @@ def test_a_wrong_command_line_is_one_line(capsys, arguments):
         (["convert", "a", "b"], "--to is missing: layout to write"),
         (["pretrian"], "there is no command pretrian; is pretrain meant?"),
         (["bench", "thruput", "--rounds", "1"], "there is no command bench thruput; is bench throughput meant?"),
+        (["bench", "xyz"], "invalid choice: 'xyz'"),
+        (["bench", "info"], "invalid choice: 'info'"),
+        (["bench-report", "--rounds", "1"], "there is no command bench-report; is bench report meant?"),
+        (["pretrain", "x", "--epohcs", "3"], "is --epochs meant?"),
         (["pretrain", "--backend", "cuda"], "argument --backend: invalid choice: 'cuda'"),
     ],
 )

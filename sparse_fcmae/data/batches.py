@@ -18,6 +18,7 @@ from sparse_fcmae.runtime.files import one_line
 from sparse_fcmae.runtime.streams import Stream, numpy_generator
 
 TRIES = 10  # images that are opened for one sample before it is given up
+GRACE = 600  # seconds that a loader process outlives SIGTERM at most: longer than a step
 
 
 class BadImage(NamedTuple):
@@ -111,7 +112,7 @@ def make_loader(dataset: Dataset, batches: Iterable[list], num_workers: int, pin
         num_workers=num_workers,
         collate_fn=_collate,
         pin_memory=pin_memory,
-        worker_init_fn=_leave_ctrl_c_to_the_trainer,
+        worker_init_fn=_leave_signals_to_the_trainer,
     )
 
 
@@ -126,5 +127,12 @@ def _collate(samples: list[Sample]) -> Batch:
     )
 
 
-def _leave_ctrl_c_to_the_trainer(worker: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # SIGTERM must go on working: it ends workers that are left at exit
+def _leave_signals_to_the_trainer(worker: int) -> None:
+    """Has a loader process outlive the signals that batch systems and Ctrl-C send to all processes of a run.
+
+    The trainer then ends its step, saves a checkpoint and ends the loader. SIGTERM ends it too, but only GRACE later,
+    as PyTorch sends it to what is left at exit.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "alarm"):
+        signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE))

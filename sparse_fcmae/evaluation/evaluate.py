@@ -12,11 +12,12 @@ from sparse_fcmae.backends import choose_dtype
 from sparse_fcmae.data.batches import BadImage
 from sparse_fcmae.data.sources import LabelledSource
 from sparse_fcmae.data.sources.class_folder import ClassFolder, open_held_out, open_splits
+from sparse_fcmae.data.sources.corruptions import corruption_folders
 from sparse_fcmae.data.splits import few_labels
 from sparse_fcmae.data.views import default_crop_fraction
 from sparse_fcmae.evaluation.accuracy import accuracy
 from sparse_fcmae.evaluation.config import EvaluateConfig
-from sparse_fcmae.evaluation.imagenet import corruption_folders, mean_corruption_error, outputs_of, wordnet_ids
+from sparse_fcmae.evaluation.imagenet import CORRUPTIONS, mean_corruption_error, outputs_of, wordnet_ids
 from sparse_fcmae.evaluation.plots import draw_confusion
 from sparse_fcmae.evaluation.probes import features_of, linear_probe, nearest_neighbours
 from sparse_fcmae.evaluation.run import EvaluationView, run_model
@@ -95,7 +96,7 @@ def measured(config: EvaluateConfig, weights: Weights, view: EvaluationView) -> 
         raise UserError(
             f"{config.init} has no classification head: give `knn=True` or `linear_probe=True`, or fine-tune it first"
         )
-    if corruptions := corruption_folders(config.data):
+    if corruptions := corruption_folders(config.data, CORRUPTIONS):
         return classify_corrupted(config, weights, view, corruptions)
     return classify(config, weights, view)
 
@@ -208,10 +209,10 @@ def report(found: dict[str, Any]) -> str:
 
 def save(found: dict[str, Any], out: Path) -> None:
     """Writes what was measured into a folder, with the confusion matrix in files of its own."""
-    write_json(out / EVALUATION, {name: value for name, value in found.items() if name != "confusion"})
     with writing(out):  # what an earlier evaluation left
         (out / CONFUSION).unlink(missing_ok=True)
         (out / PICTURE).unlink(missing_ok=True)
+    write_json(out / EVALUATION, {name: value for name, value in found.items() if name != "confusion"})
     if "confusion" not in found:
         return
     write_atomic(out / CONFUSION, lambda p: p.write_text(json.dumps(found["confusion"]) + "\n"))

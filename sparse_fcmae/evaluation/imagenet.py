@@ -4,15 +4,14 @@ ImageNet-V2 names its folders by the outputs' numbers, ImageNet-A and -R have th
 ImageNet-C has a folder for each corruption, with a folder of class folders for each severity.
 """
 
-import os
 from collections.abc import Sequence
 from functools import cache
 from importlib.resources import files
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from sparse_fcmae.data.sources.corruptions import SEVERITIES
 from sparse_fcmae.runtime.errors import UserError
 
 ALEXNET = {  # its error rates on ImageNet-C, which mCE is relative to (Hendrycks and Dietterich, 2019, section 4)
@@ -33,7 +32,7 @@ ALEXNET = {  # its error rates on ImageNet-C, which mCE is relative to (Hendryck
     "jpeg_compression": 0.606500,
 }
 NOT_IN_MCE = ("gaussian_blur", "saturate", "spatter", "speckle_noise")  # ImageNet-C's further corruptions
-SEVERITIES = 5
+CORRUPTIONS = (*ALEXNET, *NOT_IN_MCE)
 
 
 @cache
@@ -69,24 +68,6 @@ def outputs_of(classes: Sequence[str], num_classes: int, names: Sequence[str] | 
         f"`data` has {len(classes)} class folders but the head {num_classes} outputs, whose names are not known: give "
         "data with the head's classes"
     )
-
-
-def corruption_folders(root: str | os.PathLike) -> dict[str, dict[str, Path]]:
-    """ImageNet-C's folders: for each corruption, by severity, the folder of class folders.
-
-    Corruptions are looked for one and two levels below `root`. The result is empty where there are none.
-    """
-    root = Path(root)
-    if not root.is_dir():
-        raise UserError(f"{root}: no such folder")
-    candidates = [path for path in sorted(root.iterdir()) if path.is_dir()]
-    candidates += [path for above in candidates for path in sorted(above.iterdir()) if path.is_dir()]
-    found = {}
-    for folder in candidates:
-        severities = {path.name: path for path in sorted(folder.glob(f"[1-{SEVERITIES}]"))}
-        if severities and folder.name in (*ALEXNET, *NOT_IN_MCE):
-            found[folder.name] = severities
-    return found
 
 
 def mean_corruption_error(errors: dict[str, dict[str, float]]) -> float | None:

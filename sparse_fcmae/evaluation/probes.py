@@ -57,16 +57,23 @@ class KNNMonitor:
         self.train = train.take(range(ranks.rank, len(train), ranks.world))
         self.held_out = held_out.take(range(ranks.rank, len(held_out), ranks.world))
 
-    def top1(self, encoder: SparseEncoder) -> float:
-        """The fraction of the held-out images whose class their neighbours vote for. To be called by all ranks."""
-        features, labels = self._gathered_features(self.train, encoder)
-        queries, truth = self._gathered_features(self.held_out, encoder)
-        return (nearest_neighbours(features, labels, queries) == truth).float().mean().item()
+    def top1(self, encoder: SparseEncoder) -> tuple[float, list[BadImage]]:
+        """The fraction of the held-out images whose class their neighbours vote for, and the unreadable images.
 
-    def _gathered_features(self, source: LabelledSource, encoder: SparseEncoder) -> tuple[Tensor, Tensor]:
-        features, labels, _ = features_of(source, encoder, self.view)
-        parts = self.ranks.gather((features, labels))
-        return torch.cat([features for features, _ in parts]), torch.cat([labels for _, labels in parts])
+        To be called by all ranks. The unreadable images are left out.
+        """
+        features, labels, bad = self._gathered_features(self.train, encoder)
+        queries, truth, bad_queries = self._gathered_features(self.held_out, encoder)
+        right = nearest_neighbours(features, labels, queries) == truth
+        return right.float().mean().item(), bad + bad_queries
+
+    def _gathered_features(
+        self, source: LabelledSource, encoder: SparseEncoder
+    ) -> tuple[Tensor, Tensor, list[BadImage]]:
+        """`features_of` the parts of all ranks. A part has no images where there are fewer images than ranks."""
+        part = features_of(source, encoder, self.view) if len(source) else None
+        features, labels, bad = zip(*(found for found in self.ranks.gather(part) if found), strict=True)
+        return torch.cat(features), torch.cat(labels), [image for images in bad for image in images]
 
 
 def linear_probe(features: Tensor, labels: Tensor, queries: Tensor) -> Tensor:

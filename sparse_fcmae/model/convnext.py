@@ -171,7 +171,7 @@ class SparseEncoder(nn.Module):
         for stride in (2, 1):
             patch = SIDES[0] * stride
             if stride < self.stem_stride and all(side >= patch and side % patch == 0 for side in sides):
-                return f"; the patch of a new model with `stem_stride={stride}` has {patch} pixels"
+                return f", or give a new model `stem_stride={stride}`, whose patch has {patch} pixels"
         return ""
 
     def _patches(self, images: Tensor, mask: Tensor | None, num_visible: int | None) -> Patches:

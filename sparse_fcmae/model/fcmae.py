@@ -154,13 +154,20 @@ class FCMAE(nn.Module):
         mask_patch_size = self.patch_size if self.mask_patch_size is None else self.mask_patch_size
         side, rest = divmod(mask_patch_size, self.patch_size)
         if rest or side < 1 or grid[0] % side or grid[1] % side:
-            height, width = (self.patch_size * patches for patches in grid)
-            divides = mask_patch_size > 0 and height % mask_patch_size == width % mask_patch_size == 0
-            raise UserError(
-                f"`mask_patch_size` {mask_patch_size} must be a multiple of the {self.patch_size}-pixel patch that "
-                f"divides the {height}x{width} image{self.encoder.smaller_patch(mask_patch_size) if divides else ''}"
-            )
+            raise UserError(f"`mask_patch_size` {mask_patch_size} {self._tiling(mask_patch_size, grid)}")
         return grid[0] // side, grid[1] // side
+
+    def _tiling(self, mask_patch_size: int, grid: tuple[int, int]) -> str:
+        """What is wrong with squares of so many pixels that do not tile a grid of patches, and which do."""
+        height, width = (self.patch_size * patches for patches in grid)
+        tiling = [
+            str(self.patch_size * side) for side in range(1, min(grid) + 1) if grid[0] % side == grid[1] % side == 0
+        ]
+        divides = mask_patch_size > 0 and height % mask_patch_size == width % mask_patch_size == 0
+        return (
+            f"does not tile the {height}x{width} image in whole patches of {self.patch_size} pixels: choose "
+            f"{' or '.join(tiling)}{self.encoder.smaller_patch(mask_patch_size) if divides else ''}"
+        )
 
 
 def pointwise(x: Tensor, conv: nn.Conv2d) -> Tensor:

@@ -7,6 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sparse_fcmae.runtime.errors import UserError
+
+HALF_WRITTEN = (".*.tmp", ".*.old")  # what a killed process may leave: patterns of names
+
+
+def left_half_written(name: str) -> bool:
+    """Whether a file or folder of this name was being written when its process was killed."""
+    return any(fnmatch(name, pattern) for pattern in HALF_WRITTEN)
 
 
 def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
@@ -74,7 +82,8 @@ def save_pickled(value: Any, path: Path) -> None:
 def new_folder(path: Path) -> Iterator[Path]:
     """A temporary folder to fill, moved to `path` when the block ends well and deleted when it does not.
 
-    `path` may exist: it is replaced, and comes back if the move fails.
+    `path` may exist: it is replaced, and comes back if the move fails. If the process was killed during the move, it
+    comes back when the folder is made anew.
     """
     path = Path(os.path.realpath(path))  # what a link names is replaced, not the link
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -82,6 +91,8 @@ def new_folder(path: Path) -> Iterator[Path]:
     try:
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
+            for lost in path.parent.glob(f".{path.name}.*.old"):
+                shutil.rmtree(lost) if path.exists() else os.replace(lost, path)
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir()
         yield temporary

@@ -32,7 +32,7 @@ def option(
     default: Any = MISSING,
     *,
     help: str,
-    choices: tuple[str, ...] | None = None,
+    choices: tuple[Any, ...] | None = None,
     above: float | None = None,
     at_least: float | None = None,
     below: float | None = None,
@@ -70,9 +70,11 @@ def check(config: Any) -> None:
             continue
         choices = f.metadata["choices"]
         if choices and value not in choices:
-            raise UserError(f"`{f.name}` {value}: choose one of {', '.join(choices)}")
+            raise UserError(f"`{f.name}` {value}: choose one of {', '.join(map(str, choices))}")
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"`{f.name}` must be a finite number, not {value}")
+        if f.metadata["bounds"] and not isinstance(value, int | float):
+            raise UserError(f"`{f.name}` must be a number, not {value!r}")
         for name, bound in f.metadata["bounds"].items():
             holds, words = BOUNDS[name]
             if not holds(value, bound):

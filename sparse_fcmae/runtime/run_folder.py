@@ -18,11 +18,10 @@ except ImportError:  # Windows
     fcntl = None
 
 from sparse_fcmae.runtime.errors import UserError
-from sparse_fcmae.runtime.files import read_json, write_json, writing
+from sparse_fcmae.runtime.files import HALF_WRITTEN, left_half_written, read_json, write_json, writing
 
 MODEL, TRAINER, META, LATEST = "model.safetensors", "trainer.pt", "meta.json", "latest"
 CONFIG, LOCK = "config.json", ".lock"
-TEMPORARY_ENDS = ("tmp", "old")  # of the names that `files` gives to what is not whole yet
 PARTS = (  # of every run; a task has further ones
     "metrics.jsonl",
     "evaluations.jsonl",
@@ -30,7 +29,7 @@ PARTS = (  # of every run; a task has further ones
     "events.out.tfevents.*",
     "checkpoints",
     "exported",
-    CONFIG,
+    CONFIG,  # the last to be deleted, as without it the folder would be no run's
 )
 RENAMED = {"every": "eval_every"}  # options under the names that earlier versions wrote into config.json
 
@@ -49,7 +48,8 @@ class RunFolder:
         with writing(self.path):
             if self.path.exists() and not self.path.is_dir():
                 raise UserError(f"`out` {self.path} is a file: choose another")
-            empty = not self.path.exists() or not {p.name for p in self.path.iterdir()} - {LOCK}
+            names = [p.name for p in self.path.iterdir()] if self.path.exists() else []
+            empty = all(name == LOCK or left_half_written(name) for name in names)
         is_run = not empty and self.saved_options() is not None
         if resume and not is_run:
             raise UserError(f"`out` {self.path} holds no {self.task} run to resume: leave `resume` out to start one")
@@ -68,18 +68,25 @@ class RunFolder:
             return None
         return {RENAMED.get(name, name): value for name, value in saved.items()}
 
-    def begin(self, config: Any, outputs: tuple[str, ...], **beside: Any) -> None:
-        """Makes the folder, keeps other processes out of it, and writes the config, with `beside` next to the options.
+    def hold(self, config: Any) -> None:
+        """Makes the folder and keeps other processes out of it, until this object or the process is gone.
 
-        Where the config says `overwrite`, an earlier run's files are deleted, else only what a killed process left half
-        written. outputs: the files and folders that the task makes beside PARTS. Raises UserError where another process
-        is training there.
+        Raises UserError where another process is training there, or has changed what `check` found.
         """
-        parts = (*PARTS, *outputs)
-        half_written = [f"{folder}.*.{end}" for folder in ("", *(f"{p}/" for p in parts)) for end in TEMPORARY_ENDS]
         with writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock()
+        self.check(config.resume, config.overwrite)
+
+    def begin(self, config: Any, outputs: tuple[str, ...], **beside: Any) -> None:
+        """Writes the config, with `beside` next to the options, into the folder that is held.
+
+        Where the config says `overwrite`, an earlier run's files are deleted, else only what a killed process left half
+        written. outputs: the files and folders that the task makes beside PARTS.
+        """
+        parts = (*outputs, *PARTS)
+        half_written = [f"{folder}{end}" for folder in ("", *(f"{p}/" for p in parts)) for end in HALF_WRITTEN]
+        with writing(self.path):
             for pattern in (*half_written, *(parts if config.overwrite else ())):
                 for part in self.path.glob(pattern):
                     shutil.rmtree(part) if part.is_dir() else part.unlink()
@@ -89,7 +96,7 @@ class RunFolder:
             self.checkpoints.mkdir(exist_ok=True)
 
     def _lock(self) -> None:
-        """Holds a lock until this object or the process is gone."""
+        """Locks the folder until this object or the process is gone."""
         if fcntl is None:
             return
         self._held = (self.path / LOCK).open("w")
@@ -106,16 +113,18 @@ def newest_checkpoint(run: Path) -> Path | None:
     pointer = run / "checkpoints" / LATEST
     if not pointer.exists():
         return None
-    folder = pointer.parent / pointer.read_text().strip()
+    folder = pointer.parent / (pointer.read_text().strip() or "nameless")
     check_whole(folder)
     return folder
 
 
 def check_whole(checkpoint: Path) -> None:
     """Raises UserError unless a checkpoint's folder holds its files at their full sizes."""
-    if not (checkpoint / META).is_file():
-        raise UserError(f"{checkpoint} is no checkpoint: {META} is missing")
-    for name, size in read_json(checkpoint / META)["bytes"].items():
+    try:
+        sizes = dict(read_json(checkpoint / META)["bytes"])
+    except (UserError, KeyError, TypeError, ValueError):
+        raise UserError(f"checkpoint {checkpoint} is damaged: no whole {META}; {way_back(checkpoint)}") from None
+    for name, size in sizes.items():
         if not (checkpoint / name).is_file() or (checkpoint / name).stat().st_size != size:
             raise UserError(
                 f"checkpoint {checkpoint} is damaged: {name} is missing or truncated; {way_back(checkpoint)}"
@@ -124,7 +133,8 @@ def check_whole(checkpoint: Path) -> None:
 
 def way_back(checkpoint: Path) -> str:
     """What the user can do where a checkpoint is damaged."""
-    others = [p.name for p in sorted(checkpoint.parent.glob("step-*")) if p.name < checkpoint.name]
+    steps = sorted(p.name for p in checkpoint.parent.glob("step-*"))
+    others = [name for name in steps if name < checkpoint.name or not checkpoint.name.startswith("step-")]
     if not others:
         return "there is no earlier one, start the run anew with `overwrite=True`"
     return f"to go on from the one before, write {others[-1]} into {checkpoint.parent / LATEST}"

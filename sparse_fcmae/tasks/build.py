@@ -11,7 +11,6 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from sparse_fcmae.data.views import default_crop_fraction
 from sparse_fcmae.evaluation.run import EvaluationView
 from sparse_fcmae.model.classifier import Classifier
-from sparse_fcmae.model.convnext import SIZES
 from sparse_fcmae.model.fcmae import FCMAE
 from sparse_fcmae.runtime.device import loader_processes
 from sparse_fcmae.runtime.errors import UserError
@@ -33,7 +32,7 @@ def build_fcmae(config: PretrainConfig, resumed: bool) -> tuple[FCMAE, list[str]
 
     resumed: the weights come from the run's checkpoint, so those of `init` are not needed.
     """
-    check_model(config.model, config.in_chans)
+    check_channels(config.in_chans)
     torch.manual_seed(config.seed)
     model = FCMAE(
         config.model,
@@ -85,7 +84,7 @@ def build_classifier(
     torch.manual_seed(config.seed)
     source = checkpoint or config.init
     if source is None:
-        check_model(config.model, config.in_chans)
+        check_channels(config.in_chans)
         weights, size, notes = None, (224, 224), ["starting from random weights"]
         shape = {"name": config.model, "in_chans": config.in_chans, "stem_stride": config.stem_stride}
     else:
@@ -114,10 +113,8 @@ def moving_average(model: nn.Module, decay: float) -> AveragedModel:
     return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))
 
 
-def check_model(name: str, in_chans: int) -> None:
-    """Raises UserError for a model's name that is unknown, and for channels that image files do not give."""
-    if name not in SIZES:
-        raise UserError(f"unknown model {name!r}: choose one of {', '.join(SIZES)}")
+def check_channels(in_chans: int) -> None:
+    """Raises UserError for channels that image files do not give."""
     if in_chans not in (1, 3):
         raise UserError(f"`in_chans` {in_chans}: image files give 3 channels (colour) or 1 (greyscale)")
 

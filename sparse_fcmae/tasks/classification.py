@@ -24,6 +24,7 @@ from sparse_fcmae.runtime.run_folder import newest_checkpoint
 from sparse_fcmae.runtime.streams import Stream, torch_seed
 from sparse_fcmae.tasks.build import build_classifier, evaluation_view, moving_average
 from sparse_fcmae.tasks.config import FinetuneConfig
+from sparse_fcmae.training.config import OF_WEIGHTS
 from sparse_fcmae.training.configure import configure
 from sparse_fcmae.training.log import RunLog
 from sparse_fcmae.training.loop import train
@@ -46,7 +47,7 @@ def finetune(options: dict[str, Any]) -> Path:
     config = configure(FinetuneConfig, options)
     if bool(config.init) == config.from_scratch:
         raise UserError("give `init` with the weights to fine-tune, or `from_scratch=True` for none")
-    for name in ("model", "in_chans", "stem_stride"):
+    for name in OF_WEIGHTS:
         if config.init and name in options:
             raise UserError(f"`{name}` goes with `from_scratch` alone: the weights of `init` have their own")
     with process_group(config.device) as ranks:
@@ -74,7 +75,7 @@ class Classification(Task):
     outputs = ("loss.png", "accuracy.png", "exported-ema")
 
     def __init__(self, config: FinetuneConfig, ranks: Ranks) -> None:
-        self.ranks, self.left_out = ranks, set()  # unreadable images that the log has named
+        self.ranks = ranks
         self.source, held_out = open_splits(config.data, config.val_split, config.seed, config.out)
         if config.labels_per_class:
             self.source = few_labels(self.source, config.labels_per_class, config.seed)
@@ -130,10 +131,7 @@ class Classification(Task):
     def evaluate(self, log: RunLog) -> dict[str, float]:
         models = {"": self.model, "ema_": self.ema.module} if self.ema else {"": self.model}
         values, unreadable = measure(models, self.held_out, self.view, self.ranks)
-        for name, reason in unreadable:
-            if name not in self.left_out:
-                self.left_out.add(name)
-                log.say(f"unreadable, left out of the evaluation: {name}: {reason}")
+        log.say_left_out(unreadable)
         return values
 
     def export(self, run: Path, log: RunLog) -> None:
@@ -144,5 +142,7 @@ class Classification(Task):
             log.say(f"moving average of the weights in {exported}-ema")
         log.draw(lambda: draw_loss(run / "metrics.jsonl", run / "loss.png", "loss"))
         log.draw(lambda: draw_accuracy(run / "evaluations.jsonl", run / "accuracy.png"))
-        example = classifier_example(self.model, exported, self.config.data)
+        # all images of a folder that is split at random would be evaluated, those that were trained on too
+        held_out = self.config.data if self.config.val_split is None else None
+        example = classifier_example(self.model, exported, held_out)
         log.say(f"classifier in {exported}; use it with\n\n{example}")

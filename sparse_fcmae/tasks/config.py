@@ -6,6 +6,18 @@ from typing import ClassVar
 from sparse_fcmae.runtime.options import option, seed_option
 from sparse_fcmae.training.config import RunConfig
 
+MODELS = (
+    "atto",
+    "femto",
+    "pico",
+    "nano",
+    "tiny",
+    "base",
+    "large",
+    "huge",
+)  # `model.convnext` needs torch
+STRIDES = (4, 2, 1)
+
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainConfig(RunConfig):
@@ -24,12 +36,12 @@ class PretrainConfig(RunConfig):
         choices=("auto", "paper"),
     )
 
-    model: str = option("atto", help="atto, femto, pico, nano, tiny, base, large or huge")
+    model: str = option("atto", help="size of the encoder", choices=MODELS)
     image_size: str | int | tuple[int, int] = option(
         "224", help="pixels, as 224 or, height first, 224x320; a multiple of the patch"
     )
     in_chans: int = option(3, help="channels: 3 for colour, 1 for greyscale")
-    stem_stride: int = option(4, help="4, 2 or 1; the patch is 8 times that, so 2 or 1 suit small images")
+    stem_stride: int = option(4, help="the patch is 8 times that, so 2 or 1 suit small images", choices=STRIDES)
     mask_ratio: float = option(0.6, help="fraction of the patches that is masked", at_least=0)
     mask_patch_size: int | None = option(None, help="draw masks in squares of this many pixels [the patch]", above=0)
     mask_grid: int | None = option(None, help="or draw masks on a grid of this many rows and columns", above=0)
@@ -75,7 +87,9 @@ class FinetuneConfig(RunConfig):
     init: str | None = option(None, help="weights to fine-tune: run or other folder, or file, of any layout", path=True)
     from_scratch: bool = option(False, help="start from random weights instead, the baseline")
     preset: str | None = option(
-        None, help="recipe of this size, or probe [that of the model, probe with `freeze_encoder`]"
+        None,
+        help="recipe of this size, or probe [that of the model, probe with `freeze_encoder`]",
+        choices=(*MODELS, "probe"),
     )
     val_split: float | None = option(
         None, help="fraction of each class to hold out, where there is no val or test", above=0, below=1
@@ -85,12 +99,12 @@ class FinetuneConfig(RunConfig):
     )
     freeze_encoder: bool = option(False, help="train the final norm and the head alone")
 
-    model: str = option("atto", help="with `from_scratch`: atto, femto, pico, nano, tiny, base, large or huge")
+    model: str = option("atto", help="with `from_scratch`: size of the encoder", choices=MODELS)
     image_size: str | int | tuple[int, int] | None = option(
         None, help="pixels, as 224 or, height first, 224x320 [that of `init`, or 224]"
     )
     in_chans: int = option(3, help="with `from_scratch`: channels, 3 for colour, 1 for greyscale")
-    stem_stride: int = option(4, help="with `from_scratch`: 4, 2 or 1; the patch is 8 times that")
+    stem_stride: int = option(4, help="with `from_scratch`: the patch is 8 times that", choices=STRIDES)
 
     epochs: int | None = option(None, help="passes over the images [preset]", above=0)
     batch_size: int = option(1024, help="images an optimiser step, over all ranks and micro-batches", above=0)

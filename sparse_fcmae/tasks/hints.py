@@ -16,7 +16,7 @@ def hints(encoder: SparseEncoder, samples: Tensor) -> list[str]:
             lines.append(f"the trained encoder can't be converted for {target}: {reason.split(':')[0]}")
     if samples.shape[-1] == 3 and len(samples) and bool((samples == samples[..., :1]).all()):
         lines.append(
-            "the images are grey but read as colour: the loss is lower by what the three channels have in common; "
-            "--in-chans 1 reads one channel"
+            f"the {len(samples)} images looked at are grey: read as colour, their loss is lower by what the three "
+            "channels have in common; --in-chans 1 reads one channel"
         )
     return lines

@@ -20,7 +20,7 @@ from sparse_fcmae.runtime.files import writing
 from sparse_fcmae.runtime.options import image_size_of, keywords_of
 from sparse_fcmae.runtime.run_folder import newest_checkpoint
 from sparse_fcmae.runtime.streams import Stream, torch_seed
-from sparse_fcmae.tasks.build import build_fcmae, check_model, evaluation_view, options_of_weights
+from sparse_fcmae.tasks.build import build_fcmae, check_channels, evaluation_view, options_of_weights
 from sparse_fcmae.tasks.config import PretrainConfig
 from sparse_fcmae.tasks.hints import hints
 from sparse_fcmae.tasks.recipes import pretraining_recipe
@@ -49,7 +49,7 @@ def pretrain(options: dict[str, Any]) -> Path:
     if options.get("init") and not options.get("resume"):
         options = options_of_weights(options["init"]) | options
     config = configure(PretrainConfig, options)
-    check_model(config.model, config.in_chans)
+    check_channels(config.in_chans)
     with process_group(config.device) as ranks:
         return train(Pretraining(config, ranks))
 
@@ -91,7 +91,8 @@ class Pretraining(Task):
         self.evaluates = self.evaluates_untrained = self.monitor is not None
         samples = sample_images(self.source, SAMPLES if ranks.main else 0, self.size, config.in_chans)
         self.samples = samples.to(ranks.device)
-        self.notes += hints(self.model.encoder, samples)
+        if not (config.resume or config.init):
+            self.notes += hints(self.model.encoder, samples)
         self.description = (
             f"{config.model} on {ranks.device}, backend {resolve_backend(config.backend, ranks.device.type).name}, "
             f"{config.dtype}, {sum(p.numel() for p in self.model.parameters()) / 1e6:.1f} M parameters with the decoder"
@@ -113,7 +114,9 @@ class Pretraining(Task):
         return batch.pixels, self.masks[first : first + len(batch.pixels)]
 
     def evaluate(self, log: RunLog) -> dict[str, float]:
-        return {"knn_top1": self.monitor.top1(self.model.encoder)}
+        top1, unreadable = self.monitor.top1(self.model.encoder)
+        log.say_left_out(unreadable)
+        return {"knn_top1": top1}
 
     def illustrate(self, run: Path, step: int) -> None:
         """The same images and masks each time, so that the pictures of different steps can be compared."""

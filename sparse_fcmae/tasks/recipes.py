@@ -8,7 +8,6 @@ huge take base's with more stochastic depth.
 from dataclasses import replace
 from typing import Any
 
-from sparse_fcmae.runtime.errors import UserError
 from sparse_fcmae.runtime.options import flag
 from sparse_fcmae.tasks.config import FinetuneConfig, PretrainConfig
 
@@ -120,6 +119,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     "probe": PROBE,
 }
 TOLD = (  # the options that a run's log tells as its recipe
+    "epochs",
+    "warmup_epochs",
+    "lr",
     "base_lr",
     "weight_decay",
     "layer_decay",
@@ -138,15 +140,14 @@ TOLD = (  # the options that a run's log tells as its recipe
 def finetuning_recipe(config: FinetuneConfig, model: str) -> tuple[FinetuneConfig, list[str]]:
     """The config without open ends for a model's name, and what there is to say about it, a line each.
 
-    What was left open is as the preset has it: the one asked for, else that of the model's size.
-
-    A run shorter than the preset's warms up for the same fraction of it.
+    What was left open is as the preset has it: the one asked for, else that of the model's size. A run shorter than the
+    preset's warms up for the same fraction of it.
     """
-    name = config.preset or ("probe" if config.freeze_encoder else model)
-    if name not in PRESETS:
-        raise UserError(f"`preset` {name!r} is unknown: choose one of {', '.join(PRESETS)}")
-    preset = dict(PRESETS[name])
+    preset = dict(PRESETS[config.preset or ("probe" if config.freeze_encoder else model)])
     if config.epochs is not None:
         preset["warmup_epochs"] *= min(1.0, config.epochs / preset["epochs"])
+    if config.lr is not None:
+        del preset["base_lr"]
     config = replace(config, **{k: v for k, v in preset.items() if getattr(config, k) is None})
-    return config, ["recipe: " + ", ".join(f"{flag(name)} {getattr(config, name)}" for name in TOLD)]
+    told = {name: getattr(config, name) for name in TOLD if getattr(config, name) is not None}
+    return config, ["recipe: " + ", ".join(f"{flag(name)} {value}" for name, value in told.items())]

@@ -53,7 +53,7 @@ class Checkpoints:
     def due(self, step: int) -> bool:
         """Whether enough steps and time have gone by for a checkpoint that the user did not ask for.
 
-        The loop asks only when it writes its log, as losses are not lost between the two.
+        Many processes can't agree on it, so there the main one is asked only when all of them write the log.
         """
         enough_steps = step - self.saved_step >= self.schedule.save_every
         enough_time = time.monotonic() - self.saved_at >= LEAST_SECONDS
@@ -77,13 +77,16 @@ def restore(checkpoint: Path, task: Task, optimizer: torch.optim.Optimizer) -> t
 
     Raises UserError where it is damaged, another model's, or one of a run on other images.
     """
-    load_model(checkpoint, task.model)
     trainer = load_trainer(checkpoint)
-    load_optimizer(optimizer, trainer["optimizer"])
-    task.load_state(trainer)
     if trainer["images"] != task.source.fingerprint:
         config = task.config
-        raise UserError(f"the images in {config.data} are not those that the run in {config.out} was started with")
+        raise UserError(
+            f"the images in {config.data} are not those that the run in {config.out} was started with: name these with "
+            "`data`"
+        )
+    load_model(checkpoint, task.model)
+    load_optimizer(optimizer, trainer["optimizer"])
+    task.load_state(trainer)
     return trainer["step"], trainer["bad"]
 
 

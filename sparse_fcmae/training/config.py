@@ -6,6 +6,8 @@ from typing import ClassVar
 from sparse_fcmae.runtime.compute import ComputeConfig
 from sparse_fcmae.runtime.options import option
 
+OF_WEIGHTS = ("model", "in_chans", "stem_stride")  # options that the weights fix which a run starts from
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig(ComputeConfig):

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from sparse_fcmae.runtime.errors import UserError
 from sparse_fcmae.runtime.options import check, differences, image_size_of, shown_size
 from sparse_fcmae.runtime.run_folder import RunFolder
-from sparse_fcmae.training.config import RunConfig
+from sparse_fcmae.training.config import OF_WEIGHTS, RunConfig
 
 Config = TypeVar("Config", bound=RunConfig)
 
@@ -24,7 +24,7 @@ def configure(kind: type[Config], given: dict[str, Any]) -> Config:
     run.check(options.get("resume", False), options.get("overwrite", False))
     if options.get("resume"):
         config = _resumed(kind, options, run)
-    elif options.get("data") is None:
+    elif not options.get("data"):
         raise UserError("`data` is missing: name the folder with the images")
     else:
         config = kind(**options)
@@ -54,8 +54,9 @@ def _resumed(kind: type[Config], options: dict[str, Any], run: RunFolder) -> Con
         options = {name: value for name, value in options.items() if name != "dtype"}
     config = replace(saved, **options)
     for name in differences(config, saved):
+        from_weights = "" if name in (*OF_WEIGHTS, "init") else f" from its weights with `init={config.out}`"
         raise UserError(
             f"`{name}` is {getattr(config, name)} but the run in {config.out} has {getattr(saved, name)}: leave it out "
-            f"to resume, or start another run from its weights with `init={config.out}` and another `out`"
+            f"to resume, or start another run{from_weights} with another `out`"
         )
     return config

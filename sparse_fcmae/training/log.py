@@ -6,13 +6,14 @@ That is a progress bar, train.log, metrics.jsonl, evaluations.jsonl and, where i
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
 from tqdm import tqdm
 
+from sparse_fcmae.data.batches import BadImage
 from sparse_fcmae.runtime.errors import UserError
 from sparse_fcmae.runtime.files import write_atomic, writing
 
@@ -34,6 +35,7 @@ class RunLog:
         self.tensorboard = _tensorboard(run, step) if main else None
         self.bar = tqdm(total=steps, initial=step, unit="step", disable=not main, dynamic_ncols=True, smoothing=0.05)
         self.since = time.perf_counter()
+        self.left_out: set[str] = set()
 
     def say(self, message: str) -> None:
         """One line above the bar and into train.log."""
@@ -43,6 +45,13 @@ class RunLog:
 
     def _note(self, message: str) -> None:
         self.text.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {message}\n")
+
+    def say_left_out(self, unreadable: Iterable[BadImage]) -> None:
+        """Names each image once that an evaluation leaves out because it can't be read."""
+        for name, reason in unreadable:
+            if name not in self.left_out:
+                self.left_out.add(name)
+                self.say(f"unreadable, left out of the evaluation: {name}: {reason}")
 
     def steps(self, last: int, steps_per_epoch: int, losses: list[float], lrs: list[float], images: int) -> None:
         """Records the steps up to `last`, counted from 1: their losses and learning rates.
@@ -71,6 +80,8 @@ class RunLog:
 
     def evaluation(self, step: int, epoch: float, values: dict[str, float]) -> None:
         """Records what was measured after a step: fractions between 0 and 1, and losses."""
+        if not self.main:
+            return
         with writing(self.run):
             self.evaluations.write(json.dumps({"step": step, "epoch": round(epoch, 4), **values}) + "\n")
         for name, value in values.items() if self.tensorboard else ():
@@ -110,7 +121,10 @@ def _open_rows(path: Path, step: int) -> TextIO:
     """The file to append to, without rows beyond `step`."""
     if path.exists():
         lines = path.read_text().splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith("\n") and 0 < step >= json.loads(line)["step"]]
+        try:
+            kept = [line for line in lines if line.endswith("\n") and 0 < step >= json.loads(line)["step"]]
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{path} has a line that is no row of it: put it right, or move the file away") from None
         write_atomic(path, lambda p: p.write_text("".join(kept)))
     return path.open("a", buffering=1)
 

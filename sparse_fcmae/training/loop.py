@@ -27,9 +27,11 @@ def train(task: Task) -> Path:
     run = RunFolder(config.out, config.task)
     schedule = Schedule.of(config, len(task.source), ranks.world, task.min_lr)
     optimizer = task.optimizer()
+    if ranks.main:
+        run.hold(config)
     checkpoint = newest_checkpoint(run.path) if config.resume else None
     start, unreadable = restore(checkpoint, task, optimizer) if checkpoint else (0, {})
-    ranks.barrier()  # every rank has found the folder in order before one writes to it
+    ranks.barrier()  # every rank has found all in order before one writes
     if ranks.main:
         run.begin(config, task.outputs, **task.beside_config())
     ranks.barrier()
@@ -53,7 +55,7 @@ def train(task: Task) -> Path:
         for note in (*task.notes, str(checkpoints)):
             log.say(note)
         if not start and task.evaluates_untrained:
-            _evaluate(task, schedule, log, 0)
+            log.evaluation(0, 0.0, task.evaluate(log))
         with stop_signals(ranks.world) as stopped:
             for step in range(start, schedule.steps):
                 set_lr(optimizer, lr := schedule.lr(step))
@@ -67,11 +69,11 @@ def train(task: Task) -> Path:
 
                 done, stopping = step + 1, stopped()
                 evaluating = task.evaluates and schedule.evaluates_after(done)
-                saving = stopping or checkpoints.asked_for(done)
+                saving = stopping or checkpoints.asked_for(done) or (ranks.world == 1 and checkpoints.due(done))
                 if evaluating or saving or done % config.log_every == 0 or step == start:
                     progress.flush(done)
                     if evaluating:
-                        _evaluate(task, schedule, log, done)
+                        log.evaluation(done, schedule.epoch(done), task.evaluate(log))
                     if ranks.main and (saving or checkpoints.due(done)):
                         checkpoints.save(done)
                 if stopping:
@@ -92,9 +94,3 @@ def _loader(task: Task, schedule: Schedule, start: int) -> DataLoader:
     order = micro_batches(*sizes, ranks.rank, ranks.world, schedule.micro_batch_size)
     workers = loader_processes(ranks.device, config.num_workers)
     return make_loader(task.dataset(), order, workers, pin_memory=ranks.device.type == "cuda")
-
-
-def _evaluate(task: Task, schedule: Schedule, log: RunLog, step: int) -> None:
-    values = task.evaluate(log)
-    if task.ranks.main:
-        log.evaluation(step, schedule.epoch(step), values)

@@ -36,12 +36,15 @@ class Schedule:
         Raises UserError where the batch does not suit the images or the processes.
         """
         batch = config.batch_size
+        if images < world:
+            raise UserError(f"{images} images are too few for {world} processes: start at most {images}")
         if batch > images:
             raise UserError(
                 f"`batch_size` {batch} is more than the {images} images in {config.data}: choose {images} or less"
             )
         if batch % world:
-            raise UserError(f"`batch_size` {batch} can't be divided evenly among {world} processes")
+            nearest = max(1, round(batch / world)) * world
+            raise UserError(f"`batch_size` {batch} can't be divided evenly among {world} processes: choose {nearest}")
         steps_per_epoch = images // batch
         steps = config.epochs * steps_per_epoch
         return cls(

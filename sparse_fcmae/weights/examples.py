@@ -27,11 +27,12 @@ def usage_example(encoder: SparseEncoder, folder: Path) -> str:
     )
 
 
-def classifier_example(model: Classifier, folder: Path, data: str) -> str:
-    """What evaluates an exported classifier on the images in `data`, converts it and loads it."""
+def classifier_example(model: Classifier, folder: Path, data: str | None) -> str:
+    """What evaluates an exported classifier on the held-out images in `data`, if any, converts it and loads it."""
     height, width = model.image_size
+    evaluate = f"    sparse-fcmae evaluate --init {quote(str(folder))} --data {quote(data)}\n" if data else ""
     return (
-        f"    sparse-fcmae evaluate --init {quote(str(folder))} --data {quote(data)}\n"
+        f"{evaluate}"
         f"    sparse-fcmae convert {quote(str(folder))} {quote(f'{folder}-huggingface')} --to huggingface\n\n"
         "or\n\n"
         "    import torch\n"

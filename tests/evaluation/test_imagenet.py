@@ -3,7 +3,6 @@ import pytest
 from sparse_fcmae import UserError
 from sparse_fcmae.evaluation.imagenet import (
     ALEXNET,
-    corruption_folders,
     mean_corruption_error,
     outputs_of,
     wordnet_ids,
@@ -29,18 +28,6 @@ def test_outputs_of_classes():
     ):
         with pytest.raises(UserError, match=message):
             outputs_of(classes, outputs, names)
-
-
-def test_corruption_folders_one_or_two_levels_below(tmp_path):
-    for path in ("group/snow/1", "group/snow/5", "group/snow/6", "fog/3", "group/nonsense/1", "group/frost"):
-        (tmp_path / path).mkdir(parents=True)
-    assert corruption_folders(tmp_path) == {
-        "fog": {"3": tmp_path / "fog" / "3"},
-        "snow": {"1": tmp_path / "group" / "snow" / "1", "5": tmp_path / "group" / "snow" / "5"},
-    }
-    assert corruption_folders(tmp_path / "fog" / "3") == {}
-    with pytest.raises(UserError, match="no such folder"):
-        corruption_folders(tmp_path / "none")
 
 
 def test_mean_corruption_error_is_relative_to_alexnets():

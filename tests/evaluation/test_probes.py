@@ -31,5 +31,5 @@ def test_neighbours_are_the_same_for_any_number_of_ranks(colours, on_ranks):
     view = EvaluationView(size=(16, 16), in_chans=3, crop_fraction=1.0, device=torch.device("cpu"), batch_size=5)
     encoder = torch.nn.Conv2d(3, 4, 8, 8)
     alone = on_ranks(1, lambda ranks: KNNMonitor(colours, view, ranks).top1(encoder))
-    assert alone == [1]
+    assert alone == [(1.0, [])]
     assert on_ranks(3, lambda ranks: KNNMonitor(colours, view, ranks).top1(encoder)) == 3 * alone

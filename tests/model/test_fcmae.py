@@ -79,9 +79,9 @@ def test_whole_image_hidden_and_whole_image_visible():
     [
         ({"mask_ratio": 1.0}, "keeps no patch"),
         ({"mask_ratio": 0.0}, "masks no patch"),
-        ({"mask_patch_size": 48}, "`mask_patch_size` 48 must be a multiple"),
-        ({"mask_patch_size": 96}, "divides the 128x128 image"),
-        ({"mask_patch_size": 16}, "; the patch of a new model with `stem_stride=2` has 16 pixels"),
+        ({"mask_patch_size": 48}, "`mask_patch_size` 48 does not tile the 128x128 image in whole patches of 32 pixels"),
+        ({"mask_patch_size": 96}, "choose 32 or 64 or 128$"),
+        ({"mask_patch_size": 16}, "or give a new model `stem_stride=2`, whose patch has 16 pixels"),
         ({"mask_grid": 3}, "`mask_grid` 3 does not divide"),
         ({"mask_grid": 2, "mask_patch_size": 64}, "exclude each other"),
         ({"decoder_depth": 0}, "`decoder_depth`"),

@@ -110,3 +110,13 @@ def test_messages_fit_on_a_line():
     assert one_line(ValueError("two\n  lines")) == "two lines"
     assert one_line(ValueError()) == "ValueError"
     assert json.dumps(one_line(OSError(2, "No such file", "x"))) == "\"[Errno 2] No such file: 'x'\""
+
+
+def test_a_folder_comes_back_where_a_process_was_killed_while_it_moved_it(tmp_path):
+    old = tmp_path / ".there.77.old"
+    old.mkdir()
+    (old / "old").write_text("x")
+    with pytest.raises(KeyError), new_folder(tmp_path / "there"):
+        raise KeyError
+    assert [p.name for p in (tmp_path / "there").iterdir()] == ["old"]
+    assert [p.name for p in tmp_path.iterdir()] == ["there"]

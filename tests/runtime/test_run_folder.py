@@ -1,7 +1,9 @@
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
@@ -23,9 +25,16 @@ def run(tmp_path):
     return RunFolder(tmp_path / "run", "juggling")
 
 
+def begin(run, **options):
+    config = Config(**options)
+    run.hold(config)
+    run.begin(config, OUTPUTS)
+
+
 def test_a_new_run_has_its_options_and_what_stands_beside_them(run):
     run.check(resume=False, overwrite=False)
     assert not run.path.exists()
+    run.hold(Config())
     run.begin(Config(), OUTPUTS, classes=["a", "b"])
     saved = {"format": "sparse-fcmae juggling run", "eval_every": 3, "classes": ["a", "b"]}
     assert json.loads((run.path / "config.json").read_text()) == saved
@@ -52,6 +61,7 @@ def test_options_of_earlier_versions_have_their_names_of_today(run):
         ("run", False, True, None),
         ("empty", False, True, None),
         ("lock", False, False, None),
+        ("leftovers", False, False, None),
     ],
 )
 def test_folders_that_can_not_be_used_as_asked(run, there, resume, overwrite, message):
@@ -65,6 +75,8 @@ def test_folders_that_can_not_be_used_as_asked(run, there, resume, overwrite, me
         (run.path / "config.json").write_text('{"format": "sparse-fcmae juggling run"}')
     elif there == "lock":
         (run.path / ".lock").touch()
+    elif there == "leftovers":
+        (run.path / ".config.json.77.tmp").touch()
     if message is None:
         run.check(resume, overwrite)
     else:
@@ -73,39 +85,39 @@ def test_folders_that_can_not_be_used_as_asked(run, there, resume, overwrite, me
 
 
 def test_overwriting_deletes_the_runs_own_files_and_no_others(run):
-    run.begin(Config(), OUTPUTS)
+    begin(run)
     for name in ("checkpoints/step-00000001/meta.json", "exported/config.json", "drawings/1.png", "mine/1.png"):
         (run.path / name).parent.mkdir(parents=True, exist_ok=True)
         (run.path / name).write_text("x")
     for name in ("metrics.jsonl", "train.log", "events.out.tfevents.1", "picture.png", "notes.md", "loss.png"):
         (run.path / name).write_text("x")
-    run.begin(Config(overwrite=True), OUTPUTS)
+    begin(run, overwrite=True)
     left = {str(p.relative_to(run.path)) for p in run.path.rglob("*") if p.is_file()}
     assert left == {".lock", "config.json", "mine/1.png", "notes.md", "loss.png"}
 
 
 def test_what_a_killed_process_left_half_written_goes(run):
-    run.begin(Config(), OUTPUTS)
+    begin(run)
     (run.path / "drawings").mkdir()
     (run.path / "mine").mkdir()
     for name in (".config.json.77.tmp", "drawings/.1.png.77.tmp", "mine/.1.png.77.tmp", "metrics.jsonl"):
         (run.path / name).write_text("x")
     for name in ("checkpoints/.step-00000002.77.tmp", ".exported.77.old"):
         (run.path / name).mkdir()
-    run.begin(Config(resume=True), OUTPUTS)
+    begin(run, resume=True)
     left = {str(p.relative_to(run.path)) for p in run.path.rglob("*")}
     assert left == {".lock", "config.json", "metrics.jsonl", "checkpoints", "drawings", "mine", "mine/.1.png.77.tmp"}
 
 
 def test_a_second_process_is_kept_out(run):
-    run.begin(Config(), OUTPUTS)
+    begin(run)
     program = f"""
 from dataclasses import make_dataclass
 from sparse_fcmae.runtime.errors import UserError
 from sparse_fcmae.runtime.run_folder import RunFolder
-config = make_dataclass("Config", ["overwrite"])(True)
+config = make_dataclass("Config", ["resume", "overwrite"])(False, True)
 try:
-    RunFolder({str(run.path)!r}, "juggling").begin(config, ())
+    RunFolder({str(run.path)!r}, "juggling").hold(config)
 except UserError as error:
     print(error)
 """
@@ -131,5 +143,31 @@ def test_the_newest_checkpoint_is_found_and_its_files_are_measured(tmp_path):
     with pytest.raises(UserError, match="there is no earlier one, start the run anew with `overwrite=True`"):
         check_whole(checkpoints / "step-00000001")
     (checkpoints / "step-00000001" / "meta.json").unlink()
-    with pytest.raises(UserError, match=r"is no checkpoint: meta.json is missing"):
+    with pytest.raises(UserError, match=r"step-00000001 is damaged: no whole meta.json; there is no earlier one"):
         check_whole(checkpoints / "step-00000001")
+    (checkpoints / "step-00000002" / "meta.json").write_text("")
+    for latest in ("step-00000002", "step-00000009", ""):
+        (checkpoints / "latest").write_text(latest)
+        with pytest.raises(UserError, match=r"is damaged: no whole meta.json; .* write step-0000000[12] into"):
+            newest_checkpoint(tmp_path)
+
+
+def test_a_folder_is_a_runs_until_all_else_of_the_run_is_deleted(run, monkeypatch):
+    begin(run)
+    for name in ("drawings/1.png", "picture.png", "metrics.jsonl"):
+        (run.path / name).parent.mkdir(exist_ok=True)
+        (run.path / name).write_text("x")
+    deleted = []
+    real_unlink, real_rmtree = Path.unlink, shutil.rmtree
+    monkeypatch.setattr(Path, "unlink", lambda path, *a, **k: (deleted.append(path.name), real_unlink(path, *a, **k)))
+    monkeypatch.setattr(shutil, "rmtree", lambda path, *a, **k: (deleted.append(path.name), real_rmtree(path, *a, **k)))
+    begin(run, overwrite=True)
+    assert {"drawings", "picture.png", "metrics.jsonl", "checkpoints"} <= set(deleted)
+    assert [name for name in deleted if not name.startswith(".")][-1] == "config.json"
+
+
+def test_what_another_process_did_meanwhile_is_seen(run):
+    run.check(resume=False, overwrite=False)
+    begin(RunFolder(run.path, "juggling"))
+    with pytest.raises(UserError, match="holds a run: give `resume=True`"):
+        run.hold(Config())

@@ -13,7 +13,7 @@ COLOUR = torch.randint(256, (2, 8, 8, 3), dtype=torch.uint8)
     [
         (4, COLOUR, []),
         (4, GREY, []),
-        (4, GREY.expand(-1, -1, -1, 3), ["the images are grey but read as colour"]),
+        (4, GREY.expand(-1, -1, -1, 3), ["the 2 images looked at are grey"]),
         (4, torch.cat([COLOUR, GREY.expand(-1, -1, -1, 3)]), []),
         (1, COLOUR[:0], []),
         (2, COLOUR, ["the trained encoder can't be converted for timm: timm's ConvNeXt V2 has no stem of stride 2"]),

@@ -108,10 +108,13 @@ def test_killed_and_resumed_run_ends_with_the_same_weights(pictures, whole, tmp_
         assert torch.equal(a, b)
 
 
-def test_ctrl_c_saves_a_checkpoint_and_resume_needs_out_alone(pictures, whole, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_to_all_processes_save_a_checkpoint_and_resume_needs_out_alone(pictures, whole, tmp_path, number):
+    """Ctrl-C in a terminal, and what batch systems send, reach the processes that load images too."""
     run = tmp_path / "run"
-    process = start(command(pictures, run, log_every=1, save_every=100), run, 1, stdout=subprocess.PIPE)
-    process.send_signal(signal.SIGINT)
+    arguments = command(pictures, run, log_every=1, save_every=100)
+    process = start(arguments, run, 1, stdout=subprocess.PIPE, start_new_session=True)
+    os.killpg(process.pid, number)
     output, _ = process.communicate()
     assert process.returncode == 130
     assert "to go on" in output
@@ -250,7 +253,7 @@ def test_mistakes_end_in_one_line(pictures, tmp_path, capsys):
     assert "give pixels as" in wrong(image_size="big")
     assert "keeps no patch" in wrong(mask_ratio=0.99)
     assert "masks no patch" in wrong(mask_ratio=0)
-    assert "unknown model 'giga'" in wrong(model="giga")
+    assert "invalid choice: 'giga'" in wrong(model="giga")
     assert "invalid choice: 'fast'" in wrong(backend="fast")
     assert "--device warp can't be used" in wrong(device="warp")
     small = flags({"data": pictures, "out": tmp_path / "run", **SMALL})

@@ -1,6 +1,5 @@
 import pytest
 
-from sparse_fcmae import UserError
 from sparse_fcmae.model.convnext import SIZES
 from sparse_fcmae.tasks.config import FinetuneConfig, PretrainConfig
 from sparse_fcmae.tasks.recipes import PRESETS, finetuning_recipe, pretraining_recipe
@@ -53,6 +52,7 @@ def test_the_papers_recipe_and_what_is_given_stay():
     assert pretraining_recipe(given, 400, 1) == (given, [])
 
 
-def test_unknown_preset():
-    with pytest.raises(UserError, match="`preset` 'giant' is unknown"):
-        finetuning_recipe(config(from_scratch=True, preset="giant"), "atto")
+def test_a_rate_that_is_given_replaces_that_of_the_preset():
+    found, notes = finetuning_recipe(config(init="x", lr=1e-3, epochs=30), "tiny")
+    assert (found.lr, found.base_lr, found.warmup_epochs) == (1e-3, None, 4)
+    assert notes[0].startswith("recipe: --epochs 30, --warmup-epochs 4.0, --lr 0.001, --weight-decay 0.05")

@@ -15,9 +15,10 @@ class ImageSource(Protocol):
 
     fingerprint: a text that changes when the images change. A run is resumed only on the images it was started with.
 
-    Several processes that were forked from one open images at the same time, and elsewhere each gets a pickled copy.
-    So a file, archive or connection that they all read from is opened in `open`, once for each process, and never when
-    the source is made: forked processes would move each other's place in it.
+    Several processes open images at the same time. They are forked from one that has opened some itself, or get a
+    pickled copy of the source. Forked processes would move each other's place in a file that all read from. So an
+    archive or connection is kept beside the `os.getpid()` that opened it, opened again where that is another, and left
+    out of the pickled copy.
     """
 
     fingerprint: str

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from sparse_fcmae.data.sources.folder import ImageFolder, fingerprint_of
+from sparse_fcmae.data.sources.folder import ImageFolder, check_folder, fingerprint_of
 from sparse_fcmae.data.splits import hold_out
 from sparse_fcmae.runtime.errors import UserError
 
@@ -82,9 +82,8 @@ def open_train_and_held_out(
     root: str | os.PathLike, out: str | os.PathLike | None = None, remedy: str = "make one"
 ) -> tuple[ClassFolder, ClassFolder]:
     """The images of ROOT/train, and those of ROOT/val or ROOT/test. remedy: what to do where one of them is missing."""
+    check_folder(root)
     root = Path(root)
-    if not root.is_dir():
-        raise UserError(f"{root}: no such folder")
     has_train, held_out = (root / TRAIN).is_dir(), held_out_folder(root)
     if not has_train or held_out is None:
         missing = " or ".join(HELD_OUT) if has_train else TRAIN

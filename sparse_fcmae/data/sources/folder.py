@@ -23,9 +23,7 @@ class ImageFolder:
 
     def __init__(self, root: str | os.PathLike, without: str | os.PathLike | None = None) -> None:
         self.root = Path(root)
-        if not os.path.isdir(root):
-            what = "is a file, name the folder that holds the images" if os.path.isfile(root) else "no such folder"
-            raise UserError(f"{root}: {what}")
+        check_folder(root)
         extensions = image_extensions()
         self.files = sorted(
             os.path.relpath(os.path.join(folder, name), root)
@@ -50,6 +48,13 @@ class ImageFolder:
     def name(self, index: int) -> str:
         """An image's path below the folder. Bytes that are no UTF-8 appear as escapes."""
         return self.files[index].encode(errors="backslashreplace").decode()
+
+
+def check_folder(root: str | os.PathLike) -> None:
+    """Raises UserError where there is no such folder."""
+    if not os.path.isdir(root):
+        what = "is a file, name the folder that holds the images" if os.path.isfile(root) else "no such folder"
+        raise UserError(f"{root}: {what}")
 
 
 def fingerprint_of(files: Sequence[str]) -> str:
