@@ -6,27 +6,26 @@ the loss of one of another architecture has to fall.
 """
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparse_fcmae.benchmarks.config import CompareConfig
-from sparse_fcmae.benchmarks.engine import Candidate, Checked, benchmark, take_turns
+from sparse_fcmae.benchmarks.engine import Candidate, Run, benchmark, take_turns
 from sparse_fcmae.benchmarks.gates import LOGITS, falling_loss, relative
 from sparse_fcmae.benchmarks.results import Columns, Row
-from sparse_fcmae.benchmarks.steps import move_parameters
+from sparse_fcmae.benchmarks.steps import Training, move_parameters
 from sparse_fcmae.data.statistics import normalise
 from sparse_fcmae.model.classifier import Classifier
 from sparse_fcmae.model.fcmae import FCMAE
 from sparse_fcmae.model.flops import count, module_macs
 from sparse_fcmae.runtime.errors import UserError
 from sparse_fcmae.runtime.options import image_size_of
-from sparse_fcmae.training.optim import adamw, set_lr
-from sparse_fcmae.training.step import TrainStep
 from sparse_fcmae.weights.adapter import CONFIG, entry
 from sparse_fcmae.weights.adapters import TARGETS
 from sparse_fcmae.weights.weights import Weights
@@ -74,7 +73,7 @@ def compare(config: CompareConfig, device: torch.device) -> Iterator[list[Row]]:
         for candidate in TASKS[config.task](config, image_size_of(config.image_size), device)
     ]
     turns, ours = take_turns(candidates, config.rounds, device), candidates[0].name
-    yield turns.table(lambda name: turns.speed(name) | turns.spread(name) | {"ours_over_it": turns.ratio(name, ours)})
+    yield turns.table(lambda name: turns.spread(name) | {"ours_over_it": turns.ratio(name, ours)})
 
 
 def finetuning(config: CompareConfig, size: tuple[int, int], device: torch.device) -> Iterator[Candidate]:
@@ -85,19 +84,14 @@ def finetuning(config: CompareConfig, size: tuple[int, int], device: torch.devic
     labels = torch.randint(CLASSES, (config.batch_size,), device=device)
     expected = logits_of(ours.to(device).with_backend("masked"), images[:GATE_BATCH])
     macs = count(config.model, image_size=size, num_classes=CLASSES, mask_ratio=0)["classifier"].dense
-
-    def build(make: Callable[[], nn.Module], layout: torch.memory_format, same: bool = True, macs=None) -> Checked:
-        model = make().to(device=device, memory_format=layout)
-        given = images.to(memory_format=layout)
-        error = relative(logits_of(model, given[:GATE_BATCH]), expected) if same else None
-        return checked_step(config, model, (given, labels), macs, error)
-
-    yield Candidate(OURS, partial(build, lambda: ours, torch.contiguous_format, macs=macs), gate=LOGITS)
+    build = partial(training, config, (images, labels))
+    yield Candidate(OURS, partial(build, lambda: ours), gate=partial(gate, expected, macs))
     for name, (make, layout) in CONVNEXTS.items():
-        yield Candidate(name, partial(build, partial(make, weights, config.drop_path), layout), gate=LOGITS)
+        make = partial(make, weights, config.drop_path)
+        yield Candidate(name, partial(build, make, layout), gate=partial(gate, expected, None))
     if mvit := MVITS.get(config.model):
         make = partial(from_mvit, mvit, size, config.drop_path)
-        yield Candidate(f"timm {mvit}", partial(build, make, torch.contiguous_format, same=False), gate=falling_loss)
+        yield Candidate(f"timm {mvit}", partial(build, make), gate=partial(gate, None, None))
 
 
 def pretraining(config: CompareConfig, size: tuple[int, int], device: torch.device) -> Iterator[Candidate]:
@@ -106,16 +100,13 @@ def pretraining(config: CompareConfig, size: tuple[int, int], device: torch.devi
     macs = parts["encoder"].sparse + parts["decoder"].dense
     ramp = torch.linspace(0, 200, size[1])[:, None].expand(*size, 3)  # what can be learnt in a few steps
     pixels = (ramp + torch.randint(56, (config.batch_size, *size, 3))).to(device, torch.uint8)
-
-    def build(make: Callable[[], nn.Module], macs: float | None = None) -> Checked:
-        return checked_step(config, make().to(device), (pixels,), macs)
-
-    ours = partial(build, partial(FCMAE, config.model, image_size=size, mask_ratio=MASKED), macs)
-    yield Candidate(f"{OURS}, {100 * MASKED:.0f} % masked", ours, gate=falling_loss)
+    build = partial(training, config, (pixels,))
+    ours = partial(build, partial(FCMAE, config.model, image_size=size, mask_ratio=MASKED))
+    yield Candidate(f"{OURS}, {100 * MASKED:.0f} % masked", ours, gate=partial(gate, None, macs))
     vit = VITS.get(config.model, VITS["base"])
     name = vit[0] if config.model in VITS else f"{vit[0]} (the smallest)"
     theirs = partial(build, partial(vit_mae, size, *vit[1:]))
-    yield Candidate(f"transformers MAE {name}, {100 * MAE_MASKED:.0f} % masked", theirs, gate=falling_loss)
+    yield Candidate(f"transformers MAE {name}, {100 * MAE_MASKED:.0f} % masked", theirs, gate=partial(gate, None, None))
 
 
 TASKS = {"finetune": finetuning, "pretrain": pretraining}
@@ -199,25 +190,29 @@ def logits_of(model: nn.Module, images: Tensor) -> Tensor:
         return logits(model.eval(), images)
 
 
-def checked_step(
-    config: CompareConfig, model: nn.Module, batch: tuple[Tensor, ...], macs: float | None, error: float | None = None
-) -> Checked:
-    """One step of training, always on the same batch; it returns the loss.
+def training(
+    config: CompareConfig,
+    batch: tuple[Tensor, ...],
+    make: Callable[[], nn.Module],
+    layout: torch.memory_format = torch.contiguous_format,
+) -> Training:
+    """Training of a new model, always on the same batch. layout: of model and images in memory."""
+    images, *labels = batch
+    given = images.to(memory_format=layout), *labels
+    objective = Objective(make().to(device=images.device, memory_format=layout))
+    return Training(objective, lambda: given, BETAS[config.task], LR, config.dtype == "bf16")
 
-    macs: multiply-accumulates of an image's forward pass, None to count them. error: of the model's logits.
+
+def gate(expected: Tensor | None, macs: float | None, run: Training, passed: Mapping[Any, Run]) -> Row:
+    """The gate of a model that has to give the expected logits, or of one whose loss has to fall where there are none.
+
+    macs: multiply-accumulates of an image's forward pass, None to count them.
     """
     if macs is None:  # by shapes alone, as the CPU's fused attention goes uncounted
         with torch.device("meta"):
-            image = torch.empty(1, 3, *image_size_of(config.image_size))
-            macs = module_macs(copy.deepcopy(model).to("meta"), image)
-    objective = Objective(model)
-    optimizer = adamw(objective, 0.05, BETAS[config.task])
-    set_lr(optimizer, LR)
-    step = TrainStep(objective, optimizer, images_per_rank=config.batch_size, bf16=config.dtype == "bf16")
-
-    def run() -> Tensor:
-        objective.train()
-        step.add(*batch, last=True)
-        return step.finish()
-
-    return Checked(run, error, {"gmacs": macs / 1e9, "error": error})
+            macs = module_macs(copy.deepcopy(run.objective).to("meta"), *(t[:1].to("meta") for t in run.inputs()))
+    row = {"gmacs": macs / 1e9, "error": None}
+    if expected is None:
+        return row | falling_loss(run)
+    error = relative(logits_of(run.objective.model, run.inputs()[0][:GATE_BATCH]), expected)
+    return row | {"error": error} | LOGITS(error)

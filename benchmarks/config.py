@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from sparse_fcmae.runtime.options import option
 
 MOST = 1 << 24  # images, and rounds
-SEED_LIMIT = 2**63
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,38 +27,49 @@ class GflopsConfig(OutputConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TimedConfig(OutputConfig):
-    """Options of every benchmark that measures times."""
+class RoundsConfig:
+    """Options of all that measures times."""
 
     rounds: int = option(5, help="timed rounds, all candidates taking turns", above=0, at_most=MOST)
-    seed: int = option(0, help="of weights, images, labels, crops and masks", at_least=0, below=SEED_LIMIT)
+    seed: int = option(0, help="of weights, images, labels, crops and masks", at_least=0, below=2**63)
 
 
 @dataclass(frozen=True, kw_only=True)
-class StepConfig(TimedConfig):
-    """Options of a benchmark of one model's steps on masked images."""
-
-    model: str = option("atto", help="atto, femto, pico, nano, tiny, base, large or huge")
-    batch_size: int = option(32, help="images a step", above=0, at_most=MOST)
-    image_size: str = option("224", help="pixels, as 224 or, height first, 224x320")
-    mask_ratio: float = option(0.6, help="fraction of the patches that is masked, 0 for none", at_least=0, below=1)
-    dtype: str = option("fp32", help="fp32, or bf16 for autocast", choices=("fp32", "bf16"))
-
-
-@dataclass(frozen=True, kw_only=True)
-class ProfileConfig(StepConfig):
-    """Options of `sparse-fcmae bench profile`."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class KernelsConfig(StepConfig):
-    """Options of `sparse-fcmae bench kernels`."""
+class DeviceConfig(RoundsConfig):
+    """Options of what can be measured on a GPU too."""
 
     device: str = option("auto", help="auto, cpu, cuda, cuda:1, ...")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ThroughputConfig(TimedConfig):
+class StepConfig:
+    """Options of a benchmark of one model's steps."""
+
+    model: str = option("atto", help="atto, femto, pico, nano, tiny, base, large or huge")
+    batch_size: int = option(32, help="images a step", above=0, at_most=MOST)
+    image_size: str = option("224", help="pixels, as 224 or, height first, 224x320")
+    dtype: str = option("fp32", help="fp32, or bf16 for autocast", choices=("fp32", "bf16"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskedStepConfig(StepConfig):
+    """Options of a benchmark of one model's steps on masked images."""
+
+    mask_ratio: float = option(0.6, help="fraction of the patches that is masked, 0 for none", at_least=0, below=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProfileConfig(OutputConfig, RoundsConfig, MaskedStepConfig):
+    """Options of `sparse-fcmae bench profile`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class KernelsConfig(OutputConfig, DeviceConfig, MaskedStepConfig):
+    """Options of `sparse-fcmae bench kernels`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ThroughputConfig(OutputConfig, DeviceConfig):
     """Options of `sparse-fcmae bench throughput`."""
 
     model: str = option("atto", help="sizes, with commas between them")
@@ -72,11 +82,10 @@ class ThroughputConfig(TimedConfig):
         "forward,step,pretrain", help="encoder forward, and with backward (step), whole pretraining step"
     )
     compiled: bool = option(False, help="also each backend under torch.compile; takes minutes each")
-    device: str = option("auto", help="auto, cpu, cuda, cuda:1, ...")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScalingConfig(StepConfig):
+class ScalingConfig(OutputConfig, DeviceConfig, MaskedStepConfig):
     """Options of `sparse-fcmae bench scaling`."""
 
     over: str = option(
@@ -85,12 +94,11 @@ class ScalingConfig(StepConfig):
     values: str | None = option(None, help="its values, with commas [a usual range]")
     batch_size: int = option(8, help="images a step", above=0, at_most=MOST)
     backend: str = option("native,masked", help="with commas; all that are usable")
-    device: str = option("auto", help="auto, cpu, cuda, cuda:1, ...")
     png: str | None = option(None, help="draw the curves, with the ideal ones, into this file", path=True)
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig(TimedConfig):
+class DataConfig(OutputConfig, RoundsConfig):
     """Options of `sparse-fcmae bench data`."""
 
     data: str = option("", help="folder of images, flat or nested", path=True)
@@ -99,7 +107,7 @@ class DataConfig(TimedConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CompareConfig(TimedConfig):
+class CompareConfig(OutputConfig, DeviceConfig, StepConfig):
     """Options of `sparse-fcmae bench compare`."""
 
     task: str = option(
@@ -107,22 +115,14 @@ class CompareConfig(TimedConfig):
         help="against ConvNeXt V2 and MViTv2 of other libraries, or (pretrain) against a ViT's masked autoencoder",
         choices=("finetune", "pretrain"),
     )
-    model: str = option("atto", help="atto, femto, pico, nano, tiny, base, large or huge")
-    batch_size: int = option(32, help="images a step", above=0, at_most=MOST)
-    image_size: str = option("224", help="pixels, as 224 or, height first, 224x320")
-    dtype: str = option("fp32", help="fp32, or bf16 for autocast", choices=("fp32", "bf16"))
     drop_path: float = option(0.0, help="stochastic depth of the last block, for finetune", at_least=0, below=1)
-    device: str = option("auto", help="auto, cpu, cuda, cuda:1, ...")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReportConfig:
+class ReportConfig(DeviceConfig):
     """Options of `sparse-fcmae bench report`."""
 
     out: str = option("runs/bench", help="folder to make for report.html, plots and rows", path=True)
     model: str = option("atto,tiny", help="sizes to measure, with commas between them")
     data: str | None = option(None, help="folder of images, to measure loading too", path=True)
-    rounds: int = option(5, help="timed rounds, all candidates taking turns", above=0, at_most=MOST)
-    seed: int = option(0, help="of weights, images and masks", at_least=0, below=SEED_LIMIT)
-    device: str = option("auto", help="auto, cpu, cuda, cuda:1, ...")
     overwrite: bool = option(False, help="replace an earlier report in --out")

@@ -5,9 +5,10 @@ batches. torchvision's transforms are in the recipe of MAE and FCMAE: v1 on Pill
 Ours is refused where its pixels are not those of Pillow in the same boxes, by which torchvision's v1 resizes too.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from typing import BinaryIO
+from importlib import import_module
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,11 +16,11 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from sparse_fcmae.benchmarks.config import DataConfig
-from sparse_fcmae.benchmarks.engine import Candidate, Checked, Run, benchmark, take_turns
+from sparse_fcmae.benchmarks.engine import Candidate, Run, benchmark, take_turns
 from sparse_fcmae.benchmarks.gates import PIXELS
 from sparse_fcmae.benchmarks.results import Columns, Row
+from sparse_fcmae.data.batches import EvaluationImages, Sample, TrainingImages
 from sparse_fcmae.data.decode import to_eight_bits
-from sparse_fcmae.data.sources import ImageSource
 from sparse_fcmae.data.sources.folder import ImageFolder
 from sparse_fcmae.data.statistics import IMAGENET_MEAN, IMAGENET_STD, normalise
 from sparse_fcmae.data.views import RandomView, random_crop_box
@@ -32,7 +33,6 @@ OURS = "sparse-fcmae"
 BATCH = 32  # images that are stacked and normalised at once
 COMPARED = 32  # images whose pixels are compared
 Transform = Callable[[Image.Image], Tensor]  # of an RGB image to a normalised tensor
-MakeTransform = Callable[[tuple[int, int]], Transform]  # given (height, width)
 COLUMNS: Columns = {
     "candidate": ("candidate", ""),
     "images": ("images", "d"),
@@ -59,105 +59,74 @@ def data(config: DataConfig, device: torch.device) -> Iterator[list[Row]]:
         raise UserError("`data` is missing: name the folder with the images")
     source = ImageFolder(config.data)
     looked_at = range(min(config.images, len(source)))
-    indices = [i for i in looked_at if readable(source, i)]
+    decoded = EvaluationImages(source, lambda file: Image.open(file).load())
+    indices = [i for i in looked_at if not decoded[i].bad]
     if not indices:
         raise UserError(f"`data` {config.data}: none of the first {len(looked_at)} images can be read")
-    count, given = len(indices), (source, indices, size, config.seed)
+    count, crops = len(indices), TrainingImages(source, RandomView(size, in_chans=3), config.seed)
     row = {"images": count, "unreadable": len(looked_at) - count or None}
-    candidates = [Candidate(OURS, partial(ours, *given), {"candidate": OURS} | row, count, gate=PIXELS)]
+
+    def theirs(make: Callable[[tuple[int, int]], Transform]) -> Run:
+        transform = make(size)
+        images = EvaluationImages(source, lambda file: transform(Image.open(file).convert("RGB")))
+        return partial(load_all, lambda index: images[index], indices, config.seed)
+
+    ours = partial(load_all, lambda index: crops[0, index], indices, config.seed, normalise)
+    gate = partial(same_pixels, crops, indices[:COMPARED])
+    candidates = [Candidate(OURS, lambda: ours, {"candidate": OURS} | row, count, gate)]
     for name, make in CANDIDATES.items():
-        candidates.append(Candidate(name, partial(theirs, *given, make), {"candidate": name} | row, count))
+        candidates.append(Candidate(name, partial(theirs, make), {"candidate": name} | row, count))
     turns = take_turns(candidates, config.rounds, device)
 
     def figures(name: str) -> Row:
-        speed = turns.speed(name)
-        return speed | {"ms": 1e3 / speed["images_per_second"], "ours_over_it": turns.ratio(name, OURS)}
+        return {"ms": turns.speed(name)["ms"] / count, "ours_over_it": turns.ratio(name, OURS)}
 
     yield turns.table(figures)
 
 
-def readable(source: ImageSource, index: int) -> bool:
-    """Whether an image can be decoded."""
-    try:
-        with source.open(index) as file:
-            Image.open(file).load()
-    except Exception:  # Pillow's decoders raise nearly anything on a broken file
-        return False
-    return True
-
-
-def ours(source: ImageSource, indices: list[int], size: tuple[int, int], seed: int) -> Checked:
-    """This package's crops."""
-    view = RandomView(size, in_chans=3)
-    mean, greatest = differences(source, view, indices[:COMPARED], seed)
-    run = round_of(source, indices, seed, lambda file, index: view(file, random_numbers(seed, index)), normalise)
-    return Checked(run, mean, {"difference": mean, "max_difference": greatest})
-
-
-def theirs(source: ImageSource, indices: list[int], size: tuple[int, int], seed: int, make: MakeTransform) -> Run:
-    """Another library's crops."""
-    transform = make(size)
-    return round_of(source, indices, seed, lambda file, index: transform(Image.open(file).convert("RGB")))
-
-
-def round_of(
-    source: ImageSource,
+def load_all(
+    load: Callable[[int], Sample],
     indices: list[int],
     seed: int,
-    crop: Callable[[BinaryIO, int], Tensor],
     finish: Callable[[Tensor], Tensor] = lambda batch: batch,
-) -> Run:
-    """Every image once. crop: makes the pixels of a file, given its index too. finish: makes batches normalised."""
-
-    def load(index: int) -> Tensor:
-        with source.open(index) as file:
-            return crop(file, index)
-
-    def run() -> None:
-        torch.manual_seed(seed)
-        for first in range(0, len(indices), BATCH):
-            finish(torch.stack([load(i) for i in indices[first : first + BATCH]]))
-
-    return run
+) -> None:
+    """Loads every image once. finish: normalises a batch, where what is loaded is not normalised."""
+    torch.manual_seed(seed)
+    for first in range(0, len(indices), BATCH):
+        finish(torch.stack([load(index).pixels for index in indices[first : first + BATCH]]))
 
 
-def random_numbers(seed: int, index: int) -> np.random.Generator:
-    """What an image's crop is drawn from."""
-    return numpy_generator(seed, Stream.CROPS, 0, index)
+def torchvision_transform(module: str, size: tuple[int, int]) -> Transform:
+    """torchvision's transforms in a module of its.
 
-
-def torchvision_v1(size: tuple[int, int]) -> Transform:
-    """On Pillow images, as published."""
-    entry("torchvision.transforms", "Compose")  # raises UserError with the reason where it can't be imported
-    from torchvision import transforms as t
-
-    crop = t.RandomResizedCrop(size, scale=(0.2, 1.0), interpolation=t.InterpolationMode.BICUBIC)
-    return t.Compose([crop, t.RandomHorizontalFlip(), t.ToTensor(), t.Normalize(IMAGENET_MEAN, IMAGENET_STD)])
-
-
-def torchvision_v2(size: tuple[int, int]) -> Transform:
-    """In the order that torchvision recommends for speed: a tensor first, in uint8 up to the end."""
-    entry("torchvision.transforms.v2", "Compose")
-    from torchvision.transforms import v2 as t
-
+    Those of v1 are for Pillow images, as published. Those of v2 are in the order that torchvision recommends for speed:
+    a tensor first, in uint8 up to the end.
+    """
+    entry(module, "Compose")  # raises UserError with the reason where it can't be imported
+    t = import_module(module)
     crop = t.RandomResizedCrop(size, scale=(0.2, 1.0), interpolation=t.InterpolationMode.BICUBIC, antialias=True)
-    to_float = t.ToDtype(torch.float32, scale=True)
-    return t.Compose([t.ToImage(), crop, t.RandomHorizontalFlip(), to_float, t.Normalize(IMAGENET_MEAN, IMAGENET_STD)])
+    crop_and_flip, norm = [crop, t.RandomHorizontalFlip()], t.Normalize(IMAGENET_MEAN, IMAGENET_STD)
+    if module.endswith("v2"):
+        return t.Compose([t.ToImage(), *crop_and_flip, t.ToDtype(torch.float32, scale=True), norm])
+    return t.Compose([*crop_and_flip, t.ToTensor(), norm])
 
 
-CANDIDATES = {"torchvision v1": torchvision_v1, "torchvision v2": torchvision_v2}
+CANDIDATES = {
+    "torchvision v1": partial(torchvision_transform, "torchvision.transforms"),
+    "torchvision v2": partial(torchvision_transform, "torchvision.transforms.v2"),
+}
 
 
-def differences(source: ImageSource, view: RandomView, indices: list[int], seed: int) -> tuple[float, int]:
-    """Mean and greatest absolute difference of a view's pixels from those of the same boxes, as Pillow resizes them."""
+def same_pixels(crops: TrainingImages, indices: list[int], run: Run, passed: Mapping[Any, Run]) -> Row:
+    """The gate of random crops: how far their pixels are from those of the same boxes, as Pillow resizes them."""
     found = []
     for index in indices:
-        with source.open(index) as file:
-            pixels = view(file, random_numbers(seed, index)).numpy()
-        with source.open(index) as file:
+        pixels = crops[0, index].pixels.numpy()
+        with crops.source.open(index) as file:
             whole = to_eight_bits(ImageOps.exif_transpose(Image.open(file)), 3)
-        rng = random_numbers(seed, index)
+        rng = numpy_generator(crops.seed, Stream.CROPS, 0, index)
         box, flip = random_crop_box(*whole.size, rng), rng.random() < 0.5
-        expected = np.asarray(whole.crop(box).resize(view.size[::-1], Image.Resampling.BICUBIC))
+        expected = np.asarray(whole.crop(box).resize(crops.view.size[::-1], Image.Resampling.BICUBIC))
         found.append(np.abs(pixels.astype(int) - (expected[:, ::-1] if flip else expected)))
-    return float(np.mean(found)), int(np.max(found))
+    mean = float(np.mean(found))
+    return {"difference": mean, "max_difference": int(np.max(found))} | PIXELS(mean)

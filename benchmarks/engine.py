@@ -27,7 +27,7 @@ from sparse_fcmae.runtime.options import check, keywords_of
 
 P = ParamSpec("P")
 Run = Callable[[], Any]
-Gate = Callable[[Any, Mapping[Hashable, Any]], str | None]
+Gate = Callable[[Any, Mapping[Hashable, Any]], Row]
 Measure = Callable[[Any, torch.device], Iterator[list[Row]]]
 FILLED_BYTES = 1 << 30  # a third of a millisecond on a GPU of 2023, whose caches have 50 MB
 CROWDED = f"{OUT_OF_MEMORY} beside the others"
@@ -87,28 +87,15 @@ class Candidate:
     build: makes what is timed, a function without arguments. It raises UserError where that can't be had here.
     row: the columns that are known beforehand. A candidate that has "refused" among them is not built.
     images: how many a run goes through.
-    figures: further columns, found out about what was built.
-    gate: says why what was built must not be timed, None where it may. It gets that, and by name what passed before.
+    gate: gives further columns, found out about what was built. It gets that, and by name what passed before. Where it
+    gives "refused" too, which says why, what was built is not timed.
     """
 
     name: Hashable
     build: Callable[[], Run]
     row: Row = field(default_factory=dict)
     images: int = 1
-    figures: Callable[[Any], Row] = lambda run: getattr(run, "figures", {})
-    gate: Gate = lambda run, passed: None
-
-
-@dataclass(frozen=True)
-class Checked:
-    """What is timed, with the error of what it computes, where there is one, and further columns of its row."""
-
-    run: Run
-    error: float | None = None
-    figures: Row = field(default_factory=dict)
-
-    def __call__(self) -> Any:
-        return self.run()
+    gate: Gate = lambda run, passed: {}
 
 
 @dataclass(frozen=True)
@@ -130,9 +117,9 @@ class Turns:
         return statistics.median(s / f for s, f in pairs) * self.images[faster] / self.images[slower]
 
     def table(self, figures: Callable[[Hashable], Row]) -> list[Row]:
-        """All rows, those of the timed ones with further columns."""
+        """All rows, those of the timed ones with their speed and further columns."""
         for name in self.seconds:
-            self.rows[name] |= figures(name)
+            self.rows[name] |= self.speed(name) | figures(name)
         return list(self.rows.values())
 
     def speed(self, name: Hashable) -> Row:
@@ -147,7 +134,7 @@ class Turns:
 
 
 def take_turns(candidates: Iterable[Candidate], rounds: int, device: torch.device) -> Turns:
-    """Builds every candidate, has it run once and pass its gate, then times those that pass, one after the other.
+    """Builds every candidate, has it pass its gate and run once, then times those that pass, one after the other.
 
     The seconds of a round belong together, so that ratios hold on a machine whose speed changes. What is refused, can't
     be had or does not fit into memory has the reason in its row, and the others go on.
@@ -156,8 +143,8 @@ def take_turns(candidates: Iterable[Candidate], rounds: int, device: torch.devic
     rows = {candidate.name: dict(candidate.row) for candidate in candidates}
     runs: dict[Hashable, Run] = {}
     for candidate in candidates:
-        if "refused" not in rows[candidate.name]:
-            _admit(candidate, runs, rows[candidate.name])
+        if "refused" not in candidate.row:
+            rows[candidate.name] |= attempt(partial(_admit, candidate, runs))
     seconds: dict[Hashable, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):
         for name in list(runs):
@@ -170,32 +157,23 @@ def take_turns(candidates: Iterable[Candidate], rounds: int, device: torch.devic
     return Turns(rows, seconds, {candidate.name: candidate.images for candidate in candidates})
 
 
-def _admit(candidate: Candidate, runs: dict[Hashable, Run], row: Row) -> None:
-    """Puts what a candidate builds among the runs, or into its row the reason why it is not timed."""
-
-    def build() -> Run:
-        run = ready(candidate.build)
-        row.update(candidate.figures(run))
-        if reason := candidate.gate(run, runs):
-            raise UserError(reason)
-        return run
-
-    try:
-        run = within_memory(build)
-    except UserError as error:
-        row["refused"] = str(error)
-        return
-    if run is None:
-        row["refused"] = OUT_OF_MEMORY
-    else:
+def _admit(candidate: Candidate, runs: dict[Hashable, Run]) -> Row:
+    """Puts what a candidate builds among the runs, where it passes its gate. Returns what the gate gives."""
+    run = candidate.build()
+    found = candidate.gate(run, runs)
+    if "refused" not in found:
+        run()
         runs[candidate.name] = run
+    return found
 
 
-def ready(build: Callable[[], Run]) -> Run:
-    """What is built, run once."""
-    run = build()
-    run()
-    return run
+def attempt(do: Callable[[], Row]) -> Row:
+    """The columns that `do` finds out. Where it raises UserError or lacks memory, "refused" with the reason."""
+    try:
+        row = within_memory(do)
+    except UserError as error:
+        return {"refused": str(error)}
+    return {"refused": OUT_OF_MEMORY} if row is None else row
 
 
 def _seconds(run: Run, device: torch.device) -> float:

@@ -1,17 +1,16 @@
 """The gates: what a candidate has to show before it is timed, so that nothing is fast because it is wrong."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sparse_fcmae.backends import BACKENDS
-from sparse_fcmae.benchmarks.engine import Gate, Run
-from sparse_fcmae.benchmarks.memory import OUT_OF_MEMORY, within_memory
+from sparse_fcmae.benchmarks.engine import Gate, Run, attempt
 from sparse_fcmae.benchmarks.results import Row
 from sparse_fcmae.benchmarks.steps import Case, computed
 from sparse_fcmae.runtime.errors import UserError
@@ -25,39 +24,42 @@ VARIANT_TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2, "loss": 1e-2}  # relative, of a
 LOSS_STEPS = 5  # within which a loss has to fall
 
 
-def error_below(tolerance: float, complaint: str) -> Gate:
-    """The gate of a `Checked` run: its error is small. complaint: what is said where it is not, with `{error}`."""
-    return lambda run, passed: None if run.error < tolerance else complaint.format(error=run.error)
+def error_below(tolerance: float, complaint: str) -> Callable[[float], Row]:
+    """The part of a gate that refuses an error which is not small. complaint: the reason, with the error as `{}`."""
+    return lambda error: {} if error < tolerance else {"refused": complaint.format(error)}
 
 
 # of other libraries' models with our weights: relative Frobenius error, float32
-LOGITS = error_below(1e-5, "its logits differ by {error:.0e}")
+LOGITS = error_below(1e-5, "its logits differ by {:.0e}")
 # mean absolute difference, of 255
-PIXELS = error_below(1.5, "its pixels differ by {error:.1f} of 255")
+PIXELS = error_below(1.5, "its pixels differ by {:.1f} of 255")
 # relative Frobenius error of the result or of any gradient
-OP_RESULTS = {dtype: error_below(t, "relative error {error:.0e}") for dtype, t in (("fp32", 1e-4), ("bf16", 2e-2))}
+OP_RESULTS = {
+    torch.float32: error_below(1e-4, "relative error {:.0e}"),
+    torch.bfloat16: error_below(2e-2, "relative error {:.0e}"),
+}
 
 
-def falling_loss(step: Run, passed: Mapping[Any, Run]) -> str | None:
-    """The gate of another architecture's training step: its loss falls within a few steps."""
-    losses = [step().item() for _ in range(LOSS_STEPS)]
+def falling_loss(step: Run) -> Row:
+    """The part of a gate that refuses a training step whose loss does not fall within a few of them."""
+    losses = [loss.item() for _ in range(LOSS_STEPS) for loss in step()]
     if all(map(math.isfinite, losses)) and losses[-1] < losses[0]:
-        return None
-    return f"its loss does not fall: from {losses[0]:.4g} to {losses[-1]:.4g}"
+        return {}
+    return {"refused": f"its loss does not fall: from {losses[0]:.4g} to {losses[-1]:.4g}"}
 
 
 def same_as(backend: str, case: Case, work: str, seed: int) -> Gate:
     """The gate of a backend's variant: on the same masks it computes what the backend does."""
     tolerance = VARIANT_TOLERANCE["loss" if work == "pretrain" else "bf16" if case.bf16 else "fp32"]
 
-    def gate(run: Run, passed: Mapping[Any, Run]) -> str | None:
+    def gate(run: Run, passed: Mapping[Any, Run]) -> Row:
         if backend not in passed:
-            return f"there is no {backend} to compare it with"
+            return {"refused": f"there is no {backend} to compare it with"}
         results = []
         for candidate in (run, passed[backend]):
             torch.manual_seed(seed)
             results.append(torch.cat([t.detach().flatten().float() for t in candidate()]))
-        return None if relative(*results) < tolerance else "what it computes differs"
+        return {} if relative(*results) < tolerance else {"refused": "what it computes differs"}
 
     return gate
 
@@ -71,51 +73,50 @@ def choose_backends(option: str, device: torch.device, dtypes: set[torch.dtype])
     return names
 
 
-def check_backends(case: Case, work: str, names: list[str]) -> tuple[dict[str, Row], dict[str, str]]:
+def check_backends(case: Case, work: str, names: list[str]) -> dict[str, Row]:
     """The gate of the backends: features (of a pretraining step the loss) and gradients are those of BASELINE.
 
-    Returns the errors of those that can run, as columns, and why the others can't or are refused.
+    Returns columns for each name: the errors, and as "refused" why it can't run or must not be timed.
     """
-    reasons = {name: BACKENDS[name].unusable(case.device, case.dtype) for name in names}
-    usable = [name for name, reason in reasons.items() if not reason]
-    checked = within_memory(partial(_errors_of_backends, case, work, usable))
-    errors, passed = checked or ({}, [])
-    wrong = OUT_OF_MEMORY if checked is None else f"{'loss' if work == 'pretrain' else 'features'} or gradients differ"
-    columns = {name: {"forward_error": f, "gradient_error": g} for name, (f, g) in errors.items()}
-    return columns, {name: reasons[name] or wrong for name in names if name not in passed}
+    exact = cache(partial(Exact, case, work))
 
+    def check(name: str) -> Row:
+        reason = BACKENDS[name].unusable(case.device, case.dtype)
+        return {"refused": reason} if reason else exact().check(name)
 
-def _errors_of_backends(case: Case, work: str, backends: list[str]) -> tuple[dict[str, tuple[float, float]], list[str]]:
-    """Errors of each backend's result and gradients, and which backends pass.
-
-    In float32 they have to be equal. In bfloat16 they may be as far from BASELINE in float32 as BASELINE in bfloat16
-    is, within a factor.
-    """
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        exact = Exact(case, work)
-        errors = {name: exact.errors(name) for name in backends}
-        passed = [name for name, (f, g) in errors.items() if f < FORWARD_TOLERANCE and g < GRADIENT_TOLERANCE]
-        if case.bf16:
-            own_forward, own_gradient = exact.errors(BASELINE, bf16=True)
-            forward_limit = ROUNDING_FACTOR * max(own_forward, LOSS_ROUNDING if work == "pretrain" else 0)
-            gradient_limit = ROUNDING_FACTOR * own_gradient
-            rounded = {name: exact.errors(name, bf16=True) for name in passed}
-            passed = [name for name, (f, g) in rounded.items() if f <= forward_limit and g <= gradient_limit]
-            errors |= rounded
-    return errors, passed
+    return {name: attempt(partial(check, name)) for name in names}
 
 
 class Exact:
     """A model, inputs, and what BASELINE computes of them in float32."""
 
     def __init__(self, case: Case, work: str) -> None:
-        self.case, self.model, self.inputs = case, case.model(work), case.inputs()
+        self.case, self.work = replace(case), work  # a case of its own, so that the model is not kept
+        self.model = self.case.fcmae if work == "pretrain" else self.case.encoder
         self.probe = torch.ones((), device=case.device)  # what the gradients are of: the loss, or a sum of features
         if work != "pretrain":
-            self.probe = torch.randn(case.batch, self.model.num_features, *case.grid, device=case.device)
+            self.probe = torch.randn(case.batch_size, self.model.num_features, *case.grid, device=case.device)
         self.result, self.gradients = self._values(BASELINE, bf16=False)
+        self.rounding = self._errors(BASELINE, bf16=True) if case.bf16 else (0.0, 0.0)
 
-    def errors(self, backend: str, bf16: bool = False) -> tuple[float, float]:
+    def check(self, backend: str) -> Row:
+        """Columns of a backend's errors, and "refused" where they are too large.
+
+        In float32 it has to be equal. In bfloat16 it may be as far from BASELINE in float32 as BASELINE in bfloat16 is,
+        within a factor.
+        """
+        forward, gradient = self._errors(backend, bf16=False)
+        passes = forward < FORWARD_TOLERANCE and gradient < GRADIENT_TOLERANCE
+        if passes and self.case.bf16:
+            forward, gradient = self._errors(backend, bf16=True)
+            own_forward, own_gradient = self.rounding
+            own_forward = max(own_forward, LOSS_ROUNDING if self.work == "pretrain" else 0)
+            passes = forward <= ROUNDING_FACTOR * own_forward and gradient <= ROUNDING_FACTOR * own_gradient
+        row = {"forward_error": forward, "gradient_error": gradient}
+        result = "loss" if self.work == "pretrain" else "features"
+        return row if passes else row | {"refused": f"{result} or gradients differ"}
+
+    def _errors(self, backend: str, bf16: bool) -> tuple[float, float]:
         """Relative errors of a backend's result and gradients.
 
         The second is in float32 the greatest of any parameter, in bfloat16 that of all of them as one vector.
@@ -129,8 +130,9 @@ class Exact:
 
     def _values(self, backend: str, bf16: bool) -> tuple[Tensor, list[Tensor]]:
         self.model.zero_grad()
-        result = computed(self.model.with_backend(backend), *self.inputs, replace(self.case, bf16=bf16))
-        (result.float() * self.probe).sum().backward()
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            result = computed(self.model.with_backend(backend), *self.case.inputs, replace(self.case, bf16=bf16))
+            (result.float() * self.probe).sum().backward()
         return result.detach(), [p.grad.clone() for p in self.model.parameters()]
 
 

@@ -1,14 +1,13 @@
 """What the models cost, counted: dense and sparse, beside the published figures and other libraries' models."""
 
 from collections.abc import Iterator
-from itertools import product
 
 import torch
 
 from sparse_fcmae.benchmarks.config import GflopsConfig
 from sparse_fcmae.benchmarks.engine import benchmark
 from sparse_fcmae.benchmarks.results import Columns, Row
-from sparse_fcmae.model.convnext import SIZES
+from sparse_fcmae.benchmarks.steps import listed_cases
 from sparse_fcmae.model.flops import PUBLISHED, Part, count, module_macs, parameters
 from sparse_fcmae.runtime.errors import UserError
 from sparse_fcmae.runtime.files import one_line
@@ -37,11 +36,8 @@ def gflops(config: GflopsConfig, device: torch.device) -> Iterator[list[Row]]:
 
     Figures are multiply-accumulates of one image's forward pass, in units of 1e9.
     """
-    models = listed("model", config.model, str, SIZES)
-    sizes = listed("image_size", config.image_size, image_size_of)
-    ratios = listed("mask_ratio", config.mask_ratio, float)
     others = [timm_row(model) for model in listed("compare", config.compare, str)] if config.compare else []
-    yield [row for case in product(models, sizes, ratios) for row in rows_of(*case)] + others
+    yield [row for case in listed_cases(config) for row in rows_of(*case)] + others
 
 
 def rows_of(model: str, size: tuple[int, int], ratio: float) -> list[Row]:

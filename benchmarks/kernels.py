@@ -4,33 +4,38 @@ An op can be no faster than it takes to read its inputs and write its results on
 the rates of a large copy and of large matrix products in the same run. For a GPU see `gpu_kernels`.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import product
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sparse_fcmae import kernels as package
 from sparse_fcmae import ops
+from sparse_fcmae.backends import choose_dtype
 from sparse_fcmae.backends.patch_map import PatchMap
 from sparse_fcmae.backends.plain_torch import TorchPatches
-from sparse_fcmae.benchmarks import gpu_kernels
 from sparse_fcmae.benchmarks.config import KernelsConfig
-from sparse_fcmae.benchmarks.engine import Candidate, Checked, Turns, benchmark, take_turns
-from sparse_fcmae.benchmarks.gates import OP_RESULTS, relative
-from sparse_fcmae.benchmarks.rates import Rates, measure_rates
+from sparse_fcmae.benchmarks.engine import Candidate, Run, Turns, benchmark, take_turns
+from sparse_fcmae.benchmarks.gates import OP_RESULTS, check_backends, relative
+from sparse_fcmae.benchmarks.gpu_kernels import time_kernels
 from sparse_fcmae.benchmarks.results import Columns, Row
-from sparse_fcmae.benchmarks.steps import Case, move_parameters, setting_of
+from sparse_fcmae.benchmarks.steps import Case, move_parameters
 from sparse_fcmae.kernels.constants import SIDES
 from sparse_fcmae.model.convnext import SIZES, Block
+from sparse_fcmae.model.flops import visible_taps
 from sparse_fcmae.ops import reference
 from sparse_fcmae.runtime.errors import UserError
-from sparse_fcmae.runtime.options import listed
 
+COPIED = 1 << 26  # float32 numbers
+SIDE, SLOW_SIDE = 2048, 512  # rows and columns of the matrices that are multiplied
+GPU_SCALE = 4  # times as much on a GPU
 GELU_FLOPS, SLOPE_FLOPS, NORM_FLOPS = 46, 4, 8  # per element, a multiply-add counting two; GELU_FLOPS as approximated
+PASSES = ("forward", "backward")
+Rates = dict[str | torch.dtype, float]
 COLUMNS: Columns = {
     "op": ("op", ""),  # on a CPU
     "features": ("features", ""),
@@ -52,19 +57,38 @@ COLUMNS: Columns = {
 @benchmark("kernels", KernelsConfig, COLUMNS)
 def kernels(config: KernelsConfig, device: torch.device) -> Iterator[list[Row]]:
     """Prints and returns a row for each op, stage and pass, or on a GPU for each Triton kernel and shape."""
-    listed("model", config.model, str, SIZES)
+    case = Case.of(config, device)
     if reason := package.unusable(device):
         raise UserError(f"there are no kernels to measure: {reason}")
-    case = Case.of(config, device)
-    yield list(rows_of_ops(config, case) if device.type == "cpu" else gpu_kernels.rows(config, case))
+    rates = measure_rates(device, dict.fromkeys((case.dtype, torch.float32)), config.rounds)
+    copied, flops = rates["bytes"], rates[torch.float32]
+    setting = case.setting | {"measured_bytes_per_second": copied, "measured_flops_per_second": flops}
+    if device.type == "cpu":
+        setting["kernels"] = package.of(device).instruction_set()
+        setting["measured_matrix_flops_per_second"] = rates[case.dtype]
+        rows = rows_of_ops(case, config.rounds, rates)
+    elif reason := check_backends(case, "step", ["native"])["native"].get("refused"):
+        raise UserError(f"the kernels are not measured: {reason}")
+    else:
+        rows = time_kernels(case, config.rounds, copied, flops)
+    yield [setting | row for row in rows]
 
 
-class Cost(NamedTuple):
-    """Of a pass: bytes of inputs and results, operations of matrix products, all other operations."""
-
-    bytes: float
-    products: float
-    others: float
+def measure_rates(device: torch.device, dtypes: Iterable[torch.dtype], rounds: int) -> Rates:
+    """ "bytes": read and written in a second by a large copy. By dtype: operations in a second of a large product."""
+    scale = GPU_SCALE if device.type == "cuda" else 1
+    source, target = torch.zeros(2, scale * COPIED, device=device).unbind()
+    candidates = [Candidate("bytes", lambda: partial(target.copy_, source))]
+    work: Rates = {"bytes": 2 * source.nbytes}
+    for dtype in dtypes:
+        # a product in bfloat16 takes a hundred times as long where a CPU has no instructions for it
+        slow = dtype == torch.bfloat16 and choose_dtype("auto", device, "auto") != dtype
+        side = scale * (SLOW_SIDE if slow else SIDE)
+        square, out = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+        candidates.append(Candidate(dtype, lambda square=square, out=out: partial(torch.mm, square, square, out=out)))
+        work[dtype] = 2 * side**3
+    seconds = take_turns(candidates, rounds, device).seconds
+    return {name: work[name] / min(seconds[name]) for name in work}
 
 
 @dataclass(frozen=True)
@@ -72,42 +96,40 @@ class Op:
     """An op on features x with parameters, against its reference.
 
     call: computes it of x by the functions of `ops` or of `reference`, with parameters or results in a dtype.
+    flops: operations of the forward and of the backward pass beside matrix products. products: operations of the
+    forward pass's matrix products, of which the backward pass has twice as many.
     """
 
-    name: str
     call: Callable[[Any, Tensor, torch.dtype], Tensor]
     dtype: torch.dtype
     x: Tensor
     parameters: list[Tensor]
-    costs: dict[str, Cost]
+    flops: tuple[float, float]
+    products: float = 0
 
-    @cached_property
-    def results(self) -> dict[Any, Tensor]:
-        """What the op and its reference compute."""
-        return {by: self.call(by, self.x, self.dtype) for by in (ops, reference)}
-
-    @cached_property
-    def probe(self) -> Tensor:
-        """A gradient of the result."""
-        return torch.randn_like(self.results[ops])
-
-    def gradients(self, result: Tensor) -> tuple[Tensor, ...]:
-        """The gradients of features and parameters."""
-        inputs, probe = [self.x, *self.parameters], self.probe.to(result.dtype)
-        return torch.autograd.grad(result, inputs, probe, retain_graph=True)
-
-    @cached_property
-    def error(self) -> float:
-        """The greatest relative error of the result or of a gradient, against the reference in float32."""
-        exact = self.call(reference, self.x.float(), torch.float32)
-        found, expected = ((result, *self.gradients(result)) for result in (self.results[ops], exact))
-        return max(relative(a.float(), b.float()) for a, b in zip(found, expected, strict=True))
-
-    def run_of(self, what: str, by: Any) -> Checked:
+    def build(self, what: str, by: Any) -> Run:
         """What is timed of a pass."""
-        forward = partial(self.call, by, self.x, self.dtype)
-        run = forward if what == "forward" else partial(self.gradients, self.results[by])
-        return Checked(run, self.error, {"error": self.error})
+        if what == "forward":
+            return partial(self.call, by, self.x, self.dtype)
+        result = self.call(by, self.x, self.dtype)
+        return partial(self.gradients, result, torch.randn_like(result))
+
+    def gradients(self, result: Tensor, of_result: Tensor) -> tuple[Tensor, ...]:
+        """The gradients of features and parameters, given that of the result."""
+        return torch.autograd.grad(result, [self.x, *self.parameters], of_result.to(result.dtype), retain_graph=True)
+
+    @cached_property
+    def result(self) -> Tensor:
+        """What the op computes."""
+        return self.call(ops, self.x, self.dtype)
+
+    @cached_property
+    def checked(self) -> Row:
+        """Columns of the greatest relative error of the result or of a gradient, against the reference in float32."""
+        exact, of_result = self.call(reference, self.x.float(), torch.float32), torch.randn_like(self.result)
+        pairs = zip(self.gradients(self.result, of_result), self.gradients(exact, of_result), strict=True)
+        error = max(relative(a.float(), b.float()) for a, b in ((self.result, exact), *pairs))
+        return {"error": error} | OP_RESULTS[self.dtype](error)
 
 
 def ops_of(patch_map: PatchMap, side: int, channels: int, dtype: torch.dtype) -> list[Op]:
@@ -118,9 +140,6 @@ def ops_of(patch_map: PatchMap, side: int, channels: int, dtype: torch.dtype) ->
 
     def features(channels: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.randn(len(patch_map.row_to_patch), side, side, channels).to(dtype).requires_grad_()
-
-    def op(call: Callable, x: Tensor, parameters: list[Tensor], forward: Cost, backward: Cost) -> Op:
-        return Op(call.__name__, call, dtype, x, parameters, {"forward": forward, "backward": backward})
 
     def block_dwconv(by: Any, x: Tensor, dtype: torch.dtype) -> Tensor:
         cast = (lambda p: p) if by is ops else (lambda p: p.to(dtype))  # the op casts by itself
@@ -136,60 +155,49 @@ def ops_of(patch_map: PatchMap, side: int, channels: int, dtype: torch.dtype) ->
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
             return by.convnext_block(x, parameters, *maps, patch_map.image_offsets) if by is ops else block(x, patches)
 
-    x, b = features(channels, torch.float32), dtype.itemsize
-    n = x.numel()
-    taps = reference.block_dwconv(torch.ones_like(x[..., :1]), torch.ones(1, 1, 7, 7), None, *maps).sum().item()
-    conv, normed, products = 2 * taps * channels, NORM_FLOPS * n, 16 * n * channels
-    gelu, slopes, around = 4 * GELU_FLOPS * n, 8 * SLOPE_FLOPS * n, conv + normed + 4 * GELU_FLOPS * n
-    convolved = Cost(2 * b * n, 0, conv + normed), Cost(3 * b * n, 0, 3 * (conv + normed))
-    whole = Cost(8 * n, products, around), Cost(12 * n, 2 * products, 2 * around + conv)
+    x = features(channels, torch.float32)
+    conv = 2 * channels * visible_taps(patch_map.mask, side) * len(patch_map.mask)
+    normed, gelu, slopes = NORM_FLOPS * x.numel(), 4 * GELU_FLOPS * x.numel(), 8 * SLOPE_FLOPS * x.numel()
+    convolved, around = conv + normed, conv + normed + gelu
     return [
-        op(block_dwconv, features(channels), dwconv + norm, *convolved),
-        op(gelu_grn, features(4 * channels), [gamma], Cost(8 * b * n, 0, gelu), Cost(12 * b * n, 0, gelu + slopes)),
-        op(layer_norm, x, norm, Cost((4 + b) * n, 0, normed), Cost((8 + b) * n, 0, 3 * normed)),
-        op(convnext_block, x, parameters, *whole),
+        Op(block_dwconv, dtype, features(channels), dwconv + norm, (convolved, 3 * convolved)),
+        Op(gelu_grn, dtype, features(4 * channels), [gamma], (gelu, gelu + slopes)),
+        Op(layer_norm, dtype, x, norm, (normed, 3 * normed)),
+        Op(convnext_block, dtype, x, parameters, (around, 2 * around + conv), 16 * channels * x.numel()),
     ]
 
 
-def rows_of_ops(config: KernelsConfig, case: Case) -> Iterator[Row]:
+def rows_of_ops(case: Case, rounds: int, rates: Rates) -> Iterator[Row]:
     """A row for each stage, op and pass."""
-    rates = measure_rates(case.device, (case.dtype, torch.float32), config.rounds)
-    place = setting_of(config) | {
-        "kernels": package.of(case.device).instruction_set(),
-        "measured_bytes_per_second": rates["bytes"],
-        "measured_matrix_flops_per_second": rates[case.dtype],
-        "measured_flops_per_second": rates[torch.float32],
-    }
     patch_map = PatchMap.of(case.masks())
-    for number, (side, channels) in enumerate(zip(SIDES, SIZES[config.model][1], strict=True), 1):
-        at_stage = place | {"stage": number, "features": f"{side}x{side}x{channels}"}
+    for number, (side, channels) in enumerate(zip(SIDES, SIZES[case.model][1], strict=True), 1):
         for op in ops_of(patch_map, side, channels, case.dtype):
+            row = {"stage": number, "features": f"{side}x{side}x{channels}", "op": op.call.__name__}
             candidates = [
-                Candidate(
-                    (what, by),
-                    partial(op.run_of, what, by),
-                    at_stage | {"op": op.name, "pass": what},
-                    gate=OP_RESULTS[config.dtype],
-                )
-                for what, by in product(op.costs, (ops, reference))
+                Candidate(key, partial(op.build, *key), row | {"pass": key[0]}, gate=lambda *_, op=op: op.checked)
+                for key in product(PASSES, (ops, reference))
             ]
-            turns = take_turns(candidates, config.rounds, case.device)
-            yield from (figures(turns, what, cost, rates, case.dtype) for what, cost in op.costs.items())
+            turns = take_turns(candidates, rounds, case.device)
+            for what in PASSES:
+                timed = (what, ops) in turns.seconds
+                yield turns.rows[what, ops] | (figures(turns, op, what, rates) if timed else {})
 
 
-def figures(turns: Turns, what: str, cost: Cost, rates: Rates, dtype: torch.dtype) -> Row:
-    """The row of a pass of an op, with what follows from the times."""
-    row, ours = turns.rows[what, ops], (what, ops)
-    if ours not in turns.seconds:
-        return row
-    memory = cost.bytes / rates["bytes"]
-    arithmetic = cost.products / rates[dtype] + cost.others / rates[torch.float32]
-    milliseconds = turns.speed(ours)["ms"]
-    return row | {
+def figures(turns: Turns, op: Op, what: str, rates: Rates) -> Row:
+    """What follows from the time of a pass of an op.
+
+    The forward pass reads x and writes the result. The backward pass reads x and the gradient of the result, and writes
+    that of x.
+    """
+    backward, milliseconds = what == "backward", turns.speed((what, ops))["ms"]
+    moved = (2 if backward else 1) * op.x.nbytes + op.result.nbytes
+    products, others = (2 if backward else 1) * op.products, op.flops[backward]
+    memory, arithmetic = moved / rates["bytes"], products / rates[op.dtype] + others / rates[torch.float32]
+    return {
         "ms": milliseconds,
-        "bytes": cost.bytes,
-        "flops": cost.products + cost.others,
-        "over_reference": turns.ratio((what, reference), ours),
+        "bytes": moved,
+        "flops": products + others,
+        "over_reference": turns.ratio((what, reference), (what, ops)),
         "of_bound": 1e3 * max(memory, arithmetic) / milliseconds,
         "bound": "memory" if memory > arithmetic else "arithmetic",
     }

@@ -20,10 +20,8 @@ def within_memory(do: Callable[[], Any]) -> Any:
     """What `do` returns; None where it does not fit into the device's memory."""
     try:
         return do()
-    except MemoryError:
-        pass
-    except RuntimeError as error:
-        if not NO_MEMORY.search(str(error)):
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not NO_MEMORY.search(str(error)):
             raise
     gc.collect()
     _trim()

@@ -4,9 +4,10 @@ A function that draws takes rows and returns None where they have nothing for it
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from io import StringIO
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,31 +69,31 @@ def draw_bars(
     rows = [row for row in rows if row.get(value) is not None]
     if not rows:
         return None
-    names = list(dict.fromkeys(map(bar, rows)))
+    colours = colours_of(dict.fromkeys(map(bar, rows)))
     groups = list(dict.fromkeys(map(group, rows)))
     figure, axes = new_figure(max(7, 1 + 0.42 * len(rows) + 0.4 * len(groups)))
     left, ticks = 0.0, []
     for name in groups:
         own = {bar(row): row[value] for row in rows if group(row) == name}
-        for i, (label, height) in enumerate(own.items()):
-            drawn = axes.bar(left + i, height, width=0.9, color=colour(label, names))
-            axes.bar_label(drawn, fmt=lambda v: format(v, spec), fontsize=7, padding=1)
+        places = [left + i for i in range(len(own))]
+        drawn = axes.bar(places, own.values(), width=0.9, color=[colours[label] for label in own])
+        axes.bar_label(drawn, fmt=lambda v: format(v, spec), fontsize=7, padding=1)
         ticks.append(left + (len(own) - 1) / 2)
         left += len(own) + 0.8
     axes.set_xticks(ticks, groups, fontsize=8)
     axes.set_ylabel(ylabel)
     if log:
         axes.set_yscale("log")
-    handles = [Patch(color=colour(name, names), label=name) for name in names]
+    handles = [Patch(color=colour, label=name) for name, colour in colours.items()]
     figure.legend(handles=handles, loc="outside upper left", fontsize=8, frameon=False, ncols=5)
     axes.margins(x=0.01, y=0.12)
     return figure
 
 
-def colour(name: str, names: list[str]) -> str:
-    """A candidate's colour, another one than those of the other names."""
-    others = [n for n in names if n.split(", ")[0] not in COLOURS]
-    return COLOURS.get(name.split(", ")[0]) or SPARE_COLOURS[others.index(name) % len(SPARE_COLOURS)]
+def colours_of(names: Iterable[str]) -> dict[str, str]:
+    """A colour for each candidate, in which a backend's variants are as the backend."""
+    spare = cycle(SPARE_COLOURS)
+    return {name: COLOURS.get(name.split(", ")[0]) or next(spare) for name in names}
 
 
 def draw_gflops(rows: list[Row]) -> "Figure | None":
@@ -130,16 +131,14 @@ def draw_scaling(rows: list[Row]) -> "Figure | None":
         return None
     over, (figure, axes) = rows[0]["over"], new_figure()
     values = list(dict.fromkeys(str(row["value"]) for row in rows))
-    numeric = over in ("mask-ratio", "threads", "batch-size") or all("x" not in v and over != "model" for v in values)
-    names = list(dict.fromkeys(row["candidate"] for row in rows))
-    for name in names:
+    numeric = over != "model" and not any("x" in value for value in values)
+    for name, colour in colours_of(dict.fromkeys(row["candidate"] for row in rows)).items():
         own = [row for row in rows if row["candidate"] == name]
         x = [float(row["value"]) if numeric else str(row["value"]) for row in own]
-        measured, paint = [1e3 / row["images_per_second"] for row in own], colour(name, names)
-        axes.plot(x, measured, marker=".", label=name, color=paint)
+        axes.plot(x, [row["ms"] / row["batch_size"] for row in own], marker=".", label=name, color=colour)
         if "ideal_ms" in own[0]:
-            ideal = [row["ideal_ms"] / row["ms"] * y for row, y in zip(own, measured, strict=True)]
-            axes.plot(x, ideal, linestyle="--", linewidth=1, label=f"{name}, ideal", color=paint)
+            ideal = [row["ideal_ms"] / row["batch_size"] for row in own]
+            axes.plot(x, ideal, linestyle="--", linewidth=1, label=f"{name}, ideal", color=colour)
     axes.set(xlabel=LABELS.get(over, over), ylabel="ms an image, forward and backward")
     if numeric and over != "mask-ratio":
         axes.set(xscale="log", yscale="log")

@@ -12,7 +12,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from sparse_fcmae.benchmarks.config import ProfileConfig
 from sparse_fcmae.benchmarks.engine import benchmark
 from sparse_fcmae.benchmarks.results import Columns, Row
-from sparse_fcmae.benchmarks.steps import Case, builds, setting_of
+from sparse_fcmae.benchmarks.steps import Case, run_of
 from sparse_fcmae.kernels.observe import observing
 
 PRODUCTS = {"aten::mm": (0, 1), "aten::addmm": (1, 2), "aten::addmm_": (1, 2)}  # which of their inputs are multiplied
@@ -30,7 +30,7 @@ COLUMNS: Columns = {
 def profile_step(config: ProfileConfig, device: torch.device) -> Iterator[list[Row]]:
     """Prints and returns what takes the most time, in milliseconds of a step, and all of it together."""
     case = Case.of(config, device)
-    step = builds(case, "step", ["native"])["native"]()
+    step = run_of(case, "step", "native")
     moved: Counter[str] = Counter()
 
     def labelled(run: Callable[..., Any], kernel: str, *arguments: Any) -> Any:
@@ -52,17 +52,9 @@ def profile_step(config: ProfileConfig, device: torch.device) -> Iterator[list[R
             first, second = (event.input_shapes[i] for i in PRODUCTS[event.key])
             numbers = prod(first) + prod(second) + first[0] * second[1]
             moved[name] += case.dtype.itemsize * numbers * event.count
-    total, setting = sum(spent.values()), setting_of(config)
-    rows = [
-        setting
-        | {
-            "what": name,
-            "calls": calls[name] / config.rounds,
-            "ms": ms / config.rounds,
-            "bytes": moved[name] / config.rounds,
-            "mb": moved[name] / config.rounds / 1e6 or None,
-            "share": ms / total,
-        }
-        for name, ms in spent.most_common(SHOWN)
-    ]
-    yield [*rows, setting | {"what": "all", "ms": total / config.rounds}]
+    total, rows = sum(spent.values()), []
+    for name, ms in spent.most_common(SHOWN):
+        moved_bytes = moved[name] / config.rounds
+        row = {"what": name, "calls": calls[name] / config.rounds, "ms": ms / config.rounds, "share": ms / total}
+        rows.append(case.setting | row | {"bytes": moved_bytes, "mb": moved_bytes / 1e6 or None})
+    yield [*rows, case.setting | {"what": "all", "ms": total / config.rounds}]

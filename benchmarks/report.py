@@ -1,17 +1,29 @@
-"""The whole suite on this machine: one HTML page that needs nothing else, plots as PNG, rows as JSON and CSV."""
+"""The whole suite on this machine: one HTML page that needs nothing else, plots as PNG, rows as JSON and CSV.
 
+`SECTIONS` says which benchmarks it has, in which cases, and how their rows are drawn. A line there and a heading in
+`report.html` put a new benchmark on the page.
+"""
+
+from collections.abc import Callable
 from html import escape
 from importlib.resources import files
 from pathlib import Path
 from string import Template
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from tqdm import tqdm
 
+from sparse_fcmae.backends import BACKENDS, choose_dtype
 from sparse_fcmae.benchmarks import plots
+from sparse_fcmae.benchmarks.compare import compare
 from sparse_fcmae.benchmarks.config import ReportConfig
-from sparse_fcmae.benchmarks.registry import SECTIONS, Plan
+from sparse_fcmae.benchmarks.data import data
+from sparse_fcmae.benchmarks.gflops import gflops
+from sparse_fcmae.benchmarks.kernels import kernels
 from sparse_fcmae.benchmarks.results import Columns, Row, append_csv, as_text, environment, filled
+from sparse_fcmae.benchmarks.scaling import scaling
+from sparse_fcmae.benchmarks.throughput import absent_peers, throughput
 from sparse_fcmae.data.sources.folder import ImageFolder
 from sparse_fcmae.model.convnext import SIZES
 from sparse_fcmae.runtime.device import choose_device
@@ -20,6 +32,59 @@ from sparse_fcmae.runtime.files import new_folder, one_line, read_json, write_at
 from sparse_fcmae.runtime.options import check, keywords_of, listed
 
 PAGE, ROWS, TABLE = "report.html", "rows.json", "rows.csv"
+Options = dict[str, Any]
+BATCHES = {"atto": 32, "femto": 32, "pico": 16, "nano": 16, "tiny": 8, "base": 4, "large": 2, "huge": 1}  # on a CPU
+GPU_SCALE = 16  # times as many on a GPU
+SLOW_BF16 = "this machine has no instructions for it, so that it is slower than fp32"
+
+
+class Section(NamedTuple):
+    """A part of the page. benchmark: what measures its rows. plots: name of the file -> what draws the rows."""
+
+    benchmark: Callable[..., list[Row]]
+    plots: dict[str, Callable[[list[Row]], Any]]
+
+
+SECTIONS = {
+    "gflops": Section(gflops, {"gflops": plots.draw_gflops}),
+    "throughput": Section(throughput, {"throughput": plots.draw_speedups, "memory": plots.draw_memory}),
+    "mask ratio": Section(scaling, {"scaling-mask-ratio": plots.draw_scaling}),
+    "image size": Section(scaling, {"scaling-image-size": plots.draw_scaling}),
+    "compare": Section(compare, {"compare": plots.draw_speeds}),
+    "autoencoders": Section(compare, {"autoencoders": plots.draw_speeds}),
+    "kernels": Section(kernels, {"kernels": plots.draw_bounds}),
+    "data": Section(data, {"data": plots.draw_speeds}),
+}
+
+
+def plan(config: ReportConfig, models: list[str], device: torch.device) -> dict[str, list[Options]]:
+    """The options of each time that a section's benchmark runs: few enough images for a usual machine."""
+    common, scale = {"rounds": config.rounds, "seed": config.seed}, GPU_SCALE if device.type == "cuda" else 1
+
+    def step_of(model: str, **others: Any) -> Options:
+        return common | {"device": config.device, "model": model, "batch_size": scale * BATCHES[model]} | others
+
+    first, few, dtypes = models[0], min(3, config.rounds), "fp32,bf16" if fast_bf16(device) else "fp32"
+    return {
+        "gflops": [{}],
+        "throughput": [step_of(model, dtype=dtypes, backend=",".join(BACKENDS)) for model in models],
+        "mask ratio": [step_of(first, over="mask-ratio", batch_size=8, rounds=few)],
+        "image size": [step_of(first, over="image-size", batch_size=2, rounds=few)],
+        "compare": [step_of(model) for model in models],
+        "autoencoders": [step_of("base", task="pretrain")],
+        "kernels": [step_of(first)],
+        "data": [common | {"data": config.data or ""}],
+    }
+
+
+def not_measured(device: torch.device) -> list[Row]:
+    """Rows beside those of the throughput: the peers that can't be measured, and bfloat16 where it is slow."""
+    return absent_peers() + ([] if fast_bf16(device) else [{"dtype": "bf16", "refused": SLOW_BF16}])
+
+
+def fast_bf16(device: torch.device) -> bool:
+    """Whether a device has instructions for bfloat16."""
+    return choose_dtype("auto", device, "auto") == torch.bfloat16
 
 
 @keywords_of(ReportConfig)
@@ -31,7 +96,7 @@ def report(options: dict[str, Any]) -> Path:
     config = ReportConfig(**options)
     check(config)
     out, device = Path(config.out), choose_device(config.device)
-    plan = Plan(config, listed("model", config.model, str, SIZES), device)
+    runs = plan(config, listed("model", config.model, str, SIZES), device)
     plots.require_matplotlib()
     if config.data:
         ImageFolder(config.data)  # raises where there are no images, not at the end
@@ -45,18 +110,18 @@ def report(options: dict[str, Any]) -> Path:
         for name in (bar := tqdm(SECTIONS, unit="part")):
             bar.set_description(name)
             bar.clear()  # the tables start on a line of their own
-            sections[name] = measured(name, plan)
+            sections[name] = measured(SECTIONS[name].benchmark, runs[name])
+        sections["throughput"] += not_measured(device)
         write_json(folder / ROWS, {"environment": environment("report", config, device), "sections": sections})
         make_page(read_json(folder / ROWS), folder)
     print(f"report: {out / PAGE}")
     return out / PAGE
 
 
-def measured(name: str, plan: Plan) -> list[Row]:
-    """A section's rows; the reason where it can't be measured here, so that the others are not lost."""
-    section = SECTIONS[name]
+def measured(benchmark: Callable[..., list[Row]], runs: list[Options]) -> list[Row]:
+    """A benchmark's rows; the reason where it can't be measured here, so that the others are not lost."""
     try:
-        return [row for options in section.runs(plan) for row in section.benchmark(**options)] + section.beside(plan)
+        return [row for options in runs for row in benchmark(**options)]
     except Exception as error:
         return [{"refused": one_line(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"}]
 

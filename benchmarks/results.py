@@ -6,7 +6,7 @@ import platform
 import re
 import shlex
 import subprocess
-from dataclasses import fields
+from contextlib import suppress
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -18,7 +18,7 @@ from sparse_fcmae import __version__
 from sparse_fcmae.benchmarks.config import OutputConfig
 from sparse_fcmae.runtime.errors import UserError
 from sparse_fcmae.runtime.files import check_writable, write_atomic
-from sparse_fcmae.runtime.options import flag
+from sparse_fcmae.runtime.options import flag, options_of
 
 Row = dict[str, Any]
 Columns = dict[str, tuple[str, str]]  # key in the rows: title, format; a column that no row has is left out
@@ -29,8 +29,7 @@ OTHERS = ("triton", "MinkowskiEngine", "timm", "transformers", "torchvision", "p
 
 def check_outputs(config: OutputConfig) -> None:
     """Raises UserError where the files asked for can't be written, before anything is measured."""
-    files = {name: getattr(config, name, None) for name in OUTPUTS}
-    files = {name: Path(path) for name, path in files.items() if path and path != "-"}
+    files = {name: Path(path) for name in OUTPUTS if (path := getattr(config, name, None)) and path != "-"}
     if len({path.resolve() for path in files.values()}) < len(files):
         raise UserError(f"{' and '.join(f'`{name}`' for name in files)} can't be the same file")
     for path in files.values():
@@ -98,10 +97,8 @@ def environment(benchmark: str, config: Any, device: torch.device) -> Row:
         "torch": torch.__version__,
     }
     for name in OTHERS:
-        try:
+        with suppress(PackageNotFoundError):
             found[name] = version(name)
-        except PackageNotFoundError:
-            continue
     if device.type == "cuda":
         found["driver"] = output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     return found
@@ -110,8 +107,7 @@ def environment(benchmark: str, config: Any, device: torch.device) -> Row:
 def command(benchmark: str, config: Any) -> str:
     """The command line that measures these rows again, without the files that it is to write."""
     words = ["sparse-fcmae", "bench", benchmark]
-    own = type(config).__annotations__
-    for f in sorted(fields(config), key=lambda f: f.name not in own):  # what is inherited comes last, as in the help
+    for f in options_of(type(config)):
         value = getattr(config, f.name)
         if f.name in (*OUTPUTS, "out", "overwrite") or value == f.default:
             continue

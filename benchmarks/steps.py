@@ -3,46 +3,62 @@
 from collections.abc import Callable, Iterable
 from copy import deepcopy
 from dataclasses import dataclass
-from functools import cache, cached_property, partial
+from functools import cached_property, partial
+from itertools import product
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparse_fcmae.backends import BACKENDS
-from sparse_fcmae.benchmarks.engine import Run
+from sparse_fcmae.benchmarks.config import GflopsConfig, ThroughputConfig
+from sparse_fcmae.benchmarks.engine import Run, torch_threads
 from sparse_fcmae.benchmarks.results import Row
-from sparse_fcmae.model.convnext import SparseEncoder
+from sparse_fcmae.model.convnext import SIZES, SparseEncoder
 from sparse_fcmae.model.fcmae import FCMAE
 from sparse_fcmae.model.flops import decoder_products, stage_products, visible_patches
 from sparse_fcmae.model.masking import random_mask
-from sparse_fcmae.runtime.options import image_size_of
-from sparse_fcmae.tasks.pretraining import PretrainingObjective
+from sparse_fcmae.runtime.options import image_size_of, listed, shown_size
+from sparse_fcmae.tasks.pretraining import BETAS, PretrainingObjective
 from sparse_fcmae.training.optim import adamw, set_lr
 from sparse_fcmae.training.step import WARMUP, GraphedTrainStep, TrainStep
 
 LR = 1e-5  # so small that the candidates, which share their weights, hardly change them
 # kinds of work, and the one by whose results backends are checked
 WORKS = {"forward": "step", "step": "step", "pretrain": "pretrain"}
-Builds = dict[str, Callable[[], Run]]
 
 
 @dataclass(frozen=True)
 class Case:
-    """The setting of what is timed. size: (height, width) in pixels. batch: images."""
+    """The setting of what is timed. image_size: (height, width) in pixels. batch_size: images. threads: that torch
+    computes by, None for as many as it does otherwise.
 
-    model_name: str
-    size: tuple[int, int]
+    Raises UserError for an unknown model, and where size and ratio do not fit together.
+    """
+
+    model: str
+    image_size: tuple[int, int]
     mask_ratio: float
-    batch: int
+    batch_size: int
     bf16: bool
     device: torch.device
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        _ = self.num_visible
 
     @classmethod
     def of(cls, config: Any, device: torch.device) -> "Case":
         """The case that the options of a benchmark describe."""
         size = image_size_of(config.image_size)
         return cls(config.model, size, config.mask_ratio, config.batch_size, config.dtype == "bf16", device)
+
+    @property
+    def setting(self) -> Row:
+        """The columns that say what is timed."""
+        row = {"model": self.model, "batch_size": self.batch_size, "image_size": shown_size(self.image_size)}
+        row |= {"mask_ratio": self.mask_ratio, "dtype": "bf16" if self.bf16 else "fp32"}
+        return row | {"threads": self.threads} if self.threads else row
 
     @property
     def dtype(self) -> torch.dtype:
@@ -53,35 +69,41 @@ class Case:
     def grid(self) -> tuple[int, int]:
         """Rows and columns of patches of an image."""
         with torch.device("meta"):
-            return SparseEncoder("atto", image_size=self.size).grid(*self.size)
+            return SparseEncoder(self.model, image_size=self.image_size).grid(*self.image_size)
 
     @cached_property
     def num_visible(self) -> int:
-        """Visible patches of each image. Raises UserError where size and ratio do not fit together."""
+        """Visible patches of each image."""
         return visible_patches(self.grid, self.mask_ratio)
 
-    def model(self, work: str) -> SparseEncoder | FCMAE:
-        """The model that a kind of work runs."""
-        if work == "pretrain":
-            model = FCMAE(self.model_name, image_size=self.size, mask_ratio=self.mask_ratio)
-        else:
-            model = SparseEncoder(self.model_name, image_size=self.size)
-        return move_parameters(model).to(self.device)
+    @cached_property
+    def encoder(self) -> SparseEncoder:
+        """The encoder that all candidates share."""
+        return move_parameters(SparseEncoder(self.model, image_size=self.image_size)).to(self.device)
+
+    @cached_property
+    def fcmae(self) -> FCMAE:
+        """The pretraining model that all candidates share."""
+        fcmae = FCMAE(self.model, image_size=self.image_size, mask_ratio=self.mask_ratio)
+        return move_parameters(fcmae).to(self.device)
+
+    @cached_property
+    def inputs(self) -> tuple[Tensor, Tensor]:
+        """The images and masks that all candidates share."""
+        return torch.randn(self.batch_size, 3, *self.image_size, device=self.device), self.masks()
 
     def masks(self) -> Tensor:
         """Random masks bool [batch, rows, cols], which at a ratio of 0 hide nothing."""
         if not self.mask_ratio:
-            return torch.zeros(self.batch, *self.grid, dtype=torch.bool, device=self.device)
-        return random_mask(self.batch, self.grid, self.mask_ratio).to(self.device)
-
-    def inputs(self) -> tuple[Tensor, Tensor]:
-        """Images and masks."""
-        return torch.randn(self.batch, 3, *self.size, device=self.device), self.masks()
+            return torch.zeros(self.batch_size, *self.grid, dtype=torch.bool, device=self.device)
+        return random_mask(self.batch_size, self.grid, self.mask_ratio).to(self.device)
 
 
-def setting_of(config: Any) -> Row:
-    """The columns that say what was measured, from the options of a benchmark."""
-    return {name: getattr(config, name) for name in ("model", "batch_size", "image_size", "mask_ratio", "dtype")}
+def listed_cases(config: GflopsConfig | ThroughputConfig) -> Iterable[tuple[str, tuple[int, int], float]]:
+    """Every model, image size and mask ratio that the options of a benchmark list."""
+    models = listed("model", config.model, str, SIZES)
+    sizes = listed("image_size", config.image_size, image_size_of)
+    return product(models, sizes, listed("mask_ratio", config.mask_ratio, float))
 
 
 @torch.no_grad()
@@ -92,30 +114,29 @@ def move_parameters(module: Any) -> Any:
     return module
 
 
-def builds(case: Case, work: str, backends: Iterable[str], compiled: bool = False) -> Builds:
-    """What makes each candidate of a kind of work: "BACKEND", and its variants as "BACKEND, VARIANT".
+def run_of(case: Case, work: str, backend: str, variant: str | None = None) -> Run:
+    """What does a kind of work by a backend, or by one of its `variants_of`.
 
-    All have the same weights and inputs, and nothing is allocated before the first is made. A run returns what it has
-    computed: features, gradients or, of a pretraining step, the loss.
+    It returns what it has computed: features, gradients or, of a pretraining step, the loss. That of an encoder without
+    a variant is a partial function with the arguments of `computed`, where the case leaves the threads as they are.
     """
-    model, on_gpu = cache(partial(case.model, work)), case.device.type == "cuda" and "native" in backends
     if work == "pretrain":
-        found: Builds = {name: partial(pretraining_step, case, model, name) for name in backends}
-        if on_gpu:
-            found["native, graphs"] = partial(pretraining_step, case, model, "native", GraphedTrainStep)
-        return found
-    run, inputs = run_forward if work == "forward" else run_step, cache(case.inputs)
+        run = pretraining_step(case, backend, GraphedTrainStep if variant else TrainStep)
+    else:
+        encoder = case.encoder.with_backend(backend)
+        if variant == "compiled":
+            encoder = compile_whole(encoder)
+        run = partial(run_forward if work == "forward" else run_step, encoder, *case.inputs, case)
+    if variant == "graph":
+        run = graphed(run, case.device)
+    return torch_threads(case.threads)(run) if case.threads else run
 
-    def build(backend: str, wrap: Callable[[SparseEncoder], Any] = lambda encoder: encoder) -> Run:
-        return partial(run, wrap(model().with_backend(backend)), *inputs(), case)
 
-    found = {name: partial(build, name) for name in backends}
-    if on_gpu and work == "step":
-        found["native, graph"] = lambda: graphed(build("native"), case.device)
-    for name in backends if compiled else ():
-        if BACKENDS[name].compilable:
-            found[f"{name}, compiled"] = partial(build, name, compile_whole)
-    return found
+def variants_of(case: Case, work: str, backend: str, compiled: bool) -> list[str]:
+    """In which other ways a backend can do a kind of work, torch.compile among them if asked for."""
+    graphs = {"step": ["graph"], "pretrain": ["graphs"]} if case.device.type == "cuda" and backend == "native" else {}
+    compilable = compiled and work != "pretrain" and BACKENDS[backend].compilable
+    return graphs.get(work, []) + (["compiled"] if compilable else [])
 
 
 def computed(model: Any, images: Tensor, mask: Tensor, case: Case) -> Tensor:
@@ -155,28 +176,51 @@ def graphed(step: Run, device: torch.device) -> Run:
     with torch.cuda.graph(graph, stream=stream):
         gradients = step()
 
-    def run() -> list[Tensor]:
+    def run(step: Run) -> list[Tensor]:  # which holds the tensors that the graph works on
         graph.replay()
         return gradients
 
-    run.holds = step  # and with it the tensors that the graph works on
-    return run
+    return partial(run, step)
 
 
-def pretraining_step(case: Case, model: Callable[[], FCMAE], backend: str, kind: type[TrainStep] = TrainStep) -> Run:
+@dataclass
+class Training:
+    """Training of an objective by AdamW: a call takes a step, on what `inputs` gives, and returns the loss.
+
+    kind: how its steps are launched.
+    """
+
+    objective: nn.Module
+    inputs: Callable[[], tuple[Tensor, ...]]
+    betas: tuple[float, float]
+    lr: float
+    bf16: bool
+    kind: type[TrainStep] = TrainStep
+
+    @cached_property
+    def step(self) -> TrainStep:
+        """What adds up a step's gradients and changes the weights."""
+        optimizer = adamw(self.objective, 0.05, self.betas, capturable=self.kind is GraphedTrainStep)
+        set_lr(optimizer, self.lr)
+        return self.kind(self.objective, optimizer, images_per_rank=len(self.inputs()[0]), bf16=self.bf16)
+
+    def __call__(self) -> list[Tensor]:
+        self.objective.train()
+        self.step.add(*self.inputs(), last=True)
+        return [self.step.finish()]
+
+
+def pretraining_step(case: Case, backend: str, kind: type[TrainStep]) -> Run:
     """A whole step: masks, forward and backward pass of encoder and decoder, optimiser. It returns the loss."""
     # a graph accumulates into the same gradients for ever, which another's step would set free
-    fcmae = model() if kind is TrainStep else deepcopy(model())
-    pixels = torch.randint(256, (case.batch, *case.size, 3), dtype=torch.uint8, device=case.device)
-    optimizer = adamw(fcmae, 0.05, (0.9, 0.95), capturable=kind is GraphedTrainStep)
+    fcmae = case.fcmae if kind is TrainStep else deepcopy(case.fcmae)
+    pixels = torch.randint(256, (case.batch_size, *case.image_size, 3), dtype=torch.uint8, device=case.device)
+
+    def inputs() -> tuple[Tensor, Tensor]:
+        return pixels, fcmae.draw_mask(case.batch_size, case.image_size, device=case.device)
+
     objective = PretrainingObjective(fcmae.with_backend(backend), case.num_visible)
-    step = kind(objective, optimizer, images_per_rank=case.batch, bf16=case.bf16)
-
-    def run() -> list[Tensor]:
-        set_lr(optimizer, LR)
-        step.add(pixels, fcmae.draw_mask(case.batch, case.size, device=case.device), last=True)
-        return [step.finish()]
-
+    run = Training(objective, inputs, BETAS, LR, case.bf16, kind)
     for _ in range(WARMUP + 1 if kind is GraphedTrainStep else 0):
         run()
     return run
@@ -187,21 +231,21 @@ def matrix_products(case: Case, work: str) -> Run:
 
     Nothing that leaves them to PyTorch can be faster. The images have no gradient.
     """
-    visible, every = case.batch * case.num_visible, case.batch * case.grid[0] * case.grid[1]
-    jobs = [(visible * side**2, i, o) for stage in range(4) for side, i, o in stage_products(case.model_name, stage)]
+    visible, every = case.batch_size * case.num_visible, case.batch_size * case.grid[0] * case.grid[1]
+    jobs = [(visible * side**2, i, o) for stage in range(4) for side, i, o in stage_products(case.model, stage)]
     if work == "pretrain":
-        jobs += [(every * side**2, i, o) for side, i, o in decoder_products(case.model_name)]
+        jobs += [(every * side**2, i, o) for side, i, o in decoder_products(case.model)]
 
     def tensors(rows: int, inputs: int, outputs: int) -> list[Tensor]:
         shapes = ((rows, inputs), (outputs, inputs), (rows, outputs))
         given = [torch.randn(*shape, device=case.device).to(case.dtype) for shape in shapes]
-        return given + [torch.empty_like(given[i]) for i in (2, 0, 1)]
+        return [*given, *map(torch.empty_like, given)]
 
     buffers = {job: tensors(*job) for job in set(jobs)}
 
     def run() -> None:
         for number, job in enumerate(jobs):
-            x, weight, gradient, y, x_gradient, weight_gradient = buffers[job]
+            x, weight, gradient, x_gradient, weight_gradient, y = buffers[job]
             torch.mm(x, weight.t(), out=y)
             if work != "forward":
                 torch.mm(gradient.t(), x, out=weight_gradient)

@@ -5,22 +5,22 @@ times do not. A backend has to compute what `masked` does, and compiled or in a 
 """
 
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from itertools import product
+from typing import Any
 
 import torch
 
 from sparse_fcmae.benchmarks.config import ThroughputConfig
-from sparse_fcmae.benchmarks.engine import CROWDED, Candidate, Run, Turns, benchmark, ready, take_turns
+from sparse_fcmae.benchmarks.engine import CROWDED, Candidate, Run, Turns, benchmark, take_turns
 from sparse_fcmae.benchmarks.gates import BASELINE, check_backends, choose_backends, same_as
 from sparse_fcmae.benchmarks.memory import OUT_OF_MEMORY, kept_megabytes, peak_megabytes, within_memory
 from sparse_fcmae.benchmarks.results import Columns, Row
-from sparse_fcmae.benchmarks.steps import WORKS, Case, builds, computed, matrix_products
-from sparse_fcmae.model.convnext import SIZES
+from sparse_fcmae.benchmarks.steps import WORKS, Case, computed, listed_cases, matrix_products, run_of, variants_of
 from sparse_fcmae.runtime.errors import UserError
-from sparse_fcmae.runtime.options import image_size_of, listed, shown_size
+from sparse_fcmae.runtime.options import listed
 
 GATE_BATCH = 8
 PEERS = {  # that can't be measured, and why
@@ -59,36 +59,23 @@ def throughput(config: ThroughputConfig, device: torch.device) -> Iterator[list[
     that of `masked`, and of that of the visible positions' matrix products alone to it.
     """
     works = listed("work", config.work, str, WORKS)
-    models = listed("model", config.model, str, SIZES)
-    sizes = listed("image_size", config.image_size, image_size_of)
-    ratios = listed("mask_ratio", config.mask_ratio, float)
     dtypes = listed("dtype", config.dtype, str, ("fp32", "bf16"))
     batches = listed("batch_size", config.batch_size, lambda text: text if text == "max" else int(text))
     if any(batch != "max" and not 1 <= batch <= MAX_BATCH for batch in batches):
         raise UserError(f"`batch_size` must be from 1 to {MAX_BATCH}, or max, not {config.batch_size}")
-    cases = [
-        Case(model, size, ratio, GATE_BATCH, dtype == "bf16", device)
-        for model, size, ratio, dtype in product(models, sizes, ratios, dtypes)
-    ]
-    for case in cases:
-        if case.num_visible and not case.mask_ratio and "pretrain" in works:
-            raise UserError("pretraining needs masks: give a `mask_ratio` greater than 0, or `work=forward,step`")
+    cases = [Case(*case, GATE_BATCH, dtype == "bf16", device) for case in listed_cases(config) for dtype in dtypes]
+    if "pretrain" in works and not all(case.mask_ratio for case in cases):
+        raise UserError("pretraining needs masks: give a `mask_ratio` greater than 0, or `work=forward,step`")
     names = choose_backends(config.backend, device, {case.dtype for case in cases})
     for case in cases:
-        setting = {
-            "model": case.model_name,
-            "image_size": shown_size(case.size),
-            "mask_ratio": case.mask_ratio,
-            "dtype": "bf16" if case.bf16 else "fp32",
-        }
         checked = {kind: check_backends(case, kind, names) for kind in dict.fromkeys(map(WORKS.get, works))}
-        refused = {name: reason for _, reasons in checked.values() for name, reason in reasons.items()}
-        yield [setting | {"candidate": name, "refused": reason} for name, reason in refused.items()]
-        exact = [name for name in names if name not in refused]
+        reasons = {name: row["refused"] for rows in checked.values() for name, row in rows.items() if "refused" in row}
+        setting = {key: value for key, value in case.setting.items() if key != "batch_size"}  # which is the gate's
+        yield [setting | {"candidate": name, "refused": reason} for name, reason in reasons.items()]
+        exact = [name for name in names if name not in reasons]
         for batch, work in product(batches if exact else [], works):
-            errors, _ = checked[WORKS[work]]
-            rows = rows_at(batch, case, work, exact, config)
-            yield [setting | row | errors.get(row["candidate"], {}) for row in rows]
+            errors = checked[WORKS[work]]
+            yield [row | errors.get(row["candidate"], {}) for row in rows_at(batch, case, work, exact, config)]
     if config.backend == "all":
         yield absent_peers()
 
@@ -102,62 +89,49 @@ def absent_peers() -> list[Row]:
 def rows_at(batch: int | str, case: Case, work: str, backends: list[str], config: ThroughputConfig) -> list[Row]:
     """A row for each candidate at a batch size, or each at its largest one."""
     batches = {name: largest_batch(case, work, name) if batch == "max" else batch for name in backends}
-    none = {"work": work, "batch_size": 0, "refused": OUT_OF_MEMORY}
-    rows = [none | {"candidate": name} for name, size in batches.items() if not size]
-    batches = {name: size for name, size in batches.items() if size}
-    while batches:
+    while True:
         turns = take_turns(candidates(batches, case, work, config, batch != "max"), config.rounds, case.device)
         crowded = any(row.get("refused") == CROWDED for row in turns.rows.values())
         if batch != "max" or not crowded or max(batches.values()) == 1:
-            return rows + turns.table(partial(figures, turns))
-        batches = {
-            name: max(1, size // 2) for name, size in batches.items()
-        }  # what fits alone may not fit beside others
-    return rows
+            return turns.table(partial(figures, turns))
+        batches = {name: size // 2 or size for name, size in batches.items()}  # what fits alone may not beside others
 
 
 def candidates(
     batches: dict[str, int], case: Case, work: str, config: ThroughputConfig, variants: bool
-) -> list[Candidate]:
+) -> Iterator[Candidate]:
     """Backends at a batch size each, the matrix products alone, and the backends' variants if wanted.
 
     At the largest batches they are not, as a graph's own memory would leave too little to the others.
     """
     torch.compiler.reset()  # or else the second batch size would be compiled for any
-    found = []
-    for size in sorted(set(batches.values())):
-        sized = replace(case, batch=size)
-        together = [name for name in batches if batches[name] == size]
-        for name, build in builds(sized, work, together, config.compiled).items():
-            row = {"work": work, "batch_size": size, "candidate": name}
-            if name in together:
-                found.append(Candidate(name, build, row, size, figures=partial(memory_of, sized, work, name)))
-            elif variants:
-                gate = same_as(name.split(", ")[0], case, work, config.seed)
-                found.append(Candidate(name, build, row, size, gate=gate))
-    least = min(batches.values())
-    row = {"work": work, "batch_size": least, "candidate": LIMIT}
-    products = partial(matrix_products, replace(case, batch=least), work)
-    return [*found, Candidate(LIMIT, products, row, least)]
+    cases = {size: replace(case, batch_size=size) for size in batches.values()}
+    for backend, size in batches.items():
+        sized = cases[size]
+        row = sized.setting | {"work": work, "candidate": backend} | ({} if size else {"refused": OUT_OF_MEMORY})
+        build, gate = partial(run_of, sized, work, backend), partial(memory_of, work, case.device)
+        yield Candidate(backend, build, row, size, gate)
+        for variant in variants_of(sized, work, backend, config.compiled) if variants else ():
+            row, build = row | {"candidate": f"{backend}, {variant}"}, partial(run_of, sized, work, backend, variant)
+            yield Candidate(row["candidate"], build, row, size, same_as(backend, case, work, config.seed))
+    if least := min(filter(None, cases), default=0):
+        row = cases[least].setting | {"work": work, "candidate": LIMIT}
+        yield Candidate(LIMIT, partial(matrix_products, cases[least], work), row, least)
 
 
-def memory_of(case: Case, work: str, backend: str, run: Run) -> Row:
-    """What a run of a backend takes, and what its forward pass keeps for the backward pass."""
-
-    def kept() -> float:
-        encoder, inputs = case.model("step").with_backend(backend), case.inputs()
-        return kept_megabytes(lambda: computed(encoder, *inputs, case))
-
-    peak = within_memory(partial(peak_megabytes, run, case.device))
-    return {"peak_mb": peak, "kept_mb": within_memory(kept) if work == "step" else None}
+def memory_of(work: str, device: torch.device, run: Run, passed: Mapping[Any, Run]) -> Row:
+    """The gate of a backend that has passed the others: what a run takes, and what its forward pass keeps."""
+    run()  # what the first one alone takes does not count
+    peak = within_memory(partial(peak_megabytes, run, device))
+    kept = within_memory(partial(kept_megabytes, partial(computed, *run.args))) if work == "step" else None
+    return {"peak_mb": peak, "kept_mb": kept}
 
 
 def figures(turns: Turns, name: str) -> Row:
     """What follows from the times of a candidate."""
-    times = turns.spread(name) | turns.speed(name)
     if name == LIMIT:
-        return times
-    return times | {
+        return turns.spread(name)
+    return turns.spread(name) | {
         "speedup": turns.ratio(BASELINE, name),
         "over_minkowski": turns.ratio("minkowski", name),
         "over_limit": turns.ratio(name, LIMIT),
@@ -171,8 +145,8 @@ def largest_batch(case: Case, work: str, backend: str) -> int:
     """
     batch = 1
     while batch <= MAX_BATCH:
-        build = builds(replace(case, batch=batch), work, [backend])[backend]
-        if within_memory(partial(ready, build)) is None:
+        trial = Candidate(backend, partial(run_of, replace(case, batch_size=batch), work, backend))
+        if not take_turns([trial], 0, case.device).seconds:
             return batch // 4 or batch // 2
         batch *= 2
     return MAX_BATCH

@@ -2,7 +2,7 @@ import torch
 
 from sparse_fcmae import UserError
 from sparse_fcmae.benchmarks import engine
-from sparse_fcmae.benchmarks.engine import Candidate, Checked, take_turns
+from sparse_fcmae.benchmarks.engine import Candidate, take_turns
 from sparse_fcmae.benchmarks.gates import error_below, falling_loss
 
 CPU = torch.device("cpu")
@@ -46,16 +46,20 @@ def test_who_is_not_timed_has_the_reason_and_the_others_go_on(monkeypatch):
         if next(calls) == 2:
             raise MemoryError
 
-    calls = iter(range(9))
+    def must_not_run():
+        raise AssertionError
 
-    gate = error_below(1.0, "its error is {error:.0f}")
+    def gate(error):
+        return lambda run, passed: {"error": error} | error_below(1.0, "its error is {:.0f}")(error)
+
+    calls = iter(range(9))
     found = [
         Candidate("absent", absent),
         Candidate("hungry", hungry),
-        Candidate("wrong", lambda: Checked(lambda: None, 2.0, {"error": 2.0}), gate=gate),
-        Candidate("not a number", lambda: Checked(lambda: None, float("nan")), gate=gate),
+        Candidate("wrong", lambda: must_not_run, gate=gate(2.0)),
+        Candidate("not a number", lambda: must_not_run, gate=gate(float("nan"))),
         Candidate("crowded", lambda: hungry_in_the_second_round),
-        Candidate("good", lambda: Checked(lambda: None, 0.5), {"images": 1}, gate=gate),
+        Candidate("good", lambda: lambda: None, {"images": 1}, gate=gate(0.5)),
     ]
     turns = take_turns(found, 2, CPU)
     assert {name: row.get("refused") for name, row in turns.rows.items()} == {
@@ -73,9 +77,10 @@ def test_who_is_not_timed_has_the_reason_and_the_others_go_on(monkeypatch):
 
 def test_a_loss_has_to_fall():
     rising, falling = iter(range(100)), iter(range(100, 0, -1))
-    assert falling_loss(lambda: torch.tensor(float(next(rising))), {}) == "its loss does not fall: from 0 to 4"
-    assert falling_loss(lambda: torch.tensor(float(next(falling))), {}) is None
-    assert "nan" in falling_loss(lambda: torch.tensor(float("nan")), {})
+    refused = falling_loss(lambda: [torch.tensor(float(next(rising)))])
+    assert refused == {"refused": "its loss does not fall: from 0 to 4"}
+    assert falling_loss(lambda: [torch.tensor(float(next(falling)))]) == {}
+    assert "nan" in falling_loss(lambda: [torch.tensor(float("nan"))])["refused"]
 
 
 def test_threads_are_put_back():

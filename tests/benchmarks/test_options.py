@@ -25,7 +25,7 @@ from sparse_fcmae.cli import main
         ("compare --batch-size 99999999999999999999", "--batch-size must be at most"),
         ("kernels --rounds 0", "--rounds must be greater than 0"),
         ("report --seed -1", "--seed must be at least 0"),
-        ("report --data /nowhere", "--data /nowhere: no such folder"),
+        ("report --data /nowhere", "/nowhere: no such folder"),
         ("scaling --over threads --values 100000", "threads at most"),
         ("scaling --over model --values giga", "unknown model 'giga'"),
         ("throughput --batch-size many", "--batch-size many: give numbers"),

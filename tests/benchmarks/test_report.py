@@ -3,7 +3,7 @@ import inspect
 import json
 import re
 import sys
-from dataclasses import replace
+from functools import wraps
 from html.parser import HTMLParser
 from importlib.resources import files
 
@@ -11,10 +11,9 @@ import pytest
 import torch
 
 from sparse_fcmae import UserError
-from sparse_fcmae.benchmarks import registry
 from sparse_fcmae.benchmarks import report as module
 from sparse_fcmae.benchmarks.config import ReportConfig
-from sparse_fcmae.benchmarks.registry import SECTIONS, Plan
+from sparse_fcmae.benchmarks.report import SECTIONS
 from sparse_fcmae.cli import main
 
 PLOTS = {"gflops.png", "throughput.png", "memory.png", "scaling-mask-ratio.png"}
@@ -24,17 +23,19 @@ PLOTS = {"gflops.png", "throughput.png", "memory.png", "scaling-mask-ratio.png"}
 def small_report(monkeypatch):
     """The report on what is measured in seconds."""
 
-    def absent(plan):
+    @wraps(SECTIONS["compare"].benchmark)
+    def absent():
         raise UserError("<timm> is not there & so on")
 
     small = {"batch_size": 1, "image_size": "64", "rounds": 1}
-    runs = {name: lambda plan: [] for name in SECTIONS}
-    runs["gflops"] = lambda plan: [{"model": "atto,tiny", "image_size": "224"}]
-    runs["throughput"] = lambda plan: [small | {"mask_ratio": "0.5", "backend": "native,masked"}]
-    runs["mask ratio"] = lambda plan: [small | {"values": "0,0.5"}]
-    runs["compare"] = absent
-    sections = {name: replace(section, runs=runs[name]) for name, section in SECTIONS.items()}
-    monkeypatch.setattr(module, "SECTIONS", sections)
+    runs = {
+        "gflops": [{"model": "atto,tiny", "image_size": "224"}],
+        "throughput": [small | {"mask_ratio": "0.5", "backend": "native,masked"}],
+        "mask ratio": [small | {"values": "0,0.5"}],
+        "compare": [{}],
+    }
+    monkeypatch.setattr(module, "plan", lambda *_: {name: runs.get(name, []) for name in SECTIONS})
+    monkeypatch.setitem(SECTIONS, "compare", SECTIONS["compare"]._replace(benchmark=absent))
 
 
 def test_report_is_one_page_with_plots_and_rows(small_report, tmp_path):
@@ -71,10 +72,11 @@ def test_a_page_can_be_made_again_from_the_saved_rows(small_report, tmp_path):
 
 
 def test_every_section_has_options_that_its_benchmark_takes_and_a_place_on_the_page():
-    plan = Plan(ReportConfig(), ["atto", "tiny"], torch.device("cpu"))
+    runs = module.plan(ReportConfig(), ["atto", "tiny"], torch.device("cpu"))
+    assert set(runs) == set(SECTIONS)
     template = files("sparse_fcmae.benchmarks").joinpath("report.html").read_text()
     for name, section in SECTIONS.items():
-        for options in section.runs(plan):
+        for options in runs[name]:
             inspect.signature(section.benchmark).bind(**options)
         assert f"${name.replace(' ', '_')}\n" in template
         assert f'<h2 id="{name.replace(" ", "-")}">' in template
@@ -82,15 +84,12 @@ def test_every_section_has_options_that_its_benchmark_takes_and_a_place_on_the_p
 
 @pytest.mark.parametrize("fast", [True, False])
 def test_report_measures_bfloat16_where_it_is_fast(monkeypatch, fast):
-    monkeypatch.setattr(registry, "choose_dtype", lambda *_: torch.bfloat16 if fast else torch.float32)
-    plan = Plan(ReportConfig(model="atto"), ["atto"], torch.device("cpu"))
-    monkeypatch.setitem(
-        module.SECTIONS, "throughput", replace(SECTIONS["throughput"], benchmark=lambda **options: [options])
-    )
-    rows = module.measured("throughput", plan)
-    assert rows[0]["dtype"] == ("fp32,bf16" if fast else "fp32")
-    assert rows[0]["batch_size"] == 32
-    assert any(row.get("dtype") == "bf16" and row["refused"] for row in rows) is not fast
+    monkeypatch.setattr(module, "choose_dtype", lambda *_: torch.bfloat16 if fast else torch.float32)
+    cpu = torch.device("cpu")
+    (options,) = module.plan(ReportConfig(model="atto"), ["atto"], cpu)["throughput"]
+    assert options["dtype"] == ("fp32,bf16" if fast else "fp32")
+    assert options["batch_size"] == 32
+    assert any(row.get("dtype") == "bf16" and row["refused"] for row in module.not_measured(cpu)) is not fast
 
 
 def test_report_replaces_reports_alone(capsys, small_report, tmp_path):
