@@ -1,6 +1,7 @@
 """The command `evaluate`: accuracy of a classifier on labelled images, or of probes on an encoder's features."""
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,8 @@ from torch import nn
 from sparse_fcmae.backends import choose_dtype
 from sparse_fcmae.data.batches import BadImage
 from sparse_fcmae.data.sources import LabelledSource
-from sparse_fcmae.data.sources.class_folder import ClassFolder, open_held_out, open_splits
-from sparse_fcmae.data.sources.corruptions import corruption_folders
+from sparse_fcmae.data.sources.class_folder import open_held_out, open_splits
+from sparse_fcmae.data.sources.corruptions import find_corruptions
 from sparse_fcmae.data.splits import few_labels
 from sparse_fcmae.data.views import default_crop_fraction
 from sparse_fcmae.evaluation.accuracy import accuracy
@@ -59,9 +60,8 @@ def checked(options: dict[str, Any]) -> EvaluateConfig:
             raise UserError(f"`{name}` is missing: name {what}")
     config = EvaluateConfig(**options)
     check(config)
-    for name in ("val_split", "labels_per_class"):
-        if getattr(config, name) is not None and not (config.knn or config.linear_probe):
-            raise UserError(f"`{name}` goes with `knn` or `linear_probe` alone")
+    if config.labels_per_class is not None and not (config.knn or config.linear_probe):
+        raise UserError("`labels_per_class` goes with `knn` or `linear_probe` alone")
     if config.out:
         out = Path(config.out)
         if out.exists() and not out.is_dir():
@@ -96,7 +96,7 @@ def measured(config: EvaluateConfig, weights: Weights, view: EvaluationView) -> 
         raise UserError(
             f"{config.init} has no classification head: give `knn=True` or `linear_probe=True`, or fine-tune it first"
         )
-    if corruptions := corruption_folders(config.data, CORRUPTIONS):
+    if config.val_split is None and (corruptions := find_corruptions(config.data, CORRUPTIONS)):
         return classify_corrupted(config, weights, view, corruptions)
     return classify(config, weights, view)
 
@@ -125,15 +125,21 @@ def probe(config: EvaluateConfig, weights: Weights, view: EvaluationView) -> dic
 
 
 def classify(config: EvaluateConfig, weights: Weights, view: EvaluationView) -> dict[str, Any]:
-    """Accuracy of the classifier on one folder of class folders."""
-    source = open_held_out(config.data)
+    """Accuracy of the classifier on the images that are held out, or on all where none are."""
+    if config.val_split is None:
+        source = open_held_out(config.data)
+    else:
+        _, source = open_splits(config.data, config.val_split, config.seed)
     model = weights.classifier(config.backend).to(view.device)
     found, bad = accuracy_on(source, model, weights, view, "evaluating")
     return {"data": str(source), "unreadable": [image.name for image in bad], **found}
 
 
 def classify_corrupted(
-    config: EvaluateConfig, weights: Weights, view: EvaluationView, corruptions: dict[str, dict[str, Path]]
+    config: EvaluateConfig,
+    weights: Weights,
+    view: EvaluationView,
+    corruptions: dict[str, dict[str, Callable[[], LabelledSource]]],
 ) -> dict[str, Any]:
     """Error of the classifier by corruption and severity, the mean over all, and mCE where it is defined."""
     if config.crop_fraction is None:  # ImageNet-C's images are cropped already
@@ -141,10 +147,10 @@ def classify_corrupted(
     model = weights.classifier(config.backend).to(view.device)
     errors: dict[str, dict[str, float]] = {}
     images, unreadable = 0, []
-    for name, folders in corruptions.items():
+    for name, severities in corruptions.items():
         errors[name] = {}
-        for severity, folder in folders.items():
-            found, bad = accuracy_on(ClassFolder(folder), model, weights, view, f"{name} {severity}")
+        for severity, open_source in severities.items():
+            found, bad = accuracy_on(open_source(), model, weights, view, f"{name} {severity}")
             errors[name][severity] = 1 - found["top1"]
             images += found["images"]
             unreadable += [image.name for image in bad]

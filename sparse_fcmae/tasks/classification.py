@@ -142,7 +142,6 @@ class Classification(Task):
             log.say(f"moving average of the weights in {exported}-ema")
         log.draw(lambda: draw_loss(run / "metrics.jsonl", run / "loss.png", "loss"))
         log.draw(lambda: draw_accuracy(run / "evaluations.jsonl", run / "accuracy.png"))
-        # all images of a folder that is split at random would be evaluated, those that were trained on too
-        held_out = self.config.data if self.config.val_split is None else None
-        example = classifier_example(self.model, exported, held_out)
+        config = self.config
+        example = classifier_example(self.model, exported, config.data, config.val_split, config.seed)
         log.say(f"classifier in {exported}; use it with\n\n{example}")

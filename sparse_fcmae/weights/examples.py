@@ -27,12 +27,12 @@ def usage_example(encoder: SparseEncoder, folder: Path) -> str:
     )
 
 
-def classifier_example(model: Classifier, folder: Path, data: str | None) -> str:
-    """What evaluates an exported classifier on the held-out images in `data`, if any, converts it and loads it."""
+def classifier_example(model: Classifier, folder: Path, data: str, val_split: float | None, seed: int) -> str:
+    """What evaluates an exported classifier on the images that training held out, converts it and loads it."""
     height, width = model.image_size
-    evaluate = f"    sparse-fcmae evaluate --init {quote(str(folder))} --data {quote(data)}\n" if data else ""
+    split = "" if val_split is None else f" --val-split {val_split} --seed {seed}"
     return (
-        f"{evaluate}"
+        f"    sparse-fcmae evaluate --init {quote(str(folder))} --data {quote(data)}{split}\n"
         f"    sparse-fcmae convert {quote(str(folder))} {quote(f'{folder}-huggingface')} --to huggingface\n\n"
         "or\n\n"
         "    import torch\n"

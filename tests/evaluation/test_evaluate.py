@@ -8,7 +8,7 @@ from PIL import Image
 
 from sparse_fcmae import UserError, convert, create_classifier, create_encoder, evaluate
 from sparse_fcmae.cli import main
-from sparse_fcmae.data.sources.class_folder import ClassFolder
+from sparse_fcmae.data.sources.class_folder import ClassFolder, open_splits
 from sparse_fcmae.evaluation.imagenet import ALEXNET, wordnet_ids
 from sparse_fcmae.evaluation.run import EvaluationView, run_model
 from sparse_fcmae.model.convnext import SparseEncoder
@@ -130,6 +130,16 @@ def test_unreadable_images_are_left_out_and_named(colours, tmp_path, capsys):
     found = evaluate(data=data, init=tmp_path / "ours")
     assert (found["images"], found["top1"], found["unreadable"]) == (3, 1, ["red/broken.png"])
     assert "1 more are unreadable, such as red/broken.png" in capsys.readouterr().out
+
+
+def test_a_classifier_is_measured_on_what_was_split_off(colours, tmp_path):
+    trained(colours, tmp_path / "ours", classes=("blue", "green", "red"))
+    _, held_out = open_splits(colours / "train", 0.25, seed=3)
+    for name in (held_out.name(i) for i in range(len(held_out))):
+        assert (colours / "train" / name).is_file()
+    found = evaluate(data=colours / "train", init=tmp_path / "ours", val_split=0.25, seed=3)
+    assert (found["images"], len(held_out)) == (6, 6)
+    assert found["top1"] > 0.9
 
 
 def test_mistakes_are_one_line(colours, encoder, tmp_path, capsys, monkeypatch):

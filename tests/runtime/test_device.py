@@ -19,6 +19,6 @@ def test_cores_are_shared_by_the_processes_of_a_machine(monkeypatch, cores, proc
 def test_devices_that_can_not_be_used():
     assert choose_device("cpu") == torch.device("cpu")
     for name in ("warp", "meta", "xpu"):
-        with pytest.raises(UserError, match=f"`device` {name} can't be used: ") as error:
+        with pytest.raises(UserError, match=f"`device` {name} can't be used, choose auto, cpu or cuda: ") as error:
             choose_device(name)
         assert "\n" not in str(error.value)

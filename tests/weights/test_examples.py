@@ -46,12 +46,13 @@ def test_a_classifiers_example(tmp_path):
     folder, data = tmp_path / "exported", tmp_path / "my images"
     model = create_classifier("atto", num_classes=3, image_size=32)
     export_model(model, folder, ("a", "b", "c"))
-    text = classifier_example(model, folder, str(data))
+    text = classifier_example(model, folder, str(data), 0.25, 7)
     names = {}
     exec(program(text), names)
     assert names["logits"].shape == (1, 3)
     found = [(command.run.split(":")[1], options) for command, options in map(parse, commands(text))]
+    assert "--val-split" not in classifier_example(model, folder, str(data), None, 7)
     assert found == [
-        ("evaluate", {"init": str(folder), "data": str(data)}),
+        ("evaluate", {"init": str(folder), "data": str(data), "val_split": 0.25, "seed": 7}),
         ("convert", {"source": str(folder), "destination": f"{folder}-huggingface", "to": "huggingface"}),
     ]

@@ -1,20 +1,28 @@
 import pytest
+from PIL import Image
 
 from sparse_fcmae import UserError
-from sparse_fcmae.data.sources.corruptions import corruption_folders
+from sparse_fcmae.data.sources.corruptions import find_corruptions
 
 NAMES = ("snow", "fog", "frost")
 
 
 def test_corruptions_one_or_two_levels_below(tmp_path):
-    for path in ("group/snow/1", "group/snow/5", "group/snow/6", "fog/3", "group/nonsense/1", "group/frost"):
-        (tmp_path / path).mkdir(parents=True)
-    assert corruption_folders(tmp_path, NAMES) == {
-        "fog": {"3": tmp_path / "fog" / "3"},
-        "snow": {"1": tmp_path / "group" / "snow" / "1", "5": tmp_path / "group" / "snow" / "5"},
+    for path in ("group/snow/1", "group/snow/5", "group/snow/6", "fog/3", "group/nonsense/1"):
+        (tmp_path / path / "cat").mkdir(parents=True)
+        Image.new("L", (8, 8)).save(tmp_path / path / "cat" / f"{path.replace('/', '-')}.png")
+    (tmp_path / "group" / "frost").mkdir()
+    found = find_corruptions(tmp_path, NAMES)
+    names = {
+        name: {severity: open_source().name(0) for severity, open_source in severities.items()}
+        for name, severities in found.items()
     }
-    assert corruption_folders(tmp_path / "fog" / "3", NAMES) == {}
+    assert names == {
+        "fog": {"3": "cat/fog-3.png"},
+        "snow": {"1": "cat/group-snow-1.png", "5": "cat/group-snow-5.png"},
+    }
+    assert find_corruptions(tmp_path / "fog" / "3", NAMES) == {}
     (tmp_path / "file").touch()
     for name, message in (("none", "no such folder"), ("file", "is a file, name the folder that holds the images")):
         with pytest.raises(UserError, match=message):
-            corruption_folders(tmp_path / name, NAMES)
+            find_corruptions(tmp_path / name, NAMES)
