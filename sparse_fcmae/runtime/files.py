@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from sparse_fcmae.runtime.errors import UserError
 
-HALF_WRITTEN = (".*.tmp", ".*.old")  # what a killed process may leave: patterns of names
+HALF_WRITTEN = (".*.[0-9]*.tmp", ".*.[0-9]*.old")  # what a killed process may leave: patterns of names
 
 
 def left_half_written(name: str) -> bool:
@@ -91,7 +92,8 @@ def new_folder(path: Path) -> Iterator[Path]:
     try:
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            for lost in path.parent.glob(f".{path.name}.*.old"):
+            written = re.compile(rf"\.{re.escape(path.name)}\.\d+\.old")
+            for lost in [p for p in path.parent.iterdir() if written.fullmatch(p.name)]:
                 shutil.rmtree(lost) if path.exists() else os.replace(lost, path)
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir()

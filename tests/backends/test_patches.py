@@ -1,0 +1,142 @@
+"""What every backend has in common: values and gradients of its layers by themselves, and what it runs in."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import masks, relative_error
+from torch import nn
+
+from sparse_fcmae import available_backends
+from sparse_fcmae.backends import BACKENDS
+from sparse_fcmae.backends.patches import product_dtype
+from sparse_fcmae.backends.plain_torch import TorchPatches
+
+ROWS, COLS, SIDE = 2, 3, 2
+USABLE = [name for name, reason in available_backends("cpu").items() if not reason]
+MASKS = masks(ROWS, COLS) | {"all": torch.ones(3, ROWS, COLS, dtype=torch.bool)}
+
+
+def dtype_of(name):
+    return torch.float32 if name == "native" else torch.float64
+
+
+def leaf(tensor, dtype=torch.float64):
+    """A copy that takes a gradient of its own."""
+    return tensor.detach().clone().to(dtype).requires_grad_()
+
+
+def blocks_of(dense):
+    """[B, H, W, C] as patches [B, ROWS, COLS, SIDE, SIDE, C]."""
+    return dense.unflatten(1, (ROWS, -1)).unflatten(3, (COLS, -1)).transpose(2, 3)
+
+
+def features_of(name, dense, mask):
+    """A dense tensor [B, H, W, C] as the features of a backend."""
+    return dense if name == "masked" else blocks_of(dense)[~mask]
+
+
+def visible_of(name, features, mask):
+    """Features of a backend at the visible positions, [T, SIDE, SIDE, C]."""
+    return blocks_of(features)[~mask] if name == "masked" else features
+
+
+def grn_by_hand(dense, mask, gamma, beta, scope):
+    """GRN of GELU at the visible positions alone, pooled by a loop over images: [T, SIDE, SIDE, C] in float64."""
+    h = 0.5 * dense * (1 + torch.erf(dense / 2**0.5))
+    of_images = [blocks_of(h)[i][~mask[i]] for i in range(len(mask))]
+    out = []
+    for part in [torch.cat(of_images)] if scope == "batch" else of_images:
+        if len(part):
+            response = (part**2).sum((0, 1, 2)) ** 0.5
+            part = gamma * part * response / (response.mean() + 1e-6) + beta + part
+        out.append(part)
+    return torch.cat(out)
+
+
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+@pytest.mark.parametrize("scope", ["image", "batch"])
+@pytest.mark.parametrize("name", USABLE)
+def test_the_response_norm_pools_over_visible_positions_alone(name, scope, mask):
+    dtype, patches = dtype_of(name), BACKENDS[name](mask)
+    dense = torch.randn(3, ROWS * SIDE, COLS * SIDE, 6, dtype=torch.float64)
+    gamma, beta = torch.randn(2, 6, dtype=torch.float64)
+    inputs = [leaf(t, dtype) for t in (dense, gamma.view(1, 1, 1, 6), beta.view(1, 1, 1, 6))]
+    exact = [leaf(t) for t in (dense, gamma, beta)]
+    found = visible_of(name, patches.gelu_grn(features_of(name, inputs[0], mask), *inputs[1:], scope), mask)
+    expected = grn_by_hand(exact[0], mask, *exact[1:], scope)
+    assert found.shape == expected.shape
+    assert relative_error(found, expected) < 1e-5
+    probe = torch.randn_like(expected)
+    (found * probe).sum().backward()
+    (expected * probe).sum().backward()
+    for ours, theirs in zip(inputs, exact, strict=True):
+        theirs = torch.zeros_like(theirs) if theirs.grad is None else theirs.grad
+        assert ours.grad.isfinite().all()
+        assert relative_error(ours.grad.flatten(), theirs.flatten()) < 1e-5
+
+
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+@pytest.mark.parametrize("name", USABLE)
+def test_gradients_of_the_depthwise_convolution_are_those_of_a_dense_one(name, mask):
+    dtype = dtype_of(name)
+    conv = nn.Conv2d(6, 6, 7, padding=3, groups=6).to(dtype)
+    dense = torch.randn(3, ROWS * SIDE, COLS * SIDE, 6, dtype=torch.float64)
+    x, exact = leaf(dense, dtype), leaf(dense)
+    found = visible_of(name, BACKENDS[name](mask).dwconv(features_of(name, x, mask), conv), mask)
+    weight, bias = leaf(conv.weight), leaf(conv.bias)
+    keep = ~mask.repeat_interleave(SIDE, 1).repeat_interleave(SIDE, 2)[..., None]
+    out = F.conv2d((exact * keep).permute(0, 3, 1, 2), weight, bias, padding=3, groups=6).permute(0, 2, 3, 1)
+    expected = blocks_of(out)[~mask]
+    probe = torch.randn_like(expected)
+    (found * probe).sum().backward()
+    (expected * probe).sum().backward()
+    for ours, theirs in ((x, exact), (conv.weight, weight), (conv.bias, bias)):
+        assert relative_error(ours.grad, theirs.grad) < 1e-5
+
+
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+@pytest.mark.parametrize("name", [name for name in USABLE if issubclass(BACKENDS[name], TorchPatches)])
+def test_windows_that_tile_a_patch_are_a_convolution_of_it_with_its_gradients(name, mask):
+    """Each patch by itself, as no window reaches into another one."""
+    dtype = dtype_of(name)
+    conv = nn.Conv2d(4, 5, 2, 2).to(dtype)
+    x = torch.randn(int((~mask).sum()), SIDE, SIDE, 4, dtype=dtype, requires_grad=True)
+    exact, weight, bias = (leaf(t) for t in (x, conv.weight, conv.bias))
+    found = BACKENDS[name](mask).tile_conv(x, conv)
+    expected = F.conv2d(exact.permute(0, 3, 1, 2), weight, bias, 2).permute(0, 2, 3, 1)
+    assert found.shape == expected.shape
+    assert relative_error(found, expected) < 1e-5
+    probe = torch.randn_like(expected)
+    (found * probe).sum().backward()
+    (expected * probe).sum().backward()
+    for ours, theirs in ((x, exact), (conv.weight, weight), (conv.bias, bias)):
+        assert relative_error(ours.grad, theirs.grad) < 1e-5
+
+
+@pytest.mark.parametrize("name", USABLE)
+def test_patches_of_some_images_are_those_of_a_smaller_batch(name):
+    whole = BACKENDS[name](torch.zeros(3, ROWS, COLS, dtype=torch.bool), ROWS * COLS)
+    x = torch.randn(2, 4, ROWS, COLS)
+    part = whole.of_images(2)
+    assert type(part) is BACKENDS[name]
+    assert part.mask.shape == (2, ROWS, COLS)
+    assert part.num_visible == ROWS * COLS
+    assert torch.equal(part.scatter(part.gather(x)), x)
+
+
+def test_products_are_in_the_dtype_of_autocast_or_of_the_parameters():
+    layer = nn.Linear(2, 2)
+    assert product_dtype(layer) == torch.float32
+    assert product_dtype(layer.double()) == torch.float64
+    with torch.autocast("cpu", torch.bfloat16):
+        assert product_dtype(layer) == torch.bfloat16
+        with torch.autocast("cpu", enabled=False):
+            assert product_dtype(layer) == torch.float64
+
+
+@pytest.mark.parametrize("name", [name for name in USABLE if name != "native"])
+def test_other_backends_run_a_block_layer_by_layer(name):
+    patches = BACKENDS[name](MASKS["none"])
+    assert not patches.fuses(nn.Linear(2, 2))
+    with pytest.raises(NotImplementedError, match=f"the backend {name} runs a block layer by layer"):
+        patches.fused_block(torch.zeros(1), [], "image")

@@ -1,0 +1,119 @@
+"""Going on from a checkpoint, and which checkpoints stay."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from sparse_fcmae import UserError
+from sparse_fcmae.training.checkpoint import restore, write_checkpoint
+from sparse_fcmae.training.optim import adamw
+
+
+class Juggling:
+    """As much of a task as `restore` asks for."""
+
+    def __init__(self, features=3, fingerprint="these"):
+        self.model = nn.Linear(3, features)
+        self.source = SimpleNamespace(fingerprint=fingerprint)
+        self.config = SimpleNamespace(data="IMAGES", out="RUN")
+        self.taken = None
+
+    def load_state(self, state):
+        self.taken = state["balls"]
+
+
+def trained():
+    """A task after two steps, and its optimiser."""
+    task = Juggling()
+    optimizer = adamw(task.model, 0.1, (0.9, 0.95))
+    for group in optimizer.param_groups:
+        group["lr"] = 0.1
+    for _ in range(2):
+        task.model(torch.randn(4, 3)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return task, optimizer
+
+
+def write(checkpoints, task, optimizer, step=2, keep=3, **changes):
+    checkpoints.mkdir(exist_ok=True)
+    trainer = {"step": step, "optimizer": optimizer.state_dict(), "bad": {"x.png": "cut"}, "images": "these"}
+    write_checkpoint(checkpoints, step, task.model.state_dict(), trainer | {"balls": 5} | changes, keep)
+    return checkpoints / f"step-{step:08d}"
+
+
+def test_a_step_after_a_checkpoint_is_the_step_that_it_would_have_been(tmp_path):
+    task, optimizer = trained()
+    folder = write(tmp_path / "checkpoints", task, optimizer)
+    again = Juggling()
+    other = adamw(again.model, 0.1, (0.9, 0.95))
+    assert restore(folder, again, other) == (2, {"x.png": "cut"})
+    assert again.taken == 5
+    x = torch.randn(4, 3)
+    for model, steps in ((task.model, optimizer), (again.model, other)):
+        for group in steps.param_groups:
+            group["lr"] = 0.1
+        model(x).square().mean().backward()
+        steps.step()
+    assert torch.equal(again.model.weight, task.model.weight)
+    assert torch.equal(again.model.bias, task.model.bias)
+
+
+def test_a_run_on_other_images_is_refused_before_anything_is_loaded(tmp_path):
+    folder = write(tmp_path / "checkpoints", *trained())
+    task = Juggling(fingerprint="others")
+    before = task.model.weight.clone()
+    with pytest.raises(UserError, match="the images in IMAGES are not those that the run in RUN was started with"):
+        restore(folder, task, adamw(task.model, 0.1, (0.9, 0.95)))
+    assert torch.equal(task.model.weight, before)
+    assert task.taken is None
+
+
+def test_a_checkpoint_of_another_model_or_optimiser_is_refused(tmp_path):
+    task, optimizer = trained()
+    folder = write(tmp_path / "checkpoints", task, optimizer)
+    wider = Juggling(features=4)
+    with pytest.raises(UserError, match="is of another model: size mismatch for bias") as error:
+        restore(folder, wider, adamw(wider.model, 0.1, (0.9, 0.95)))
+    assert "\n" not in str(error.value)
+    one_group = Juggling()
+    with pytest.raises(UserError, match="the checkpoint's optimiser is another model's"):
+        restore(folder, one_group, torch.optim.AdamW([{"params": one_group.model.parameters(), "lr_scale": 1.0}]))
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("model.safetensors", b""), ("model.safetensors", b"nonsense" * 9), ("trainer.pt", b"nonsense" * 9)],
+)
+def test_a_damaged_file_is_named_with_the_way_back(tmp_path, name, content):
+    write(tmp_path / "checkpoints", *trained(), step=1)
+    folder = write(tmp_path / "checkpoints", *trained())
+    (folder / name).write_bytes(content)
+    task = Juggling()
+    with pytest.raises(UserError, match=f"is damaged: {name}: .*write step-00000001 into") as error:
+        restore(folder, task, adamw(task.model, 0.1, (0.9, 0.95)))
+    assert "\n" not in str(error.value)
+
+
+def test_nothing_but_tensors_and_plain_values_is_unpickled(tmp_path):
+    folder = write(tmp_path / "checkpoints", *trained())
+    torch.save({"images": "these", "evil": print}, folder / "trainer.pt")
+    task = Juggling()
+    with pytest.raises(UserError, match=r"is damaged: trainer.pt: "):
+        restore(folder, task, adamw(task.model, 0.1, (0.9, 0.95)))
+
+
+def test_the_newest_stay_and_so_do_those_of_later_steps(tmp_path):
+    checkpoints = tmp_path / "checkpoints"
+
+    def there():
+        return [int(p.name.removeprefix("step-")) for p in sorted(checkpoints.glob("step-*"))]
+
+    for step in (10, 20, 30, 40):
+        write(checkpoints, *trained(), step=step, keep=3)
+    assert there() == [20, 30, 40]
+    write(checkpoints, *trained(), step=30, keep=1)  # a run that went on from an earlier one
+    assert there() == [30, 40]
+    assert (checkpoints / "latest").read_text() == "step-00000030\n"
