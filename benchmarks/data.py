@@ -77,11 +77,7 @@ def data(config: DataConfig, device: torch.device) -> Iterator[list[Row]]:
     for name, make in CANDIDATES.items():
         candidates.append(Candidate(name, partial(theirs, make), {"candidate": name} | row, count))
     turns = take_turns(candidates, config.rounds, device)
-
-    def figures(name: str) -> Row:
-        return {"ms": turns.speed(name)["ms"] / count, "ours_over_it": turns.ratio(name, OURS)}
-
-    yield turns.table(figures)
+    yield turns.table(lambda name: {"ms": turns.speed(name)["ms"] / count, "ours_over_it": turns.ratio(name, OURS)})
 
 
 def load_all(

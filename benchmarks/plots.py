@@ -81,9 +81,7 @@ def draw_bars(
         ticks.append(left + (len(own) - 1) / 2)
         left += len(own) + 0.8
     axes.set_xticks(ticks, groups, fontsize=8)
-    axes.set_ylabel(ylabel)
-    if log:
-        axes.set_yscale("log")
+    axes.set(ylabel=ylabel, yscale="log" if log else "linear")
     handles = [Patch(color=colour, label=name) for name, colour in colours.items()]
     figure.legend(handles=handles, loc="outside upper left", fontsize=8, frameon=False, ncols=5)
     axes.margins(x=0.01, y=0.12)

@@ -176,7 +176,7 @@ def graphed(step: Run, device: torch.device) -> Run:
     with torch.cuda.graph(graph, stream=stream):
         gradients = step()
 
-    def run(step: Run) -> list[Tensor]:  # which holds the tensors that the graph works on
+    def run(step: Run) -> list[Tensor]:  # the step holds the tensors that the graph works on
         graph.replay()
         return gradients
 

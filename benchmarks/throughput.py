@@ -106,7 +106,7 @@ def candidates(
     """
     torch.compiler.reset()  # or else the second batch size would be compiled for any
     cases = {size: replace(case, batch_size=size) for size in batches.values()}
-    for backend, size in batches.items():
+    for backend, size in sorted(batches.items(), key=lambda item: item[1]):
         sized = cases[size]
         row = sized.setting | {"work": work, "candidate": backend} | ({} if size else {"refused": OUT_OF_MEMORY})
         build, gate = partial(run_of, sized, work, backend), partial(memory_of, work, case.device)
