@@ -72,7 +72,8 @@ def append_csv(path: Path, benchmark: str, setting: Row, rows: list[Row]) -> Non
         with path.open(newline="") as file:
             reader = csv.DictReader(file)
             lines, known = list(reader), list(reader.fieldnames or known)
-    lines += [{"benchmark": benchmark} | row | setting for row in rows]
+    # a row's own value, such as of threads that vary, stands before that of the environment
+    lines += [{"benchmark": benchmark} | row | setting | row for row in rows]
     known += [key for key in dict.fromkeys(k for line in lines for k in line) if key not in known]
 
     def write(temporary: Path) -> None:

@@ -116,12 +116,12 @@ def demo(options: dict[str, Any]) -> Path:
 
 def _check_folder(out: Path, overwrite: bool) -> None:
     """Makes the demo's folder. Raises UserError where it holds what is not to be replaced."""
-    from sparse_fcmae.runtime.files import left_half_written, writing
+    from sparse_fcmae.runtime.files import leftover_of, writing
 
     with writing(out):
         if out.exists() and not out.is_dir():
             raise UserError(f"`out` {out} is a file: choose another")
-        if out.is_dir() and not all(left_half_written(path.name) for path in out.iterdir()):
+        if out.is_dir() and not all(leftover_of(path.name) == MARK for path in out.iterdir()):
             if not (out / MARK).is_file():
                 raise UserError(f"`out` {out} is not empty and holds no demo: choose another")
             if not overwrite:

@@ -108,7 +108,7 @@ def test_a_folder_of_the_users_is_left_alone(tmp_path, pretrained, there, overwr
 
 
 def test_folders_that_are_as_good_as_empty_are_taken(tmp_path, pretrained):
-    (tmp_path / ".images.77.tmp").mkdir()
+    (tmp_path / ".demo.json.77.tmp").touch()
     demo(out=tmp_path, images=100, epochs=1)
     assert len(pretrained) == 1
 

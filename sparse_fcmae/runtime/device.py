@@ -24,8 +24,8 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
         if device.type == "cuda":
             torch.cuda.set_device(device)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"`device` {name} can't be used, choose auto, cpu or cuda: {reason}") from None
+        others = "auto or cpu" if name.startswith("cuda") else "auto, cpu or cuda"
+        raise UserError(f"`device` {name} can't be used, choose {others}: {str(error).splitlines()[0]}") from None
     return device
 
 

@@ -8,7 +8,6 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +18,13 @@ from torch import Tensor
 
 from sparse_fcmae.runtime.errors import UserError
 
-HALF_WRITTEN = (".*.[0-9]*.tmp", ".*.[0-9]*.old")  # what a killed process may leave: patterns of names
+LEFTOVER = re.compile(r"\.(?P<name>.+)\.\d+\.(?:tmp|old)")  # the names that `write_atomic` and `new_folder` give
 
 
-def left_half_written(name: str) -> bool:
-    """Whether a file or folder of this name was being written when its process was killed."""
-    return any(fnmatch(name, pattern) for pattern in HALF_WRITTEN)
+def leftover_of(name: str) -> str | None:
+    """What was being written under this name by a process that was killed meanwhile; None where it is no such name."""
+    match = LEFTOVER.fullmatch(name)
+    return match["name"] if match else None
 
 
 def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
@@ -92,8 +92,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     try:
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            written = re.compile(rf"\.{re.escape(path.name)}\.\d+\.old")
-            for lost in [p for p in path.parent.iterdir() if written.fullmatch(p.name)]:
+            for lost in [p for p in path.parent.iterdir() if leftover_of(p.name) == path.name and p.suffix == ".old"]:
                 shutil.rmtree(lost) if path.exists() else os.replace(lost, path)
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir()

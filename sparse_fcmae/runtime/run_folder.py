@@ -9,6 +9,7 @@ and what the task makes beside these, such as loss.png or reconstructions/step-0
 
 import shutil
 from dataclasses import asdict
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ except ImportError:  # Windows
     fcntl = None
 
 from sparse_fcmae.runtime.errors import UserError
-from sparse_fcmae.runtime.files import HALF_WRITTEN, left_half_written, read_json, write_json, writing
+from sparse_fcmae.runtime.files import leftover_of, read_json, write_json, writing
 
 MODEL, TRAINER, META, LATEST = "model.safetensors", "trainer.pt", "meta.json", "latest"
 CONFIG, LOCK = "config.json", ".lock"
@@ -49,7 +50,7 @@ class RunFolder:
             if self.path.exists() and not self.path.is_dir():
                 raise UserError(f"`out` {self.path} is a file: choose another")
             names = [p.name for p in self.path.iterdir()] if self.path.exists() else []
-            empty = all(name == LOCK or left_half_written(name) for name in names)
+            empty = all(name == LOCK or leftover_of(name) == CONFIG for name in names)
         is_run = not empty and self.saved_options() is not None
         if resume and not is_run:
             raise UserError(f"`out` {self.path} holds no {self.task} run to resume: leave `resume` out to start one")
@@ -85,11 +86,14 @@ class RunFolder:
         written. outputs: the files and folders that the task makes beside PARTS.
         """
         parts = (*outputs, *PARTS)
-        half_written = [f"{folder}{end}" for folder in ("", *(f"{p}/" for p in parts)) for end in HALF_WRITTEN]
         with writing(self.path):
-            for pattern in (*half_written, *(parts if config.overwrite else ())):
-                for part in self.path.glob(pattern):
-                    shutil.rmtree(part) if part.is_dir() else part.unlink()
+            for path in [*self.path.iterdir(), *(p for part in parts for p in self.path.glob(f"{part}/.*"))]:
+                name = leftover_of(path.name)
+                if name and (path.parent != self.path or any(fnmatch(name, part) for part in parts)):
+                    _delete(path)
+            for part in parts if config.overwrite else ():
+                for path in self.path.glob(part):
+                    _delete(path)
         options = {k: v for k, v in asdict(config).items() if k not in ("resume", "overwrite")}
         write_json(self.path / CONFIG, {"format": self.format, **options, **beside})
         with writing(self.path):
@@ -108,12 +112,17 @@ class RunFolder:
             return
 
 
+def _delete(path: Path) -> None:
+    """Deletes a file, or a folder with all that is in it."""
+    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
 def newest_checkpoint(run: Path) -> Path | None:
     """The folder of a run's newest checkpoint, or None where there is none. Raises UserError where it is damaged."""
     pointer = run / "checkpoints" / LATEST
     if not pointer.exists():
         return None
-    folder = pointer.parent / (pointer.read_text().strip() or "nameless")
+    folder = pointer.parent / (pointer.read_text(errors="replace").strip() or "nameless")
     check_whole(folder)
     return folder
 

@@ -126,5 +126,5 @@ def load_trainer(checkpoint: Path) -> dict[str, Any]:
     try:
         return torch.load(checkpoint / TRAINER, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises many types on a damaged file
-        reason = str(error).splitlines()[0]
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise UserError(f"checkpoint {checkpoint} is damaged: {TRAINER}: {reason}; {way_back(checkpoint)}") from None

@@ -20,6 +20,10 @@ def configure(kind: type[Config], given: dict[str, Any]) -> Config:
     range, and for a folder that can't be used as asked.
     """
     options = _written_out(kind, given)
+    try:
+        os.fspath(options.get("out", "")).encode()
+    except UnicodeEncodeError:  # safetensors could not write there at the end
+        raise UserError("`out` must be named in UTF-8: choose another") from None
     run = RunFolder(options.get("out", kind.out), kind.task)
     run.check(options.get("resume", False), options.get("overwrite", False))
     if options.get("resume"):
@@ -55,8 +59,9 @@ def _resumed(kind: type[Config], options: dict[str, Any], run: RunFolder) -> Con
     config = replace(saved, **options)
     for name in differences(config, saved):
         from_weights = "" if name in (*OF_WEIGHTS, "init") else f" from its weights with `init={config.out}`"
+        here, there = ("none" if value is None else value for value in (getattr(config, name), getattr(saved, name)))
         raise UserError(
-            f"`{name}` is {getattr(config, name)} but the run in {config.out} has {getattr(saved, name)}: leave it out "
-            f"to resume, or start another run{from_weights} with another `out`"
+            f"`{name}` is {here} but the run in {config.out} has {there}: leave it out to resume, or start another "
+            f"run{from_weights} with another `out`"
         )
     return config

@@ -120,8 +120,8 @@ class RunLog:
 def _open_rows(path: Path, step: int) -> TextIO:
     """The file to append to, without rows beyond `step`."""
     if path.exists():
-        lines = path.read_text().splitlines(keepends=True)
         try:
+            lines = path.read_text().splitlines(keepends=True)
             kept = [line for line in lines if line.endswith("\n") and 0 < step >= json.loads(line)["step"]]
         except (ValueError, KeyError, TypeError):
             raise UserError(f"{path} has a line that is no row of it: put it right, or move the file away") from None

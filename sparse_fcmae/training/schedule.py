@@ -43,7 +43,7 @@ class Schedule:
                 f"`batch_size` {batch} is more than the {images} images in {config.data}: choose {images} or less"
             )
         if batch % world:
-            nearest = max(1, round(batch / world)) * world
+            nearest = max(1, min(round(batch / world), images // world)) * world
             raise UserError(f"`batch_size` {batch} can't be divided evenly among {world} processes: choose {nearest}")
         steps_per_epoch = images // batch
         steps = config.epochs * steps_per_epoch

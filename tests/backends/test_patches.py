@@ -140,3 +140,74 @@ def test_other_backends_run_a_block_layer_by_layer(name):
     assert not patches.fuses(nn.Linear(2, 2))
     with pytest.raises(NotImplementedError, match=f"the backend {name} runs a block layer by layer"):
         patches.fused_block(torch.zeros(1), [], "image")
+
+
+def positions(mask, side):
+    """The mask of positions where a patch has side x side of them: bool [B, H, W, 1], True = visible."""
+    return ~mask.repeat_interleave(side, 1).repeat_interleave(side, 2)[..., None]
+
+
+def to_dense(features, mask, side):
+    """Features of any backend as [B, H, W, C], zeros where masked."""
+    if features.shape[:3] == (len(mask), ROWS * side, COLS * side):
+        return features * positions(mask, side)
+    dense = features.new_zeros(len(mask), ROWS, COLS, side, side, features.shape[-1])
+    dense[~mask] = features
+    return dense.transpose(2, 3).reshape(len(mask), ROWS * side, COLS * side, -1)
+
+
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+@pytest.mark.parametrize("name", USABLE)
+def test_a_patch_comes_back_to_its_place(name, mask):
+    x = torch.randn(3, 4, ROWS, COLS, dtype=dtype_of(name), requires_grad=True)
+    patches = BACKENDS[name](mask)
+    out = patches.scatter(patches.gather(x))
+    visible = ~mask[:, None]
+    assert torch.equal(out, x * visible)
+    out.sum().backward()
+    assert torch.equal(x.grad, visible.expand_as(x).to(x.dtype))
+
+
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+@pytest.mark.parametrize("name", USABLE)
+def test_stem_and_downsampling_tile_the_patches(name, mask):
+    dtype, stride = dtype_of(name), 2
+    conv = nn.Conv2d(3, 6, stride, stride).to(dtype)
+    norm, down_norm = (nn.LayerNorm(6, eps=1e-6).to(dtype) for _ in range(2))
+    down = nn.Conv2d(6, 5, 2, 2).to(dtype)
+    images = torch.randn(3, 3, ROWS * 16, COLS * 16, dtype=dtype)
+    patches = BACKENDS[name](mask)
+    x = patches.stem(images, conv, norm)
+    dense = norm(conv(images).permute(0, 2, 3, 1))
+    assert relative_error(to_dense(x, mask, 8), dense * positions(mask, 8)) < 1e-5
+    y = patches.downsample(x, down_norm, down)
+    dense = down(down_norm(dense).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+    assert relative_error(to_dense(y, mask, 4), dense * positions(mask, 4)) < 1e-5
+
+
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+@pytest.mark.parametrize("side", [4, 1])
+@pytest.mark.parametrize("name", USABLE)
+def test_only_the_depthwise_convolution_looks_at_visible_neighbours(name, side, mask):
+    dtype = dtype_of(name)
+    conv = nn.Conv2d(6, 6, 7, padding=3, groups=6).to(dtype)
+    dense = torch.randn(3, ROWS * side, COLS * side, 6, dtype=dtype)
+    patches = BACKENDS[name](mask)
+    if name == "masked":
+        x = dense
+    else:
+        blocks = dense.view(3, ROWS, side, COLS, side, 6).transpose(2, 3)
+        x = blocks[~mask]
+    visible = positions(mask, side)
+    expected = F.conv2d(
+        (dense * visible).permute(0, 3, 1, 2).double(), conv.weight.double(), conv.bias.double(), padding=3, groups=6
+    )
+    found = to_dense(patches.dwconv(x, conv), mask, side)
+    assert relative_error(found, expected.permute(0, 2, 3, 1) * visible) < 1e-5
+
+
+def test_a_number_of_visible_patches_that_is_wrong_is_refused():
+    mask = torch.tensor([[[True, False], [False, False]]])
+    assert TorchPatches(mask, 3).map.row_to_patch.tolist() == [1, 2, 3]
+    with pytest.raises(RuntimeError, match="not all masks have"):
+        TorchPatches(mask, 2)

@@ -30,6 +30,17 @@ def test_new_columns_join_those_of_the_file(tmp_path):
     assert path.read_text().splitlines() == ["benchmark,a,torch,b", "one,1,2,", "two,,2,2"]
 
 
+def test_what_a_row_says_itself_is_not_what_the_machine_has(tmp_path):
+    path = tmp_path / "rows.csv"
+    results.append_csv(path, "scaling", {"threads": 8, "torch": "2"}, [{"threads": 1}, {"threads": 2}, {"ms": 3}])
+    assert path.read_text().splitlines() == [
+        "benchmark,threads,torch,ms",
+        "scaling,1,2,",
+        "scaling,2,2,",
+        "scaling,8,2,3",
+    ]
+
+
 def test_a_command_is_quoted_and_leaves_outputs_out():
     config = ThroughputConfig(model="atto,tiny", compiled=True, json="/somewhere/rows.json")
     assert results.command("throughput", config) == "sparse-fcmae bench throughput --model atto,tiny --compiled"

@@ -1,5 +1,6 @@
 import json
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,9 +9,11 @@ from safetensors.torch import load_file
 from sparse_fcmae import UserError
 from sparse_fcmae.runtime.files import (
     check_writable,
+    leftover_of,
     new_folder,
     one_line,
     read_json,
+    save_pickled,
     save_tensors,
     write_atomic,
     write_json,
@@ -120,3 +123,114 @@ def test_a_folder_comes_back_where_a_process_was_killed_while_it_moved_it(tmp_pa
         raise KeyError
     assert [p.name for p in (tmp_path / "there").iterdir()] == ["old"]
     assert [p.name for p in tmp_path.iterdir()] == ["there"]
+
+
+def test_a_folder_is_made_with_those_above_it(tmp_path):
+    path = tmp_path / "not" / "there"
+    with new_folder(path) as temporary:
+        assert list(temporary.iterdir()) == []
+        assert not path.exists()
+        (temporary / "x").write_text("x")
+    assert [p.name for p in path.iterdir()] == ["x"]
+    assert [p.name for p in path.parent.iterdir()] == ["there"]
+
+
+def test_nothing_of_a_block_that_fails_is_left(tmp_path):
+    def fail():
+        with new_folder(tmp_path / "there") as temporary:
+            (temporary / "x").write_text("x")
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_is_filled_from_nothing_though_a_killed_process_had_this_number(tmp_path):
+    stale = tmp_path / f".there.{os.getpid()}.tmp"
+    stale.mkdir()
+    (stale / "stale").write_text("x")
+    with new_folder(tmp_path / "there") as temporary:
+        (temporary / "new").write_text("y")
+    assert [p.name for p in (tmp_path / "there").iterdir()] == ["new"]
+
+
+def test_what_a_killed_process_moved_away_goes_once_the_folder_is_there(tmp_path):
+    lost = tmp_path / ".there.77.old"
+    for folder, text in ((lost, "before"), (tmp_path / "there", "after")):
+        folder.mkdir()
+        (folder / "x").write_text(text)
+    with pytest.raises(KeyError), new_folder(tmp_path / "there"):
+        raise KeyError
+    assert (tmp_path / "there" / "x").read_text() == "after"
+    assert not lost.exists()
+
+
+def test_all_files_are_on_the_disk_before_the_folder_has_its_name(tmp_path, monkeypatch):
+    calls, fsync, replace = [], os.fsync, os.replace
+
+    def synced(handle):
+        calls.append(Path(os.readlink(f"/proc/self/fd/{handle}")).name)
+        fsync(handle)
+
+    def moved(source, target):
+        calls.append(f"-> {Path(target).name}")
+        replace(source, target)
+
+    if not Path("/proc/self/fd").is_dir():
+        pytest.skip("open files have no names here")
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", moved)
+    with new_folder(tmp_path / "there") as temporary:
+        for name in ("a", "b"):
+            (temporary / name).write_text(name)
+    assert sorted(calls[:2]) == ["a", "b"]
+    assert calls[2:] == [f".there.{os.getpid()}.tmp", "-> there", tmp_path.name]
+
+
+def test_a_folder_that_can_not_be_made_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"can't write .*file/there: "), new_folder(tmp_path / "file" / "there"):
+        pass
+
+
+def test_names_of_what_is_half_written():
+    for name in ("x.json", "step-00000001", "v2.77", "my notes", "exp[12]"):
+        assert leftover_of(f".{name}.77.tmp") == leftover_of(f".{name}.77.old") == name
+    for name in (
+        "x.tmp",
+        ".lock",
+        ".tmp",
+        "notes.old",
+        ".x.tmp.txt",
+        ".x.77.tmp2",
+        ".thesis.old",
+        ".x.7a.old",
+        "..77.tmp",
+    ):
+        assert leftover_of(name) is None
+
+
+@pytest.mark.parametrize("name", ["out", "exp[12]"])
+def test_leftovers_of_folders_with_names_alike_stay(tmp_path, name):
+    own = tmp_path / f".{name}.77.old"
+    others = [tmp_path / other for other in (".out.v2.77.old", ".exp1.77.old", ".out.my notes.old", ".out.77.tmp")]
+    for folder in (own, *others):
+        folder.mkdir()
+        (folder / "model").write_text("the only copy")
+    with new_folder(tmp_path / name) as temporary:
+        (temporary / "new").write_text("x")
+    assert not own.exists()
+    assert all((folder / "model").is_file() for folder in others)
+
+
+def test_a_full_disk_is_an_os_error_where_torch_would_raise_its_own(tmp_path):
+    """/dev/full takes no byte."""
+    save_pickled({"step": 3, "x": torch.arange(3)}, tmp_path / "x.pt")
+    loaded = torch.load(tmp_path / "x.pt", weights_only=True)
+    assert loaded["step"] == 3
+    assert loaded["x"].tolist() == [0, 1, 2]
+    if not Path("/dev/full").exists():
+        pytest.skip("there is no /dev/full")
+    with pytest.raises(OSError, match="No space left on device"):
+        save_pickled(1, Path("/dev/full"))

@@ -62,6 +62,7 @@ def test_options_of_earlier_versions_have_their_names_of_today(run):
         ("empty", False, True, None),
         ("lock", False, False, None),
         ("leftovers", False, False, None),
+        ("hidden", False, False, "is not empty and holds no juggling run: choose another"),
     ],
 )
 def test_folders_that_can_not_be_used_as_asked(run, there, resume, overwrite, message):
@@ -75,6 +76,8 @@ def test_folders_that_can_not_be_used_as_asked(run, there, resume, overwrite, me
         (run.path / "config.json").write_text('{"format": "sparse-fcmae juggling run"}')
     elif there == "lock":
         (run.path / ".lock").touch()
+    elif there == "hidden":
+        (run.path / ".thesis.2024.old").mkdir()
     elif there == "leftovers":
         (run.path / ".config.json.77.tmp").touch()
     if message is None:
@@ -100,13 +103,20 @@ def test_what_a_killed_process_left_half_written_goes(run):
     begin(run)
     (run.path / "drawings").mkdir()
     (run.path / "mine").mkdir()
-    for name in (".config.json.77.tmp", "drawings/.1.png.77.tmp", "mine/.1.png.77.tmp", "metrics.jsonl"):
+    users = {".thesis.2024.old", ".notes.tmp", "mine/.1.png.77.tmp"}
+    for name in (
+        ".config.json.77.tmp",
+        "drawings/.1.png.77.tmp",
+        ".events.out.tfevents.3.77.tmp",
+        "metrics.jsonl",
+        *users,
+    ):
         (run.path / name).write_text("x")
     for name in ("checkpoints/.step-00000002.77.tmp", ".exported.77.old"):
         (run.path / name).mkdir()
     begin(run, resume=True)
     left = {str(p.relative_to(run.path)) for p in run.path.rglob("*")}
-    assert left == {".lock", "config.json", "metrics.jsonl", "checkpoints", "drawings", "mine", "mine/.1.png.77.tmp"}
+    assert left == {".lock", "config.json", "metrics.jsonl", "checkpoints", "drawings", "mine", *users}
 
 
 def test_a_second_process_is_kept_out(run):
@@ -146,8 +156,8 @@ def test_the_newest_checkpoint_is_found_and_its_files_are_measured(tmp_path):
     with pytest.raises(UserError, match=r"step-00000001 is damaged: no whole meta.json; there is no earlier one"):
         check_whole(checkpoints / "step-00000001")
     (checkpoints / "step-00000002" / "meta.json").write_text("")
-    for latest in ("step-00000002", "step-00000009", ""):
-        (checkpoints / "latest").write_text(latest)
+    for latest in (b"step-00000002", b"step-00000009", b"", b"\xff"):
+        (checkpoints / "latest").write_bytes(latest)
         with pytest.raises(UserError, match=r"is damaged: no whole meta.json; .* write step-0000000[12] into"):
             newest_checkpoint(tmp_path)
 

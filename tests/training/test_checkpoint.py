@@ -1,8 +1,14 @@
+from types import SimpleNamespace
+
 import pytest
+import torch
+from torch import nn
 
 from sparse_fcmae import UserError
-from sparse_fcmae.runtime.run_folder import newest_checkpoint
+from sparse_fcmae.runtime.run_folder import RunFolder, newest_checkpoint
 from sparse_fcmae.training import checkpoint
+from sparse_fcmae.training.checkpoint import Checkpoints, restore, write_checkpoint
+from sparse_fcmae.training.optim import adamw
 
 
 def test_full_disk_is_one_line_and_keeps_what_was_there(tmp_path, monkeypatch):
@@ -17,3 +23,185 @@ def test_full_disk_is_one_line_and_keeps_what_was_there(tmp_path, monkeypatch):
         checkpoint.write_checkpoint(checkpoints, 16, {}, {}, keep=3)
     assert newest_checkpoint(tmp_path).name == "step-00000012"
     assert sorted(p.name for p in checkpoints.iterdir()) == ["latest", "step-00000012"]
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that the test sets."""
+    time = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(checkpoint.time, "monotonic", lambda: time.now)
+    return time
+
+
+def checkpoints(run=None, model=None, asked_for=None, interval=5, start=0):
+    config = SimpleNamespace(save_every=asked_for, keep_checkpoints=3)
+    drawn = []
+    task = SimpleNamespace(
+        config=config,
+        model=model,
+        source=SimpleNamespace(fingerprint="f"),
+        state=lambda: {"own": torch.ones(1)},
+        illustrate=lambda run, step: drawn.append(step),
+        drawn=drawn,
+    )
+    schedule = SimpleNamespace(save_every=asked_for or interval, steps=23)
+    optimizer = SimpleNamespace(state_dict=lambda: {})
+    log = SimpleNamespace(sync=lambda: None)
+    return Checkpoints(run, task, optimizer, schedule, log, {}, start)
+
+
+def test_without_a_wish_steps_and_a_minute_have_to_go_by(clock):
+    saved = checkpoints(start=10)
+    clock.now = 59.9
+    assert not saved.due(15)
+    clock.now = 60.0
+    assert saved.due(15)
+    assert not saved.due(14)
+    assert [step for step in range(1, 24) if saved.asked_for(step)] == [23]
+    assert str(saved) == "a checkpoint every 5 steps, but at most one a minute (--save-every N: every N steps)"
+
+
+def test_with_a_wish_the_time_does_not_matter(clock):
+    saved = checkpoints(asked_for=4)
+    clock.now = 1e6
+    assert not any(saved.due(step) for step in range(24))
+    assert [step for step in range(1, 24) if saved.asked_for(step)] == [4, 8, 12, 16, 20, 23]
+    assert str(saved) == "a checkpoint every 4 steps"
+    assert str(checkpoints(asked_for=1)) == "a checkpoint every step"
+
+
+def test_the_minute_begins_anew_with_each_checkpoint(clock, tmp_path):
+    run = RunFolder(tmp_path, "juggling")
+    run.checkpoints.mkdir()
+    saved = checkpoints(run, torch.nn.Linear(2, 2))
+    clock.now = 100.0
+    saved.save(5)
+    assert not saved.due(10)
+    clock.now = 160.0
+    assert saved.due(10)
+    assert saved.task.drawn == [5]
+    assert checkpoint.load_trainer(run.checkpoints / "step-00000005")["own"].tolist() == [1]
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path):
+    run = RunFolder(tmp_path, "juggling")
+    run.checkpoints.mkdir()
+    model = torch.nn.Linear(2, 2)
+    with torch.no_grad():
+        model.bias[1] = torch.nan
+    with pytest.raises(UserError, match="the weights are not finite after step 5: lower `lr` or give `clip_grad=1`"):
+        checkpoints(run, model).save(5)
+    assert not list(run.checkpoints.iterdir())
+
+
+class Juggling:
+    """As much of a task as `restore` asks for."""
+
+    def __init__(self, features=3, fingerprint="these"):
+        self.model = nn.Linear(3, features)
+        self.source = SimpleNamespace(fingerprint=fingerprint)
+        self.config = SimpleNamespace(data="IMAGES", out="RUN")
+        self.taken = None
+
+    def load_state(self, state):
+        self.taken = state["balls"]
+
+
+def trained():
+    """A task after two steps, and its optimiser."""
+    task = Juggling()
+    optimizer = adamw(task.model, 0.1, (0.9, 0.95))
+    for group in optimizer.param_groups:
+        group["lr"] = 0.1
+    for _ in range(2):
+        task.model(torch.randn(4, 3)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return task, optimizer
+
+
+def write(checkpoints, task, optimizer, step=2, keep=3, **changes):
+    checkpoints.mkdir(exist_ok=True)
+    trainer = {"step": step, "optimizer": optimizer.state_dict(), "bad": {"x.png": "cut"}, "images": "these"}
+    write_checkpoint(checkpoints, step, task.model.state_dict(), trainer | {"balls": 5} | changes, keep)
+    return checkpoints / f"step-{step:08d}"
+
+
+def test_a_step_after_a_checkpoint_is_the_step_that_it_would_have_been(tmp_path):
+    task, optimizer = trained()
+    folder = write(tmp_path / "checkpoints", task, optimizer)
+    again = Juggling()
+    other = adamw(again.model, 0.1, (0.9, 0.95))
+    assert restore(folder, again, other) == (2, {"x.png": "cut"})
+    assert again.taken == 5
+    x = torch.randn(4, 3)
+    for model, steps in ((task.model, optimizer), (again.model, other)):
+        for group in steps.param_groups:
+            group["lr"] = 0.1
+        model(x).square().mean().backward()
+        steps.step()
+    assert torch.equal(again.model.weight, task.model.weight)
+    assert torch.equal(again.model.bias, task.model.bias)
+
+
+def test_a_run_on_other_images_is_refused_before_anything_is_loaded(tmp_path):
+    folder = write(tmp_path / "checkpoints", *trained())
+    task = Juggling(fingerprint="others")
+    before = task.model.weight.clone()
+    with pytest.raises(UserError, match="the images in IMAGES are not those that the run in RUN was started with"):
+        restore(folder, task, adamw(task.model, 0.1, (0.9, 0.95)))
+    assert torch.equal(task.model.weight, before)
+    assert task.taken is None
+
+
+def test_a_checkpoint_of_another_model_or_optimiser_is_refused(tmp_path):
+    task, optimizer = trained()
+    folder = write(tmp_path / "checkpoints", task, optimizer)
+    wider = Juggling(features=4)
+    with pytest.raises(UserError, match="is of another model: size mismatch for bias") as error:
+        restore(folder, wider, adamw(wider.model, 0.1, (0.9, 0.95)))
+    assert "\n" not in str(error.value)
+    one_group = Juggling()
+    with pytest.raises(UserError, match="the checkpoint's optimiser is another model's"):
+        restore(folder, one_group, torch.optim.AdamW([{"params": one_group.model.parameters(), "lr_scale": 1.0}]))
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("model.safetensors", b""),
+        ("model.safetensors", b"nonsense" * 9),
+        ("trainer.pt", b"nonsense" * 9),
+        ("trainer.pt", b""),
+    ],
+)
+def test_a_damaged_file_is_named_with_the_way_back(tmp_path, name, content):
+    write(tmp_path / "checkpoints", *trained(), step=1)
+    folder = write(tmp_path / "checkpoints", *trained())
+    (folder / name).write_bytes(content)
+    task = Juggling()
+    with pytest.raises(UserError, match=f"is damaged: {name}: .*write step-00000001 into") as error:
+        restore(folder, task, adamw(task.model, 0.1, (0.9, 0.95)))
+    assert "\n" not in str(error.value)
+
+
+def test_nothing_but_tensors_and_plain_values_is_unpickled(tmp_path):
+    folder = write(tmp_path / "checkpoints", *trained())
+    torch.save({"images": "these", "evil": print}, folder / "trainer.pt")
+    task = Juggling()
+    with pytest.raises(UserError, match=r"is damaged: trainer.pt: "):
+        restore(folder, task, adamw(task.model, 0.1, (0.9, 0.95)))
+
+
+def test_the_newest_stay_and_so_do_those_of_later_steps(tmp_path):
+    checkpoints = tmp_path / "checkpoints"
+
+    def there():
+        return [int(p.name.removeprefix("step-")) for p in sorted(checkpoints.glob("step-*"))]
+
+    for step in (10, 20, 30, 40):
+        write(checkpoints, *trained(), step=step, keep=3)
+    assert there() == [20, 30, 40]
+    write(checkpoints, *trained(), step=30, keep=1)  # a run that went on from an earlier one
+    assert there() == [30, 40]
+    assert (checkpoints / "latest").read_text() == "step-00000030\n"

@@ -1,9 +1,13 @@
 import json
 import math
+import sys
+from types import SimpleNamespace
 
 import pytest
 
 from sparse_fcmae import UserError
+from sparse_fcmae.data.batches import BadImage
+from sparse_fcmae.training import log as module
 from sparse_fcmae.training.log import RunLog
 
 
@@ -77,3 +81,131 @@ def test_curves_are_left_out_where_matplotlib_is_missing(tmp_path):
     log.draw(draw)
     log.close()
     assert "no curve is drawn, as matplotlib is not installed (extra: plots)" in (tmp_path / "train.log").read_text()
+
+
+class Writer:
+    """As much of TensorBoard's writer as is used."""
+
+    def __init__(self, folder, purge_step):
+        self.folder, self.purge_step, self.scalars, self.closed = folder, purge_step, [], False
+
+    def add_scalar(self, name, value, step):
+        self.scalars.append((name, value, step))
+
+    def close(self):
+        self.closed = True
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that the test sets, in seconds."""
+    clock = SimpleNamespace(now=100.0)
+    monkeypatch.setattr(module.time, "perf_counter", lambda: clock.now)
+    return clock
+
+
+def test_speed_is_of_training_without_evaluating(tmp_path, clock):
+    log = RunLog(tmp_path, 0, 10, main=True, evaluates=True)
+    clock.now += 2
+    log.steps(2, 5, [1.0, 1.0], [0.1, 0.1], images=30)
+    clock.now += 1000
+    log.evaluation(2, 0.4, {"top1": 0.5})
+    clock.now += 4
+    log.steps(3, 5, [1.0], [0.1], images=30)
+    log.close()
+    assert [row["images_per_second"] for row in rows(tmp_path)] == [15.0, 15.0, 7.5]
+    assert "step 3, loss 1.0000, 7.5 images/s, lr 1.00e-01" in (tmp_path / "train.log").read_text()
+
+
+def test_the_bar_goes_on_where_the_run_does(tmp_path):
+    log = RunLog(tmp_path, 4, 10, main=True, evaluates=False)
+    assert (log.bar.n, log.bar.total) == (4, 10)
+    log.steps(6, 5, [1.0, 0.5], [0.1, 0.1], images=30)
+    assert log.bar.n == 6
+    assert "loss 0.5000" in log.bar.postfix
+    log.close()
+    assert log.bar.disable
+    assert not (tmp_path / "evaluations.jsonl").exists()
+
+
+def test_lines_go_above_the_bar_too(tmp_path, capsys):
+    log = RunLog(tmp_path, 0, 10, main=True, evaluates=False)
+    log.say("café is closed")
+    log.close()
+    assert "café is closed" in capsys.readouterr().out.splitlines()
+    assert (tmp_path / "train.log").read_text(encoding="utf-8").endswith(" café is closed\n")
+
+
+def test_tensorboard_gets_what_the_files_get(tmp_path, clock, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=Writer))
+    log = RunLog(tmp_path, 4, 10, main=True, evaluates=True)
+    writer = log.tensorboard
+    assert (writer.folder, writer.purge_step) == (str(tmp_path), 5)
+    clock.now += 2
+    log.steps(5, 5, [1.0], [0.1], images=30)
+    log.evaluation(5, 1.0, {"top1": 0.5, "loss": 2.0})
+    assert writer.scalars == [
+        ("loss", 1.0, 5),
+        ("lr", 0.1, 5),
+        ("images_per_second", 15.0, 5),
+        ("top1", 0.5, 5),
+        ("loss", 2.0, 5),
+    ]
+    log.close()
+    assert writer.closed
+    assert RunLog(tmp_path, 4, 10, main=False, evaluates=True).tensorboard is None
+
+
+def test_tensorboard_may_be_missing_or_broken(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace())
+    log = RunLog(tmp_path, 0, 10, main=True, evaluates=True)
+    assert log.tensorboard is None
+    log.steps(1, 5, [1.0], [0.1], images=3)
+    log.evaluation(1, 0.2, {"top1": 0.5})
+    log.close()
+    assert len(rows(tmp_path)) == 1
+
+
+def test_an_image_that_is_left_out_is_named_once(tmp_path):
+    log = RunLog(tmp_path, 0, 10, main=True, evaluates=True)
+    log.say_left_out([BadImage("a.png", "cut"), BadImage("b.png", "empty")])
+    log.say_left_out([BadImage("b.png", "empty"), BadImage("c.png", "cut")])
+    log.close()
+    lines = (tmp_path / "train.log").read_text().splitlines()
+    assert [line.split("evaluation: ")[1] for line in lines] == ["a.png: cut", "b.png: empty", "c.png: cut"]
+
+
+def test_a_line_that_is_no_row_is_not_passed_over(tmp_path):
+    for content in (b'{"step": 1}\nnonsense\n', b'{"loss": 1}\n', b"[1]\n", b"\xff\n"):
+        (tmp_path / "metrics.jsonl").write_bytes(content)
+        with pytest.raises(UserError, match=r"metrics.jsonl has a line that is no row of it: put it right, or move"):
+            RunLog(tmp_path, 3, 10, main=True, evaluates=False)
+        assert (tmp_path / "metrics.jsonl").read_bytes() == content
+
+
+@pytest.mark.parametrize("evaluates", [True, False])
+def test_rows_reach_the_disk_before_a_checkpoint_relies_on_them(tmp_path, monkeypatch, evaluates):
+    log, synced = RunLog(tmp_path, 0, 10, main=True, evaluates=evaluates), []
+    monkeypatch.setattr(module.os, "fsync", synced.append)
+    log.sync()
+    assert synced == [file.fileno() for file in (log.metrics, log.evaluations) if file]
+    assert len(synced) == 1 + evaluates
+    log.close()
+    silent = RunLog(tmp_path, 0, 10, main=False, evaluates=evaluates)
+    silent.sync()
+    silent.close()
+    assert len(synced) == 1 + evaluates
+
+
+def test_files_are_closed_and_other_ranks_have_none(tmp_path):
+    log = RunLog(tmp_path, 0, 10, main=True, evaluates=True)
+    log.sync()
+    log.close()
+    assert log.metrics.closed
+    assert log.evaluations.closed
+    assert log.text.closed
+    silent = RunLog(tmp_path / "none", 0, 10, main=False, evaluates=True)
+    silent.evaluation(1, 0.1, {"top1": 0.5})
+    silent.say_left_out([BadImage("a.png", "cut")])
+    silent.close()
+    assert not (tmp_path / "none").exists()

@@ -1,24 +1,30 @@
 """The loop with a task of this file's own, which knows nothing of masks or classes."""
 
+import io
 import json
 import shutil
 import signal
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from sparse_fcmae import UserError
 from sparse_fcmae.data.batches import TrainingImages
 from sparse_fcmae.data.sources.folder import ImageFolder
 from sparse_fcmae.data.views import RandomView
 from sparse_fcmae.runtime.distributed import Ranks
 from sparse_fcmae.runtime.errors import Interrupted
 from sparse_fcmae.runtime.options import option
+from sparse_fcmae.training import checkpoint
 from sparse_fcmae.training.config import RunConfig
 from sparse_fcmae.training.configure import configure
+from sparse_fcmae.training.log import RunLog
 from sparse_fcmae.training.loop import train
 from sparse_fcmae.training.task import Task
 
@@ -182,3 +188,172 @@ def test_a_run_without_a_checkpoint_begins_again(pictures, whole, tmp_path):
     assert "no checkpoint to resume from: starting at step 0" in (tmp_path / "run" / "train.log").read_text()
     for name in ("metrics", "evaluations"):
         assert rows(tmp_path / "run", name) == rows(whole[0], name)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GreyConfig(RunConfig):
+    task: ClassVar[str] = "grey"
+
+    data: str | None = option("MEMORY", help="images")
+    out: str = option("runs/grey", help="folder")
+    init: str | None = option(None, help="weights")
+    image_size: str = option("8", help="pixels")
+    epochs: int = option(3, help="passes")
+    batch_size: int = option(5, help="images a step")
+    micro_batch_size: int = option(2, help="images at once")
+    warmup_epochs: float = option(0.0, help="epochs")
+    base_lr: float | None = option(None, help="rate")
+    lr: float | None = option(0.5, help="rate")
+    clip_grad: float | None = option(7.0, help="norm")
+    seed: int = option(0, help="seed")
+    eval_every: int = option(100, help="epochs")
+    dtype: str = option("fp32", help="dtype")
+    num_workers: int | None = option(0, help="loaders")
+
+
+class Memory:
+    """A source of 20 images that are nowhere on the disk, some of which may be unreadable."""
+
+    fingerprint = "20 images"
+
+    def __init__(self, unreadable=()):
+        self.unreadable = unreadable
+
+    def __len__(self):
+        return 20
+
+    def __str__(self):
+        return "MEMORY"
+
+    def open(self, index):
+        file = io.BytesIO()
+        if index not in self.unreadable:
+            Image.new("L", (8, 8), 10 * index).save(file, "PNG")
+        file.seek(0)
+        return file
+
+    def name(self, index):
+        return f"image {index}"
+
+
+class Remembering:
+    """Takes the place of a TrainStep. The loss of a step is its number."""
+
+    def __init__(self, objective, optimizer, **options):
+        self.optimizer, self.options, self.added, self.rates = optimizer, options, [], []
+        objective.made.append(self)
+
+    def add(self, *inputs, last):
+        self.added.append((*(len(t) for t in inputs), last))
+
+    def finish(self):
+        self.rates.append(self.optimizer.param_groups[0]["lr"])
+        return torch.tensor(float(len(self.rates)))
+
+
+class Grey(Task):
+    step_type = Remembering
+
+    def __init__(self, out, source=None, **options):
+        self.config, self.ranks = GreyConfig(out=str(out), **options), Ranks(0, 1, torch.device("cpu"))
+        self.source, self.model = source or Memory(), nn.Linear(1, 1)
+        self.objective, self.description, self.notes = SimpleNamespace(made=[]), "nothing", []
+        self.min_lr = 0.1
+
+    def dataset(self):
+        return TrainingImages(self.source, RandomView((8, 8), 1), 0)
+
+    def optimizer(self):
+        return torch.optim.AdamW([{"params": list(self.model.parameters()), "lr_scale": 0.5, "capturable": False}])
+
+    def inputs(self, batch, step, first):
+        return (batch.pixels,)
+
+    def export(self, run, log):
+        pass
+
+
+def lines(out):
+    """What train.log says, without the time."""
+    return [line[20:] for line in (out / "train.log").read_text().splitlines()]
+
+
+def test_a_step_gets_all_its_micro_batches_and_is_told_the_last(tmp_path):
+    task = Grey(tmp_path / "run")
+    train(task)
+    (step,) = task.objective.made
+    assert step.options == {"images_per_rank": 5, "clip_grad": 7.0, "bf16": False}
+    assert step.added == [(2, False), (2, False), (1, True)] * 12
+    cosine = [0.1 + 0.4 * 0.5 * (1 + torch.tensor(torch.pi * i / 12).cos().item()) for i in range(12)]
+    assert step.rates == pytest.approx([0.5 * rate for rate in cosine], rel=1e-6)
+
+
+@pytest.mark.parametrize("micro", [5, 99])
+def test_one_micro_batch_is_the_last(tmp_path, micro):
+    task = Grey(tmp_path / "run", micro_batch_size=micro, epochs=1, dtype="bf16", clip_grad=None)
+    train(task)
+    (step,) = task.objective.made
+    assert step.options == {"images_per_rank": 5, "clip_grad": None, "bf16": True}
+    assert step.added == [(5, True)] * 4
+
+
+@pytest.mark.parametrize(("log_every", "written"), [(1, range(1, 13)), (5, (1, 5, 10, 12)), (100, (1, 12))])
+def test_the_log_has_the_first_step_every_so_many_and_the_last(tmp_path, log_every, written):
+    train(Grey(tmp_path / "run", log_every=log_every))
+    assert [int(line.split(",")[0][5:]) for line in lines(tmp_path / "run") if line.startswith("step ")] == [*written]
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 12
+
+
+def test_a_resumed_run_says_where_it_goes_on_and_logs_its_first_step(tmp_path):
+    out = tmp_path / "run"
+    train(Grey(out, save_every=4, keep_checkpoints=9, log_every=100))
+    (out / "checkpoints" / "latest").write_text("step-00000004\n")
+    (out / "train.log").unlink()
+    train(Grey(out, save_every=4, log_every=100, resume=True))
+    said = lines(out)
+    assert said[0] == ("nothing; 20 images, 5 a step, 4 steps an epoch, 12 in all, 0 of warm-up, peak lr 0.5")
+    assert said[1] == f"resumed from {out / 'checkpoints' / 'step-00000004'}"
+    assert said[2] == "a checkpoint every 4 steps"
+    assert [line.split(",")[0] for line in said[3:]] == ["step 5", "step 8", "step 12"]
+
+
+def test_the_rows_of_a_checkpoints_steps_are_on_the_disk_before_it(tmp_path, monkeypatch):
+    out, calls = tmp_path / "run", []
+    write = checkpoint.write_checkpoint
+
+    def sync(log):
+        calls.append(("sync", len((out / "metrics.jsonl").read_text().splitlines())))
+
+    def noted(folder, step, *arguments):
+        calls.append(("write", step))
+        write(folder, step, *arguments)
+
+    monkeypatch.setattr(RunLog, "sync", sync)
+    monkeypatch.setattr(checkpoint, "write_checkpoint", noted)
+    train(Grey(out, save_every=7))
+    assert calls == [("sync", 7), ("write", 7), ("sync", 12), ("write", 12)]
+
+
+def test_a_checkpoint_that_is_due_does_not_wait_for_the_log(tmp_path, monkeypatch):
+    minutes = iter(range(0, 10**6, 100))
+    monkeypatch.setattr(checkpoint.time, "monotonic", lambda: next(minutes))
+    train(Grey(tmp_path / "run", log_every=100))
+    folders = sorted((tmp_path / "run" / "checkpoints").glob("step-*"))
+    assert [int(folder.name[5:]) for folder in folders] == [4, 8, 12]
+
+
+def test_unreadable_images_are_replaced_and_named(tmp_path):
+    train(Grey(tmp_path / "run", Memory(unreadable=[3]), max_bad_images=0.05))
+    named = [line for line in lines(tmp_path / "run") if "unreadable" in line]
+    assert len(named) == 1
+    assert named[0].startswith("unreadable, replaced by another image: image 3: ")
+
+
+def test_a_source_without_a_readable_image_ends_the_run_and_closes_its_log(tmp_path, monkeypatch):
+    closed, close = [], RunLog.close
+    monkeypatch.setattr(RunLog, "close", lambda log: (closed.append(1), close(log)))
+    with pytest.raises(UserError, match=r"no readable image found in many tries: image .*; check `data`"):
+        train(Grey(tmp_path / "run", Memory(unreadable=range(20))))
+    assert closed == [1]
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == ""
+    assert not list((tmp_path / "run" / "checkpoints").iterdir())
