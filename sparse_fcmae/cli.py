@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 from sparse_fcmae import __version__
 from sparse_fcmae.runtime.errors import Interrupted, UserError
 from sparse_fcmae.runtime.options import as_flags, flag, options_of
+from sparse_fcmae.runtime.terminal import discard
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,7 @@ def main(arguments: list[str] | None = None) -> None:
     except UserError as error:
         stop(as_flags(str(error), command.options()))
     except BrokenPipeError:  # the reader of the output, such as head, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        discard(sys.stdout)
         sys.exit(141)
     except OSError as error:
         if error.filename is None:
@@ -213,6 +214,8 @@ def unknown_arguments(unknown: list[str], parser: Parser) -> str:
     """What is wrong with arguments that no flag takes, and the flag that may be meant."""
     known = [name for action in parser._actions for name in action.option_strings]
     given = next((word for word in unknown if word.startswith("-")), unknown[0]).split("=")[0]
+    if os.path.exists(given) and "--data" in known:
+        return f"unknown arguments: {' '.join(unknown)}; is --data {given} meant?"
     near = [name for name in known if name.startswith(given)] or difflib.get_close_matches(given, known)
     return f"unknown arguments: {' '.join(unknown)}" + (f"; is {near[0]} meant?" if near else "")
 

@@ -45,6 +45,7 @@ def test_a_wrong_command_line_is_one_line(capsys, arguments):
         (["bench", "info"], "invalid choice: 'info'"),
         (["bench-report", "--rounds", "1"], "there is no command bench-report; is bench report meant?"),
         (["pretrain", "x", "--epohcs", "3"], "is --epochs meant?"),
+        (["pretrain", os.curdir, "--epochs", "3"], "unknown arguments: .; is --data . meant?"),
         (["pretrain", "--backend", "cuda"], "argument --backend: invalid choice: 'cuda'"),
     ],
 )

@@ -4,7 +4,10 @@ Every sample is determined by (seed, epoch, index) alone. So a run gets the same
 and goes on with them when it is resumed.
 """
 
+import atexit
+import multiprocessing
 import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import BinaryIO, NamedTuple
 
@@ -18,7 +21,6 @@ from sparse_fcmae.runtime.files import one_line
 from sparse_fcmae.runtime.streams import Stream, numpy_generator
 
 TRIES = 10  # images that are opened for one sample before it is given up
-GRACE = 600  # seconds that a loader process outlives SIGTERM at most: longer than a step
 
 
 class BadImage(NamedTuple):
@@ -130,9 +132,21 @@ def _collate(samples: list[Sample]) -> Batch:
 def _leave_signals_to_the_trainer(worker: int) -> None:
     """Has a loader process outlive the signals that batch systems and Ctrl-C send to all processes of a run.
 
-    The trainer then ends its step, saves a checkpoint and ends the loader. SIGTERM ends it too, but only GRACE later,
-    as PyTorch sends it to what is left at exit.
+    The trainer then ends its step, saves a checkpoint and ends the loader. Where the trainer is gone, PyTorch's loader
+    ends by itself.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "alarm"):
-        signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE))
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+@atexit.register
+def _end_loader_processes() -> None:
+    """Ends the loader processes that are left at exit, which the SIGTERM that Python sends them would not.
+
+    Some are left where an exception or a cycle of references still holds the loader.
+    """
+    if hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would raise for each
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()

@@ -7,6 +7,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -16,6 +17,7 @@ from tqdm import tqdm
 from sparse_fcmae.data.batches import BadImage
 from sparse_fcmae.runtime.errors import UserError
 from sparse_fcmae.runtime.files import write_atomic, writing
+from sparse_fcmae.runtime.terminal import lost_if_unread
 
 
 class RunLog:
@@ -40,11 +42,13 @@ class RunLog:
     def say(self, message: str) -> None:
         """One line above the bar and into train.log."""
         if self.main:
-            self.bar.write(message)
+            with lost_if_unread():
+                self.bar.write(message)
             self._note(message)
 
     def _note(self, message: str) -> None:
-        self.text.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {message}\n")
+        with writing(self.run):
+            self.text.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {message}\n")
 
     def say_left_out(self, unreadable: Iterable[BadImage]) -> None:
         """Names each image once that an evaluation leaves out because it can't be read."""
@@ -73,8 +77,9 @@ class RunLog:
             if not torch.isfinite(torch.tensor(loss)):
                 raise UserError(f"the loss is {loss} at step {step}: lower `lr` or `base_lr`, or give `clip_grad=1`")
         status = f"loss {losses[-1]:.4f}, {speed:.1f} images/s, lr {lrs[-1]:.2e}"
-        self.bar.set_postfix_str(status, refresh=False)
-        self.bar.update(len(losses))
+        with lost_if_unread():
+            self.bar.set_postfix_str(status, refresh=False)
+            self.bar.update(len(losses))
         if self.main:
             self._note(f"step {last}, {status}")
 
@@ -106,15 +111,13 @@ class RunLog:
                     os.fsync(self.evaluations.fileno())
 
     def close(self) -> None:
-        """Closes bar and files."""
-        self.bar.close()
-        if self.main:
-            self.metrics.close()
-            if self.evaluations:
-                self.evaluations.close()
-            self.text.close()
-            if self.tensorboard:
-                self.tensorboard.close()
+        """Closes bar and files. What can't be written any more is an error before, and none again."""
+        with lost_if_unread():
+            self.bar.close()
+        for file in (self.metrics, self.evaluations, self.text, self.tensorboard) if self.main else ():
+            if file:
+                with suppress(OSError):
+                    file.close()
 
 
 def _open_rows(path: Path, step: int) -> TextIO:

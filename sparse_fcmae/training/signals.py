@@ -7,20 +7,25 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from sparse_fcmae.runtime.terminal import lost_if_unread
+
 
 @contextmanager
 def stop_signals(world: int) -> Iterator[Callable[[], bool]]:
-    """Gives a function that tells whether Ctrl-C or SIGTERM came. A second one raises KeyboardInterrupt at once.
+    """Gives a function that tells whether Ctrl-C or SIGTERM came. Ctrl-C after that raises KeyboardInterrupt at once.
 
-    It is for a run of one process: many processes could not agree on the step to stop at.
+    A second SIGTERM changes nothing, as batch systems send it to a process and to its group. It is for a run of one
+    process: many processes could not agree on the step to stop at.
     """
     received = []
 
     def stop(number: int, frame: Any) -> None:
-        if received:
+        if received and number == signal.SIGINT:
             raise KeyboardInterrupt
+        if not received:
+            with lost_if_unread():
+                print("\nstopping after this step; Ctrl-C to stop at once", file=sys.stderr)
         received.append(number)
-        print("\nstopping after this step; once more to stop at once", file=sys.stderr)
 
     if world > 1 or threading.current_thread() is not threading.main_thread():  # others can't have handlers
         yield lambda: False

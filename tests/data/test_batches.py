@@ -1,4 +1,6 @@
 import io
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -154,3 +156,27 @@ def test_labels_follow_images_that_replace_unreadable_ones(tmp_path):
         (batch,) = make_loader(dataset, [[(epoch, i) for i in range(8)]], 0, False)
         assert len(batch.bad) >= 1
         assert torch.equal((batch.pixels.flatten(1).float().mean(1) > 100).long(), folder.labels[batch.index])
+
+
+PROGRAM = """
+import sys
+from sparse_fcmae.data.batches import TrainingImages, make_loader
+from sparse_fcmae.data.sources.folder import ImageFolder
+from sparse_fcmae.data.views import RandomView
+
+dataset = TrainingImages(ImageFolder(sys.argv[1]), RandomView((16, 16), 3), 0)
+batches = iter(make_loader(dataset, [[(0, i)] for i in range(40)], 1, pin_memory=False))
+cycle = [batches]
+cycle.append(cycle)
+next(batches)
+if sys.argv[2] == "raises":
+    raise RuntimeError("in the middle")
+"""
+
+
+@pytest.mark.parametrize(("end", "code"), [("returns", 0), ("raises", 1)])
+def test_loader_processes_do_not_keep_a_program_from_ending(pictures, end, code):
+    command = [sys.executable, "-c", PROGRAM, str(pictures), end]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert done.returncode == code
+    assert done.stderr.count("Traceback") == code

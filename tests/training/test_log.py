@@ -1,5 +1,6 @@
 import json
 import math
+import os
 import sys
 from types import SimpleNamespace
 
@@ -209,3 +210,36 @@ def test_files_are_closed_and_other_ranks_have_none(tmp_path):
     silent.say_left_out([BadImage("a.png", "cut")])
     silent.close()
     assert not (tmp_path / "none").exists()
+
+
+def test_files_that_can_not_be_closed_are_no_second_error(tmp_path):
+    log = log_of(tmp_path)
+    for file in (log.metrics, log.evaluations, log.text):
+        file.close()
+
+    class Full:
+        def write(self, text=""):
+            raise OSError(28, "No space left on device")
+
+        close = write
+
+    log.metrics, log.evaluations, log.text = Full(), Full(), Full()
+    with pytest.raises(UserError, match="No space left on device"):
+        log.steps(1, 1, [0.5], [1e-3], images=1)
+    with pytest.raises(UserError, match="No space left on device"):
+        log.say("hello")
+    log.close()
+
+
+def test_a_run_goes_on_where_nobody_reads_what_it_says(tmp_path, monkeypatch):
+    reading, writing = os.pipe()
+    with os.fdopen(writing, "w", buffering=1) as output:
+        monkeypatch.setattr(sys, "stdout", output)
+        monkeypatch.setattr(sys, "stderr", output)
+        log = log_of(tmp_path)
+        os.close(reading)
+        log.say("hello")
+        log.steps(1, 1, [0.5], [1e-3], images=1)
+        log.close()
+    assert "hello" in (tmp_path / "train.log").read_text()
+    assert [row["loss"] for row in rows(tmp_path)] == [0.5]
