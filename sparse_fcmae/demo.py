@@ -87,12 +87,15 @@ def demo(options: dict[str, Any]) -> Path:
     """Draws images into OUT/images, pretrains on them in OUT/run; returns the folder of the exported encoder."""
     # imported here, as they load torch, which help does without
     from sparse_fcmae.runtime.files import write_json
+    from sparse_fcmae.runtime.lock import lock_folder
     from sparse_fcmae.tasks.pretraining import pretrain
 
     config = DemoConfig(**options)
     check(config)
     out = Path(config.out)
     _check_folder(out, config.overwrite)
+    held = lock_folder(out)
+    _check_folder(out, config.overwrite)  # once more, as another demo may have come first
     write_json(out / MARK, asdict(config))
     print(f"drawing {config.images} pictures of {len(CLASSES)} classes into {out / 'images'}")
     draw_images(out / "images", config.images, config.seed)
@@ -111,17 +114,19 @@ def demo(options: dict[str, Any]) -> Path:
     )
     pictures = sorted((out / "run" / "reconstructions").glob("*.png"))
     print(f"what it learnt to fill in: {pictures[-1]}")
+    del held
     return exported
 
 
 def _check_folder(out: Path, overwrite: bool) -> None:
     """Makes the demo's folder. Raises UserError where it holds what is not to be replaced."""
     from sparse_fcmae.runtime.files import leftover_of, writing
+    from sparse_fcmae.runtime.lock import LOCK
 
     with writing(out):
         if out.exists() and not out.is_dir():
             raise UserError(f"`out` {out} is a file: choose another")
-        if out.is_dir() and not all(leftover_of(path.name) == MARK for path in out.iterdir()):
+        if out.is_dir() and not all(path.name == LOCK or leftover_of(path.name) == MARK for path in out.iterdir()):
             if not (out / MARK).is_file():
                 raise UserError(f"`out` {out} is not empty and holds no demo: choose another")
             if not overwrite:

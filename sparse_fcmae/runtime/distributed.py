@@ -1,7 +1,7 @@
 """One process or many: what `torchrun` sets up."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from sparse_fcmae.runtime.device import choose_device
+from sparse_fcmae.runtime.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,17 @@ class Ranks:
         values = [None] * self.world
         dist.all_gather_object(values, value)
         return values
+
+    def main_first(self, do: Callable[[], None]) -> None:
+        """Has the main rank do something. A UserError there is raised on all ranks, so that none waits for it."""
+        problem = None
+        if self.main:
+            try:
+                do()
+            except UserError as error:
+                problem = str(error)
+        if problem := next(filter(None, self.gather(problem)), None):
+            raise UserError(problem)
 
     def mean(self, values: torch.Tensor) -> torch.Tensor:
         """The mean over ranks, elementwise."""

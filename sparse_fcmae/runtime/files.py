@@ -18,7 +18,8 @@ from torch import Tensor
 
 from sparse_fcmae.runtime.errors import UserError
 
-LEFTOVER = re.compile(r"\.(?P<name>.+)\.\d+\.(?:tmp|old)")  # the names that `write_atomic` and `new_folder` give
+# the names that `write_atomic` and `new_folder` give: a process number has at most seven digits, a date has eight
+LEFTOVER = re.compile(r"\.(?P<name>.+)\.(?P<process>\d{1,7})\.(?:tmp|old)")
 
 
 def leftover_of(name: str) -> str | None:
@@ -92,8 +93,11 @@ def new_folder(path: Path) -> Iterator[Path]:
     try:
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            for lost in [p for p in path.parent.iterdir() if leftover_of(p.name) == path.name and p.suffix == ".old"]:
-                shutil.rmtree(lost) if path.exists() else os.replace(lost, path)
+            for lost in [p for p in path.parent.iterdir() if leftover_of(p.name) == path.name and p.is_dir()]:
+                if lost.suffix == ".old" and not path.exists():
+                    os.replace(lost, path)
+                elif lost.suffix == ".old" or not _runs(int(LEFTOVER.fullmatch(lost.name)["process"])):
+                    shutil.rmtree(lost)
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir()
         yield temporary
@@ -113,6 +117,17 @@ def new_folder(path: Path) -> Iterator[Path]:
             shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _runs(process: int) -> bool:
+    """Whether there is a process of this number on this machine."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # another user's
+        return True
+    return True
 
 
 @contextmanager

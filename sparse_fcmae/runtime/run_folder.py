@@ -13,16 +13,12 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
-
 from sparse_fcmae.runtime.errors import UserError
 from sparse_fcmae.runtime.files import leftover_of, read_json, write_json, writing
+from sparse_fcmae.runtime.lock import LOCK, lock_folder
 
 MODEL, TRAINER, META, LATEST = "model.safetensors", "trainer.pt", "meta.json", "latest"
-CONFIG, LOCK = "config.json", ".lock"
+CONFIG = "config.json"
 PARTS = (  # of every run; a task has further ones
     "metrics.jsonl",
     "evaluations.jsonl",
@@ -30,7 +26,6 @@ PARTS = (  # of every run; a task has further ones
     "events.out.tfevents.*",
     "checkpoints",
     "exported",
-    CONFIG,  # the last to be deleted, as without it the folder would be no run's
 )
 RENAMED = {"every": "eval_every"}  # options under the names that earlier versions wrote into config.json
 
@@ -76,7 +71,7 @@ class RunFolder:
         """
         with writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock()
+            self._lock = lock_folder(self.path)
         self.check(config.resume, config.overwrite)
 
     def begin(self, config: Any, outputs: tuple[str, ...], **beside: Any) -> None:
@@ -89,7 +84,7 @@ class RunFolder:
         with writing(self.path):
             for path in [*self.path.iterdir(), *(p for part in parts for p in self.path.glob(f"{part}/.*"))]:
                 name = leftover_of(path.name)
-                if name and (path.parent != self.path or any(fnmatch(name, part) for part in parts)):
+                if name and (path.parent != self.path or any(fnmatch(name, part) for part in (*parts, CONFIG))):
                     _delete(path)
             for part in parts if config.overwrite else ():
                 for path in self.path.glob(part):
@@ -98,18 +93,6 @@ class RunFolder:
         write_json(self.path / CONFIG, {"format": self.format, **options, **beside})
         with writing(self.path):
             self.checkpoints.mkdir(exist_ok=True)
-
-    def _lock(self) -> None:
-        """Locks the folder until this object or the process is gone."""
-        if fcntl is None:
-            return
-        self._held = (self.path / LOCK).open("w")
-        try:
-            fcntl.lockf(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock not shared with forked workers
-        except (BlockingIOError, PermissionError):
-            raise UserError(f"`out` {self.path} is in use by another process: wait for it or choose another") from None
-        except OSError:  # a file system without locks
-            return
 
 
 def _delete(path: Path) -> None:

@@ -24,6 +24,7 @@ class PretrainConfig(RunConfig):
     """Options of `sparse-fcmae pretrain`; what is None follows from the recipe (see `tasks.recipes`)."""
 
     task: ClassVar[str] = "pretraining"
+    command: ClassVar[str] = "pretrain"
 
     data: str | None = option(None, help="folder of images, flat or nested", path=True, resumable=True)
     out: str = option("runs/pretrain", help="run folder to make", path=True, resumable=True)
@@ -76,6 +77,7 @@ class FinetuneConfig(RunConfig):
     """Options of `sparse-fcmae finetune`; what is None is the preset's (see `tasks.recipes`)."""
 
     task: ClassVar[str] = "fine-tuning"
+    command: ClassVar[str] = "finetune"
 
     data: str | None = option(
         None,

@@ -8,6 +8,7 @@ huge take base's with more stochastic depth.
 from dataclasses import replace
 from typing import Any
 
+from sparse_fcmae.runtime.errors import UserError
 from sparse_fcmae.runtime.options import flag
 from sparse_fcmae.tasks.config import FinetuneConfig, PretrainConfig
 
@@ -31,6 +32,11 @@ def pretraining_recipe(config: PretrainConfig, images: int, world: int) -> tuple
     batch = config.batch_size
     if batch is None:
         batch = found["batch_size"] = PAPER_BATCH if paper else _batch_for(images, world)
+    if paper and config.batch_size is None and batch > images:
+        raise UserError(
+            f"the paper's recipe takes {batch} images a step, more than the {images} in {config.data}: give "
+            "`batch_size`, or leave `recipe` out"
+        )
     epochs = config.epochs
     if epochs is None:
         suitable = min(PAPER_EPOCHS, max(LEAST_EPOCHS, round(IMAGES_SEEN / images)))

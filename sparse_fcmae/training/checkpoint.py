@@ -11,8 +11,16 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from sparse_fcmae.runtime.errors import UserError
-from sparse_fcmae.runtime.files import new_folder, save_pickled, save_tensors, write_atomic, write_json, writing
-from sparse_fcmae.runtime.run_folder import LATEST, META, MODEL, TRAINER, RunFolder, way_back
+from sparse_fcmae.runtime.files import (
+    new_folder,
+    read_json,
+    save_pickled,
+    save_tensors,
+    write_atomic,
+    write_json,
+    writing,
+)
+from sparse_fcmae.runtime.run_folder import LATEST, META, MODEL, TRAINER, RunFolder, newest_checkpoint, way_back
 from sparse_fcmae.training.log import RunLog
 from sparse_fcmae.training.optim import load_optimizer
 from sparse_fcmae.training.schedule import Schedule
@@ -72,6 +80,22 @@ class Checkpoints:
         self.saved_step, self.saved_at = step, time.monotonic()
 
 
+def check_images(run: RunFolder, task: Task) -> None:
+    """Raises UserError where the newest checkpoint of a run was trained on other images."""
+    checkpoint = newest_checkpoint(run.path)
+    if checkpoint and read_json(checkpoint / META).get("images", task.source.fingerprint) != task.source.fingerprint:
+        raise UserError(other_images(task))
+
+
+def other_images(task: Task) -> str:
+    """What is wrong where a task's images are not those of the run that it is to go on with."""
+    config = task.config
+    return (
+        f"the images in {config.data} are not those that the run in {config.out} was started with: name these with "
+        "`data`"
+    )
+
+
 def restore(checkpoint: Path, task: Task, optimizer: torch.optim.Optimizer) -> tuple[int, dict[str, str]]:
     """Has a task and its optimiser go on from a checkpoint: the steps that are done, and the unreadable images by name.
 
@@ -79,11 +103,7 @@ def restore(checkpoint: Path, task: Task, optimizer: torch.optim.Optimizer) -> t
     """
     trainer = load_trainer(checkpoint)
     if trainer["images"] != task.source.fingerprint:
-        config = task.config
-        raise UserError(
-            f"the images in {config.data} are not those that the run in {config.out} was started with: name these with "
-            "`data`"
-        )
+        raise UserError(other_images(task))
     load_model(checkpoint, task.model)
     load_optimizer(optimizer, trainer["optimizer"])
     task.load_state(trainer)
@@ -103,7 +123,7 @@ def write_checkpoint(
         save_tensors(model, temporary / MODEL)
         save_pickled(trainer, temporary / TRAINER)
         sizes = {name: (temporary / name).stat().st_size for name in (MODEL, TRAINER)}
-        write_json(temporary / META, {"step": step, "bytes": sizes})
+        write_json(temporary / META, {"step": step, "bytes": sizes, "images": trainer["images"]})
     write_atomic(checkpoints / LATEST, lambda p: p.write_text(folder.name + "\n"))
     so_far = sorted(p for p in checkpoints.glob("step-*") if p.name <= folder.name)
     for old in so_far[:-keep]:
@@ -124,7 +144,10 @@ def load_model(checkpoint: Path, model: nn.Module) -> None:
 def load_trainer(checkpoint: Path) -> dict[str, Any]:
     """What else a run needs to go on, its tensors on the CPU. Raises UserError where it is damaged."""
     try:
-        return torch.load(checkpoint / TRAINER, map_location="cpu", weights_only=True)
+        found = torch.load(checkpoint / TRAINER, map_location="cpu", weights_only=True)
+        if lacking := {"step", "optimizer", "bad", "images"} - set(found):
+            raise ValueError(f"it lacks {min(lacking)}")
+        return found
     except Exception as error:  # torch.load raises many types on a damaged file
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise UserError(f"checkpoint {checkpoint} is damaged: {TRAINER}: {reason}; {way_back(checkpoint)}") from None

@@ -13,10 +13,11 @@ OF_WEIGHTS = ("model", "in_chans", "stem_stride")  # options that the weights fi
 class RunConfig(ComputeConfig):
     """Options that `sparse-fcmae pretrain` and `finetune` have in common.
 
-    task names the kind of run in messages and in its config.json.
+    task names the kind of run in messages and in its config.json, command is the one that starts it.
     """
 
     task: ClassVar[str]
+    command: ClassVar[str]
 
     # options whose defaults and help differ between the tasks
     data: str | None

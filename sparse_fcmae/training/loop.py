@@ -9,7 +9,7 @@ from sparse_fcmae.runtime.device import loader_processes
 from sparse_fcmae.runtime.distributed import averaging
 from sparse_fcmae.runtime.errors import Interrupted
 from sparse_fcmae.runtime.run_folder import RunFolder, newest_checkpoint
-from sparse_fcmae.training.checkpoint import Checkpoints, restore
+from sparse_fcmae.training.checkpoint import Checkpoints, check_images, restore
 from sparse_fcmae.training.log import RunLog
 from sparse_fcmae.training.optim import set_lr
 from sparse_fcmae.training.progress import Progress
@@ -25,10 +25,11 @@ def train(task: Task) -> Path:
     """
     config, ranks = task.config, task.ranks
     run = RunFolder(config.out, config.task)
+    if config.resume:
+        check_images(run, task)  # before the schedule, which other images would not fit either
     schedule = Schedule.of(config, len(task.source), ranks.world, task.min_lr)
     optimizer = task.optimizer()
-    if ranks.main:
-        run.hold(config)
+    ranks.main_first(lambda: run.hold(config))
     checkpoint = newest_checkpoint(run.path) if config.resume else None
     start, unreadable = restore(checkpoint, task, optimizer) if checkpoint else (0, {})
     ranks.barrier()  # every rank has found all in order before one writes
@@ -77,7 +78,9 @@ def train(task: Task) -> Path:
                     if ranks.main and (saving or checkpoints.due(done)):
                         checkpoints.save(done)
                 if stopping:
-                    log.say(f"stopped at step {done}: resume the run in {config.out} to go on")
+                    log.say(
+                        f"stopped at step {done}; to go on: sparse-fcmae {config.command} --resume --out {config.out}"
+                    )
                     raise Interrupted
         if ranks.main:
             task.export(run.path, log)

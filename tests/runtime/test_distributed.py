@@ -9,6 +9,11 @@ from sparse_fcmae.runtime.distributed import Ranks, averaging, process_group
 PROGRAM = """
 import torch
 from sparse_fcmae.runtime.distributed import averaging, process_group
+from sparse_fcmae.runtime.errors import UserError
+
+def refuse():
+    raise UserError("in use")
+
 with process_group("cpu") as ranks:
     assert ranks.main == (ranks.rank == 0)
     gathered = ranks.gather({"rank": ranks.rank})
@@ -18,8 +23,15 @@ with process_group("cpu") as ranks:
     averaged = averaging(layer, ranks)
     averaged(torch.tensor([[float(ranks.rank)]])).sum().backward()
     ranks.barrier()
+    refused = None
+    try:
+        ranks.main_first(refuse)
+    except UserError as error:
+        refused = str(error)
+    refused = ranks.gather(refused)
+    ranks.main_first(lambda: print("on one rank"))
     if ranks.main:
-        print(gathered, mean, layer.weight.grad.item())
+        print(gathered, mean, layer.weight.grad.item(), refused)
 assert not torch.distributed.is_initialized()
 """
 
@@ -30,7 +42,7 @@ def test_two_processes(tmp_path):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(program)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(torchrun, check=True, capture_output=True, text=True, env=environment)
-    assert done.stdout == "[{'rank': 0}, {'rank': 1}] [1.5, 15.0] 0.5\n"
+    assert done.stdout == "on one rank\n[{'rank': 0}, {'rank': 1}] [1.5, 15.0] 0.5 ['in use', 'in use']\n"
 
 
 def test_one_process_needs_no_group():

@@ -1,5 +1,6 @@
 import json
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -207,6 +208,7 @@ def test_names_of_what_is_half_written():
         ".thesis.old",
         ".x.7a.old",
         "..77.tmp",
+        ".config.json.20261126.old",
     ):
         assert leftover_of(name) is None
 
@@ -214,7 +216,9 @@ def test_names_of_what_is_half_written():
 @pytest.mark.parametrize("name", ["out", "exp[12]"])
 def test_leftovers_of_folders_with_names_alike_stay(tmp_path, name):
     own = tmp_path / f".{name}.77.old"
-    others = [tmp_path / other for other in (".out.v2.77.old", ".exp1.77.old", ".out.my notes.old", ".out.77.tmp")]
+    others = [
+        tmp_path / other for other in (".out.v2.77.old", ".exp1.77.old", ".out.my notes.old", ".out.20261126.old")
+    ]
     for folder in (own, *others):
         folder.mkdir()
         (folder / "model").write_text("the only copy")
@@ -222,6 +226,17 @@ def test_leftovers_of_folders_with_names_alike_stay(tmp_path, name):
         (temporary / "new").write_text("x")
     assert not own.exists()
     assert all((folder / "model").is_file() for folder in others)
+
+
+def test_a_killed_processs_half_written_folder_goes_and_a_living_ones_stays(tmp_path):
+    with subprocess.Popen(["true"]) as dead:
+        pass
+    half, living = tmp_path / f".out.{dead.pid}.tmp", tmp_path / f".out.{os.getppid()}.tmp"
+    for folder in (half, living):
+        folder.mkdir()
+    with new_folder(tmp_path / "out"):
+        assert not half.exists()
+    assert living.is_dir()
 
 
 def test_a_full_disk_is_an_os_error_where_torch_would_raise_its_own(tmp_path):

@@ -221,7 +221,8 @@ def test_data_set_that_changed_is_not_resumed(pictures, tmp_path):
     for file in pictures.rglob("*.png"):
         (data / file.name).write_bytes(file.read_bytes())
     pretrain(data=data, out=tmp_path / "run", **SMALL | {"epochs": 1})
-    (data / "00000.png").unlink()
+    for file in sorted(data.iterdir())[5:]:  # fewer than a batch has
+        file.unlink()
     with pytest.raises(UserError, match="are not those that the run"):
         pretrain(out=tmp_path / "run", resume=True)
 

@@ -1,5 +1,6 @@
 import pytest
 
+from sparse_fcmae import UserError
 from sparse_fcmae.model.convnext import SIZES
 from sparse_fcmae.tasks.config import FinetuneConfig, PretrainConfig
 from sparse_fcmae.tasks.recipes import PRESETS, finetuning_recipe, pretraining_recipe
@@ -48,6 +49,10 @@ def test_the_papers_recipe_and_what_is_given_stay():
     paper, _ = pretraining_recipe(PretrainConfig(data="x", recipe="paper"), 1_281_167, 1)
     assert (paper.batch_size, paper.epochs, paper.warmup_epochs, paper.base_lr) == (4096, 800, 40, 1.5e-4)
     assert paper.lr is None
+    with pytest.raises(UserError, match="the paper's recipe takes 4096 images a step, more than the 200 in x"):
+        pretraining_recipe(PretrainConfig(data="x", recipe="paper"), 200, 1)
+    small, _ = pretraining_recipe(PretrainConfig(data="x", recipe="paper", batch_size=64), 200, 1)
+    assert small.batch_size == 64
     given = PretrainConfig(data="x", batch_size=10, epochs=3, warmup_epochs=0.5, base_lr=1e-3, save_every=1)
     assert pretraining_recipe(given, 400, 1) == (given, [])
 

@@ -17,7 +17,7 @@ def test_full_disk_is_one_line_and_keeps_what_was_there(tmp_path, monkeypatch):
 
     checkpoints = tmp_path / "checkpoints"
     checkpoints.mkdir()
-    checkpoint.write_checkpoint(checkpoints, 12, {}, {"step": 12}, keep=3)
+    checkpoint.write_checkpoint(checkpoints, 12, {}, {"step": 12, "images": "these"}, keep=3)
     monkeypatch.setattr(checkpoint, "save_tensors", full)
     with pytest.raises(UserError, match=r"can't write .*step-00000016: No space left on device"):
         checkpoint.write_checkpoint(checkpoints, 16, {}, {}, keep=3)
@@ -152,6 +152,15 @@ def test_a_run_on_other_images_is_refused_before_anything_is_loaded(tmp_path):
         restore(folder, task, adamw(task.model, 0.1, (0.9, 0.95)))
     assert torch.equal(task.model.weight, before)
     assert task.taken is None
+
+
+def test_a_trainer_that_lacks_something_is_damaged(tmp_path):
+    folder = write(tmp_path / "checkpoints", *trained())
+    trainer = torch.load(folder / "trainer.pt", weights_only=True)
+    del trainer["images"]
+    torch.save(trainer, folder / "trainer.pt")
+    with pytest.raises(UserError, match=r"is damaged: trainer.pt: it lacks images; there is no earlier one"):
+        restore(folder, Juggling(), adamw(Juggling().model, 0.1, (0.9, 0.95)))
 
 
 def test_a_checkpoint_of_another_model_or_optimiser_is_refused(tmp_path):

@@ -32,6 +32,7 @@ from sparse_fcmae.training.task import Task
 @dataclass(frozen=True, kw_only=True)
 class ColourConfig(RunConfig):
     task: ClassVar[str] = "colour"
+    command: ClassVar[str] = "paint"
 
     data: str | None = option(None, help="images", path=True, resumable=True)
     out: str = option("runs/colour", help="folder", path=True, resumable=True)
@@ -165,7 +166,8 @@ def test_a_task_is_asked_in_this_order(whole):
 def test_a_stopped_and_resumed_run_ends_as_an_uninterrupted_one(pictures, whole, tmp_path, steps):
     events = run(pictures, tmp_path / "run", stop_after=steps, save_every=100)
     assert events[-2:] == [("illustrate", steps), "interrupted"]
-    assert f"stopped at step {steps}: resume the run in" in (tmp_path / "run" / "train.log").read_text()
+    to_go_on = f"stopped at step {steps}; to go on: sparse-fcmae paint --resume --out {tmp_path / 'run'}\n"
+    assert to_go_on in (tmp_path / "run" / "train.log").read_text()
     events = run(pictures, tmp_path / "run", resume=True)
     assert events[0] == ("inputs", steps, 0, 4)
     assert ("evaluate", 0) not in events
