@@ -20,7 +20,7 @@ from sparse_fcmae.backends.patch_map import PatchMap
 from sparse_fcmae.backends.plain_torch import TorchPatches
 from sparse_fcmae.benchmarks.config import KernelsConfig
 from sparse_fcmae.benchmarks.engine import Candidate, Run, Turns, benchmark, take_turns
-from sparse_fcmae.benchmarks.gates import OP_RESULTS, check_backends, relative
+from sparse_fcmae.benchmarks.gates import OP_RESULTS, check_backends, greatest, relative
 from sparse_fcmae.benchmarks.gpu_kernels import time_kernels
 from sparse_fcmae.benchmarks.results import Columns, Row
 from sparse_fcmae.benchmarks.steps import Case, move_parameters
@@ -128,7 +128,7 @@ class Op:
         """Columns of the greatest relative error of the result or of a gradient, against the reference in float32."""
         exact, of_result = self.call(reference, self.x.float(), torch.float32), torch.randn_like(self.result)
         pairs = zip(self.gradients(self.result, of_result), self.gradients(exact, of_result), strict=True)
-        error = max(relative(a.float(), b.float()) for a, b in ((self.result, exact), *pairs))
+        error = greatest(relative(a.float(), b.float()) for a, b in ((self.result, exact), *pairs))
         return {"error": error} | OP_RESULTS[self.dtype](error)
 
 

@@ -4,6 +4,7 @@
 `report.html` put a new benchmark on the page.
 """
 
+import traceback
 from collections.abc import Callable
 from html import escape
 from importlib.resources import files
@@ -57,6 +58,9 @@ SECTIONS = {
 }
 
 
+WRITTEN = {PAGE, ROWS, TABLE, *(f"{file}.png" for section in SECTIONS.values() for file in section.plots)}
+
+
 def plan(config: ReportConfig, models: list[str], device: torch.device) -> dict[str, list[Options]]:
     """The options of each time that a section's benchmark runs: few enough images for a usual machine."""
     common, scale = {"rounds": config.rounds, "seed": config.seed}, GPU_SCALE if device.type == "cuda" else 1
@@ -105,6 +109,8 @@ def report(options: dict[str, Any]) -> Path:
             raise UserError(f"`out` {out} holds no report, and is not replaced: choose another folder")
         if not config.overwrite:
             raise UserError(f"`out` {out} is there already: give `overwrite=True` to replace it, or another folder")
+        if foreign := {file.name for file in out.iterdir()} - WRITTEN:
+            raise UserError(f"`out` {out} holds more than a report ({min(foreign)}): choose another folder")
     with new_folder(out) as folder:
         sections = {}
         for name in (bar := tqdm(SECTIONS, unit="part")):
@@ -119,11 +125,18 @@ def report(options: dict[str, Any]) -> Path:
 
 
 def measured(benchmark: Callable[..., list[Row]], runs: list[Options]) -> list[Row]:
-    """A benchmark's rows; the reason where it can't be measured here, so that the others are not lost."""
-    try:
-        return [row for options in runs for row in benchmark(**options)]
-    except Exception as error:
-        return [{"refused": one_line(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"}]
+    """A benchmark's rows; of what can't be measured here the reason, so that the others are not lost."""
+    rows = []
+    for options in runs:
+        try:
+            rows += benchmark(**options)
+        except UserError as error:
+            rows.append({"refused": one_line(error)} | {k: v for k, v in options.items() if k == "model"})
+        except Exception as error:
+            traceback.print_exc()
+            reason = f"{type(error).__name__}: {one_line(error)}"
+            rows.append({"refused": reason} | {k: v for k, v in options.items() if k == "model"})
+    return rows
 
 
 def make_page(saved: dict[str, Any], folder: Path) -> None:

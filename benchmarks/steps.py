@@ -92,6 +92,12 @@ class Case:
         """The images and masks that all candidates share."""
         return torch.randn(self.batch_size, 3, *self.image_size, device=self.device), self.masks()
 
+    @cached_property
+    def pixels(self) -> Tensor:
+        """The images that all candidates train on, uint8 [batch, height, width, 3]."""
+        size = (self.batch_size, *self.image_size, 3)
+        return torch.randint(256, size, dtype=torch.uint8, device=self.device)
+
     def masks(self) -> Tensor:
         """Random masks bool [batch, rows, cols], which at a ratio of 0 hide nothing."""
         if not self.mask_ratio:
@@ -210,14 +216,13 @@ class Training:
         return [self.step.finish()]
 
 
-def pretraining_step(case: Case, backend: str, kind: type[TrainStep]) -> Run:
+def pretraining_step(case: Case, backend: str, kind: type[TrainStep]) -> Training:
     """A whole step: masks, forward and backward pass of encoder and decoder, optimiser. It returns the loss."""
     # a graph accumulates into the same gradients for ever, which another's step would set free
     fcmae = case.fcmae if kind is TrainStep else deepcopy(case.fcmae)
-    pixels = torch.randint(256, (case.batch_size, *case.image_size, 3), dtype=torch.uint8, device=case.device)
 
     def inputs() -> tuple[Tensor, Tensor]:
-        return pixels, fcmae.draw_mask(case.batch_size, case.image_size, device=case.device)
+        return case.pixels, fcmae.draw_mask(case.batch_size, case.image_size, device=case.device)
 
     objective = PretrainingObjective(fcmae.with_backend(backend), case.num_visible)
     run = Training(objective, inputs, BETAS, LR, case.bf16, kind)

@@ -15,7 +15,7 @@ import torch
 
 from sparse_fcmae.benchmarks.config import ThroughputConfig
 from sparse_fcmae.benchmarks.engine import CROWDED, Candidate, Run, Turns, benchmark, take_turns
-from sparse_fcmae.benchmarks.gates import BASELINE, check_backends, choose_backends, same_as
+from sparse_fcmae.benchmarks.gates import BASELINE, check_backends, choose_backends, same_as, same_training
 from sparse_fcmae.benchmarks.memory import OUT_OF_MEMORY, kept_megabytes, peak_megabytes, within_memory
 from sparse_fcmae.benchmarks.results import Columns, Row
 from sparse_fcmae.benchmarks.steps import WORKS, Case, computed, listed_cases, matrix_products, run_of, variants_of
@@ -113,7 +113,8 @@ def candidates(
         yield Candidate(backend, build, row, size, gate)
         for variant in variants_of(sized, work, backend, config.compiled) if variants else ():
             row, build = row | {"candidate": f"{backend}, {variant}"}, partial(run_of, sized, work, backend, variant)
-            yield Candidate(row["candidate"], build, row, size, same_as(backend, case, work, config.seed))
+            gate = same_training(config.seed) if work == "pretrain" else same_as(backend, case)
+            yield Candidate(row["candidate"], build, row, size, gate)
     if least := min(filter(None, cases), default=0):
         row = cases[least].setting | {"work": work, "candidate": LIMIT}
         yield Candidate(LIMIT, partial(matrix_products, cases[least], work), row, least)

@@ -108,8 +108,28 @@ def test_report_replaces_reports_alone(capsys, small_report, tmp_path):
     assert [path.name for path in tmp_path.rglob("*")] == ["bench", "mine.txt"]
     (out / "report.html").write_text("an earlier one")
     refuses([], "give --overwrite")
+    refuses(["--overwrite"], "holds more than a report (mine.txt)")
+    (out / "mine.txt").unlink()
     main(["bench", "report", "--out", str(out), "--overwrite"])
     assert "<svg" in (out / "report.html").read_text()
+
+
+def test_what_was_measured_before_a_failure_is_kept(capsys):
+    def benchmark(model):
+        if model == "tiny":
+            raise RuntimeError("torn\nin two")
+        if model == "huge":
+            raise UserError("it is too large")
+        return [{"model": model, "ms": 1.0}]
+
+    rows = module.measured(benchmark, [{"model": name} for name in ("atto", "tiny", "huge", "base")])
+    assert rows == [
+        {"model": "atto", "ms": 1.0},
+        {"model": "tiny", "refused": "RuntimeError: torn in two"},
+        {"model": "huge", "refused": "it is too large"},
+        {"model": "base", "ms": 1.0},
+    ]
+    assert capsys.readouterr().err.count("Traceback") == 1
 
 
 def test_an_interrupted_report_leaves_the_earlier_one(monkeypatch, small_report, tmp_path):

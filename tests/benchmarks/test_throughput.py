@@ -11,9 +11,11 @@ from sparse_fcmae.benchmarks import throughput as module
 from sparse_fcmae.benchmarks.throughput import PEERS, throughput
 from sparse_fcmae.cli import main
 from sparse_fcmae.model.fcmae import FCMAE
+from sparse_fcmae.training.step import TrainStep
 
 USABLE = [name for name, reason in available_backends("cpu").items() if reason is None]
 SMALL = {"batch_size": "2", "image_size": "64", "rounds": 1, "mask_ratio": "0.5"}
+CASE = steps.Case("atto", (64, 64), 0.5, 2, False, torch.device("cpu"))
 FLAGS = ["--batch-size", "2", "--image-size", "64", "--rounds", "1", "--mask-ratio", "0.5"]
 
 
@@ -90,8 +92,55 @@ def test_a_variant_that_is_wrong_is_refused(monkeypatch, work):
 
 
 def test_a_variant_of_a_backend_that_can_not_run_has_nothing_to_equal():
-    case = steps.Case("atto", (32, 32), 0, 1, False, torch.device("cpu"))
-    assert gates.same_as("native", case, "step", seed=0)(lambda: [], {})["refused"].startswith("there is no native")
+    assert gates.same_as("native", CASE)(lambda: [], {})["refused"].startswith("there is no native")
+
+
+class Idle(TrainStep):
+    """Computes no gradient and leaves the weights as they are."""
+
+    def add(self, *inputs, last):
+        pass
+
+    def finish(self):
+        return torch.tensor(1.1)
+
+
+class Deaf(TrainStep):
+    """Trains on other images than it is given."""
+
+    def add(self, pixels, mask, last):
+        super().add(255 - pixels, mask, last=last)
+
+
+@pytest.mark.parametrize(("kind", "refused"), [(TrainStep, None), (Idle, True), (Deaf, True)])
+def test_a_training_step_that_trains_differently_is_refused(kind, refused):
+    run = steps.pretraining_step(CASE, "native", kind)
+    run()
+    before = [p.clone() for p in run.objective.parameters()]
+    assert ("refused" in gates.same_training(0)(run, {})) == bool(refused)
+    assert all(map(torch.equal, before, run.objective.parameters()))
+
+
+def test_all_candidates_train_on_the_same_images():
+    runs = [steps.pretraining_step(CASE, name, TrainStep) for name in ("native", "masked")]
+    first, second = (run.inputs()[0] for run in runs)
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("place", [0, 1, -1])
+def test_a_gradient_that_is_not_a_number_is_refused(monkeypatch, place):
+    values = gates.Exact._values
+
+    def wrong(self, backend, bf16):
+        result, gradients = values(self, backend, bf16)
+        if backend == "native":
+            gradients[place].view(-1)[0] = torch.nan
+        return result, gradients
+
+    monkeypatch.setattr(gates.Exact, "_values", wrong)
+    found = gates.check_backends(CASE, "step", ["native", "torch"])
+    assert found["native"]["refused"] == "features or gradients differ"
+    assert "refused" not in found["torch"]
 
 
 def test_the_largest_batch_is_searched(monkeypatch):
