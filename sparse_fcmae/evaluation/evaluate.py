@@ -25,8 +25,9 @@ from sparse_fcmae.evaluation.run import EvaluationView, run_model
 from sparse_fcmae.model.convnext import SparseEncoder
 from sparse_fcmae.runtime.device import choose_device, loader_processes
 from sparse_fcmae.runtime.errors import UserError
-from sparse_fcmae.runtime.files import write_atomic, write_json, writing
+from sparse_fcmae.runtime.files import read_json, write_atomic, write_json, writing
 from sparse_fcmae.runtime.options import check, image_size_of, keywords_of
+from sparse_fcmae.runtime.run_folder import CONFIG
 from sparse_fcmae.weights.read import Weights, read_weights
 
 EVALUATION, CONFUSION, PICTURE = "evaluation.json", "confusion.json", "confusion.png"  # files in the folder `out`
@@ -126,13 +127,28 @@ def probe(config: EvaluateConfig, weights: Weights, view: EvaluationView) -> dic
 
 def classify(config: EvaluateConfig, weights: Weights, view: EvaluationView) -> dict[str, Any]:
     """Accuracy of the classifier on the images that are held out, or on all where none are."""
+    split = {}
     if config.val_split is None:
         source = open_held_out(config.data)
     else:
+        split = {"val_split": config.val_split, "seed": config.seed}
+        warn_of_another_split(config)
         _, source = open_splits(config.data, config.val_split, config.seed)
     model = weights.classifier(config.backend).to(view.device)
     found, bad = accuracy_on(source, model, weights, view, "evaluating")
-    return {"data": str(source), "unreadable": [image.name for image in bad], **found}
+    return {"data": str(source), **split, "unreadable": [image.name for image in bad], **found}
+
+
+def warn_of_another_split(config: EvaluateConfig) -> None:
+    """Says so where the run that the weights are of held out other images of the same folder."""
+    for run in (Path(config.init), Path(config.init).parent):  # or its folder `exported`
+        saved = read_json(run / CONFIG) if (run / CONFIG).is_file() else {}
+        fraction, seed = saved.get("val_split"), saved.get("seed")
+        if fraction is not None and (fraction, seed) != (config.val_split, config.seed):
+            print(
+                f"{run} was trained with --val-split {fraction} --seed {seed}: by another split it may be evaluated on "
+                "images that it was trained on"
+            )
 
 
 def classify_corrupted(

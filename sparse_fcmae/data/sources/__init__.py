@@ -13,7 +13,8 @@ from torch import Tensor
 class ImageSource(Protocol):
     """Encoded images, such as JPEGs, that are counted from 0.
 
-    fingerprint: a text that changes when the images change. A run is resumed only on the images it was started with.
+    fingerprint: a text that changes when images are added, removed or renamed. A run is resumed only on the images it
+    was started with.
 
     Several processes open images at the same time. They are forked from one that has opened some itself, or get a
     pickled copy of the source. Forked processes would move each other's place in a file that all read from. So an

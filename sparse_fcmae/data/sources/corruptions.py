@@ -1,6 +1,7 @@
 """ImageNet-C's folders: one for each corruption, and in it a folder of class folders for each severity."""
 
 import os
+import re
 from collections.abc import Callable, Collection
 from functools import partial
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 from sparse_fcmae.data.sources import LabelledSource
 from sparse_fcmae.data.sources.class_folder import ClassFolder
 from sparse_fcmae.data.sources.folder import check_folder
+from sparse_fcmae.runtime.errors import UserError
 
 SEVERITIES = 5
 
@@ -21,11 +23,19 @@ def find_corruptions(
     UserError where there is no such folder.
     """
     check_folder(root)
-    candidates = [path for path in sorted(Path(root).iterdir()) if path.is_dir()]
-    candidates += [path for above in candidates for path in sorted(above.iterdir()) if path.is_dir()]
-    found = {}
+    candidates = folders_in(Path(root))
+    candidates += [path for above in candidates for path in folders_in(above)]
+    found: dict[str, dict[str, Path]] = {}
     for folder in candidates:
-        severities = {path.name: partial(ClassFolder, path) for path in sorted(folder.glob(f"[1-{SEVERITIES}]"))}
-        if severities and folder.name in names:
-            found[folder.name] = severities
-    return found
+        for path in folders_in(folder) if folder.name in names else ():
+            if not re.fullmatch(f"[1-{SEVERITIES}]", path.name) or not folders_in(path):
+                continue
+            other = found.setdefault(folder.name, {}).setdefault(path.name, path)
+            if other != path:
+                raise UserError(f"{root}: {folder.name} of severity {path.name} is both {other} and {path}: remove one")
+    return {name: {s: partial(ClassFolder, path) for s, path in sorted(paths.items())} for name, paths in found.items()}
+
+
+def folders_in(folder: Path) -> list[Path]:
+    """The folders in a folder, sorted, without hidden ones."""
+    return [path for path in sorted(folder.iterdir()) if path.is_dir() and not path.name.startswith(".")]
