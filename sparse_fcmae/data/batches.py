@@ -7,9 +7,10 @@ and goes on with them when it is resumed.
 import atexit
 import multiprocessing
 import signal
-import threading
 from collections.abc import Callable, Iterable, Iterator
-from typing import BinaryIO, NamedTuple
+from multiprocessing.process import BaseProcess
+from typing import Any, BinaryIO, NamedTuple
+from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from sparse_fcmae.runtime.files import one_line
 from sparse_fcmae.runtime.streams import Stream, numpy_generator
 
 TRIES = 10  # images that are opened for one sample before it is given up
+LOADER_PROCESSES: WeakSet[BaseProcess] = WeakSet()  # that this process has started
 
 
 class BadImage(NamedTuple):
@@ -108,7 +110,7 @@ def micro_batches(
 
 def make_loader(dataset: Dataset, batches: Iterable[list], num_workers: int, pin_memory: bool) -> DataLoader:
     """A loader of `Batch`es, one for each list of keys in `batches`. 0 processes load in the calling one."""
-    return DataLoader(
+    return Loader(
         dataset,
         batch_sampler=batches,
         num_workers=num_workers,
@@ -116,6 +118,16 @@ def make_loader(dataset: Dataset, batches: Iterable[list], num_workers: int, pin
         pin_memory=pin_memory,
         worker_init_fn=_leave_signals_to_the_trainer,
     )
+
+
+class Loader(DataLoader):
+    """A DataLoader whose processes ignore SIGTERM, and are ended at exit all the same."""
+
+    def __iter__(self) -> Any:
+        before = multiprocessing.active_children()
+        batches = super().__iter__()
+        LOADER_PROCESSES.update(process for process in multiprocessing.active_children() if process not in before)
+        return batches
 
 
 def _collate(samples: list[Sample]) -> Batch:
@@ -145,8 +157,8 @@ def _end_loader_processes() -> None:
 
     Some are left where an exception or a cycle of references still holds the loader.
     """
-    if hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread():
+    left = [process for process in multiprocessing.active_children() if process in LOADER_PROCESSES]
+    if left and hasattr(signal, "SIGCHLD"):
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would raise for each
-    for process in multiprocessing.active_children():
-        if process.daemon:
-            process.kill()
+    for process in left:
+        process.kill()

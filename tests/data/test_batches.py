@@ -180,3 +180,14 @@ def test_loader_processes_do_not_keep_a_program_from_ending(pictures, end, code)
     done = subprocess.run(command, capture_output=True, text=True, timeout=100)
     assert done.returncode == code
     assert done.stderr.count("Traceback") == code
+
+
+def test_other_processes_are_left_to_their_program(tmp_path):
+    """They get Python's own SIGTERM at exit, and may tidy up."""
+    program = "import multiprocessing, signal, sys, time, pathlib\n"
+    program += "def tidy(*_):\n    pathlib.Path(sys.argv[1]).touch()\n    sys.exit()\n"
+    program += "def work():\n    signal.signal(signal.SIGTERM, tidy)\n    ready.set()\n    time.sleep(100)\n"
+    program += "import sparse_fcmae.data.batches\nfork = multiprocessing.get_context('fork')\nready = fork.Event()\n"
+    program += "fork.Process(target=work, daemon=True).start()\nready.wait()\n"
+    subprocess.run([sys.executable, "-c", program, str(tmp_path / "tidy")], check=True, timeout=100)
+    assert (tmp_path / "tidy").exists()
