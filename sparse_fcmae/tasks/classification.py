@@ -24,6 +24,7 @@ from sparse_fcmae.runtime.run_folder import newest_checkpoint
 from sparse_fcmae.runtime.streams import Stream, torch_seed
 from sparse_fcmae.tasks.build import build_classifier, evaluation_view, moving_average
 from sparse_fcmae.tasks.config import FinetuneConfig
+from sparse_fcmae.tasks.hints import losses
 from sparse_fcmae.training.config import OF_WEIGHTS
 from sparse_fcmae.training.configure import configure
 from sparse_fcmae.training.log import RunLog
@@ -82,6 +83,7 @@ class Classification(Task):
         self.held_out = held_out.take(range(ranks.rank, len(held_out), ranks.world))
         checkpoint = newest_checkpoint(Path(config.out)) if config.resume else None
         self.model, config, self.notes = build_classifier(config, self.source.classes, checkpoint)
+        self.notes += [] if config.resume else losses(self.source)
         self.model.to(ranks.device).train()
         dtype = choose_dtype(config.dtype, ranks.device, config.backend)
         self.config = config = replace(config, dtype="bf16" if dtype == torch.bfloat16 else "fp32")

@@ -22,7 +22,7 @@ from sparse_fcmae.runtime.run_folder import newest_checkpoint
 from sparse_fcmae.runtime.streams import Stream, torch_seed
 from sparse_fcmae.tasks.build import build_fcmae, check_channels, evaluation_view, options_of_weights
 from sparse_fcmae.tasks.config import PretrainConfig
-from sparse_fcmae.tasks.hints import hints
+from sparse_fcmae.tasks.hints import hints, losses
 from sparse_fcmae.tasks.recipes import pretraining_recipe
 from sparse_fcmae.training.configure import configure
 from sparse_fcmae.training.log import RunLog
@@ -91,6 +91,7 @@ class Pretraining(Task):
         self.evaluates = self.evaluates_untrained = self.monitor is not None
         samples = sample_images(self.source, SAMPLES if ranks.main else 0, self.size, config.in_chans)
         self.samples = samples.to(ranks.device)
+        self.notes += [] if config.resume else losses(self.source)
         if not (config.resume or config.init):
             self.notes += hints(self.model.encoder, samples)
         self.description = (
