@@ -25,12 +25,13 @@ from sparse_fcmae.evaluation.run import EvaluationView, run_model
 from sparse_fcmae.model.convnext import SparseEncoder
 from sparse_fcmae.runtime.device import choose_device, loader_processes
 from sparse_fcmae.runtime.errors import UserError
-from sparse_fcmae.runtime.files import read_json, write_atomic, write_json, writing
+from sparse_fcmae.runtime.files import write_atomic, write_json, writing
 from sparse_fcmae.runtime.options import check, image_size_of, keywords_of
-from sparse_fcmae.runtime.run_folder import CONFIG
+from sparse_fcmae.runtime.run_folder import RunFolder
 from sparse_fcmae.weights.read import Weights, read_weights
 
 EVALUATION, CONFUSION, PICTURE = "evaluation.json", "confusion.json", "confusion.png"  # files in the folder `out`
+EXPORTED = "exported"  # how the folders in a run's folder begin that hold weights
 
 
 @keywords_of(EvaluateConfig)
@@ -141,14 +142,15 @@ def classify(config: EvaluateConfig, weights: Weights, view: EvaluationView) -> 
 
 def warn_of_another_split(config: EvaluateConfig) -> None:
     """Says so where the run that the weights are of held out other images of the same folder."""
-    for run in (Path(config.init), Path(config.init).parent):  # or its folder `exported`
-        saved = read_json(run / CONFIG) if (run / CONFIG).is_file() else {}
-        fraction, seed = saved.get("val_split"), saved.get("seed")
-        if fraction is not None and (fraction, seed) != (config.val_split, config.seed):
-            print(
-                f"{run} was trained with --val-split {fraction} --seed {seed}: by another split it may be evaluated on "
-                "images that it was trained on"
-            )
+    init = Path(config.init)
+    run = init.parent if init.name.startswith(EXPORTED) else init
+    saved = RunFolder(run, "fine-tuning").saved_options() or {}
+    fraction, seed = saved.get("val_split"), saved.get("seed")
+    if fraction is not None and (fraction, seed) != (config.val_split, config.seed):
+        print(
+            f"{run} was trained with --val-split {fraction} --seed {seed}: by another split it may be evaluated on "
+            "images that it was trained on"
+        )
 
 
 def classify_corrupted(

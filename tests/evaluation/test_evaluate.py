@@ -139,7 +139,20 @@ def test_a_classifier_is_measured_on_what_was_split_off(colours, tmp_path):
         assert (colours / "train" / name).is_file()
     found = evaluate(data=colours / "train", init=tmp_path / "ours", val_split=0.25, seed=3)
     assert (found["images"], len(held_out)) == (6, 6)
+    assert (found["val_split"], found["seed"]) == (0.25, 3)
     assert found["top1"] > 0.9
+
+
+@pytest.mark.parametrize("part", ["", "exported"])
+def test_another_split_than_the_runs_is_said(colours, tmp_path, capsys, part):
+    run = tmp_path / "run"
+    trained(colours, run / "exported", classes=("blue", "green", "red"))
+    (run / "config.json").write_text('{"format": "sparse-fcmae fine-tuning run", "val_split": 0.25, "seed": 3}')
+    for options, said in (({"val_split": 0.25, "seed": 3}, False), ({"val_split": 0.25}, True)):
+        evaluate(data=colours / "train", init=run / part, **options)
+        assert ("was trained with --val-split 0.25 --seed 3" in capsys.readouterr().out) is said
+    (tmp_path / "config.json").write_text("no JSON")  # somebody else's
+    evaluate(data=colours / "train", init=run, val_split=0.25, seed=3)
 
 
 def test_mistakes_are_one_line(colours, encoder, tmp_path, capsys, monkeypatch):

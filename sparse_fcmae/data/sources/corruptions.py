@@ -27,9 +27,10 @@ def find_corruptions(
     candidates += [path for above in candidates for path in folders_in(above)]
     found: dict[str, dict[str, Path]] = {}
     for folder in candidates:
-        for path in folders_in(folder) if folder.name in names else ():
-            if not re.fullmatch(f"[1-{SEVERITIES}]", path.name) or not folders_in(path):
-                continue
+        severities = [path for path in folders_in(folder) if re.fullmatch(f"[1-{SEVERITIES}]", path.name)]
+        if folder.name not in names or not any(map(folders_in, severities)):  # a class of that name is none
+            continue
+        for path in severities:
             other = found.setdefault(folder.name, {}).setdefault(path.name, path)
             if other != path:
                 raise UserError(f"{root}: {folder.name} of severity {path.name} is both {other} and {path}: remove one")

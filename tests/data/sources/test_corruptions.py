@@ -41,6 +41,14 @@ def test_a_severity_that_is_there_twice_is_refused(tmp_path):
         find_corruptions(tmp_path, NAMES)
 
 
+def test_a_severity_without_classes_is_not_passed_over(tmp_path):
+    (tmp_path / "fog" / "1" / "cat").mkdir(parents=True)
+    (tmp_path / "fog" / "2").mkdir()
+    severities = find_corruptions(tmp_path, NAMES)["fog"]
+    with pytest.raises(UserError, match="no image files in this folder"):
+        severities["2"]()
+
+
 def test_classes_named_like_corruptions_are_none(tmp_path):
     (tmp_path / "fog" / "1").mkdir(parents=True)
     Image.new("L", (8, 8)).save(tmp_path / "fog" / "1" / "x.png")
