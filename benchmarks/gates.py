@@ -23,7 +23,7 @@ BASELINE = "masked"
 FORWARD_TOLERANCE, GRADIENT_TOLERANCE = 1e-5, 1e-4  # relative Frobenius error, float32
 ROUNDING_FACTOR = 2  # of the baseline's own bfloat16 error
 LOSS_ROUNDING = 1e-3  # of the loss in bfloat16, relative, that is allowed for at least
-VARIANT_TOLERANCE = {False: 1e-4, True: 2e-2}  # relative, of a variant against its backend; in bfloat16 the second
+VARIANT_TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}  # relative, of a variant against its backend
 TRAINING_TOLERANCE, TRAINING_LR = 0.1, 1e-3  # relative, of how a few steps at this rate change the weights
 LOSS_STEPS = 5  # within which a loss has to fall
 
@@ -54,7 +54,7 @@ def falling_loss(step: Run) -> Row:
 
 def same_as(backend: str, case: Case) -> Gate:
     """The gate of a backend's variant: it computes what the backend does."""
-    tolerance = VARIANT_TOLERANCE[case.bf16]
+    tolerance = VARIANT_TOLERANCE["bf16" if case.bf16 else "fp32"]
 
     def gate(run: Run, passed: Mapping[Any, Run]) -> Row:
         if backend not in passed:

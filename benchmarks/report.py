@@ -56,8 +56,6 @@ SECTIONS = {
     "kernels": Section(kernels, {"kernels": plots.draw_bounds}),
     "data": Section(data, {"data": plots.draw_speeds}),
 }
-
-
 WRITTEN = {PAGE, ROWS, TABLE, *(f"{file}.png" for section in SECTIONS.values() for file in section.plots)}
 
 
@@ -130,11 +128,11 @@ def measured(benchmark: Callable[..., list[Row]], runs: list[Options]) -> list[R
     for options in runs:
         try:
             rows += benchmark(**options)
-        except UserError as error:
-            rows.append({"refused": one_line(error)} | {k: v for k, v in options.items() if k == "model"})
         except Exception as error:
-            traceback.print_exc()
-            reason = f"{type(error).__name__}: {one_line(error)}"
+            reason = one_line(error)
+            if not isinstance(error, UserError):
+                traceback.print_exc()
+                reason = f"{type(error).__name__}: {reason}"
             rows.append({"refused": reason} | {k: v for k, v in options.items() if k == "model"})
     return rows
 

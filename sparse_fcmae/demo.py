@@ -94,27 +94,26 @@ def demo(options: dict[str, Any]) -> Path:
     check(config)
     out = Path(config.out)
     _check_folder(out, config.overwrite)
-    held = lock_folder(out)
-    _check_folder(out, config.overwrite)  # once more, as another demo may have come first
-    write_json(out / MARK, asdict(config))
-    print(f"drawing {config.images} pictures of {len(CLASSES)} classes into {out / 'images'}")
-    draw_images(out / "images", config.images, config.seed)
-    exported = pretrain(
-        data=out / "images",
-        out=out / "run",
-        overwrite=config.overwrite,
-        model="atto",
-        image_size=SIDE,
-        stem_stride=2,
-        batch_size=BATCH,
-        epochs=config.epochs,
-        lr=2e-3,
-        save_every=max(1, config.images // BATCH * config.epochs // 4),
-        seed=config.seed,
-    )
+    with lock_folder(out):
+        _check_folder(out, config.overwrite)  # once more, as another demo may have come first
+        write_json(out / MARK, asdict(config))
+        print(f"drawing {config.images} pictures of {len(CLASSES)} classes into {out / 'images'}")
+        draw_images(out / "images", config.images, config.seed)
+        exported = pretrain(
+            data=out / "images",
+            out=out / "run",
+            overwrite=config.overwrite,
+            model="atto",
+            image_size=SIDE,
+            stem_stride=2,
+            batch_size=BATCH,
+            epochs=config.epochs,
+            lr=2e-3,
+            save_every=max(1, config.images // BATCH * config.epochs // 4),
+            seed=config.seed,
+        )
     pictures = sorted((out / "run" / "reconstructions").glob("*.png"))
     print(f"what it learnt to fill in: {pictures[-1]}")
-    del held
     return exported
 
 

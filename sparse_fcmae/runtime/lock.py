@@ -1,7 +1,7 @@
 """Folders that one process at a time works in."""
 
 from pathlib import Path
-from typing import Any
+from typing import TextIO
 
 try:
     import fcntl
@@ -13,18 +13,19 @@ from sparse_fcmae.runtime.errors import UserError
 LOCK = ".lock"  # the file in such a folder
 
 
-def lock_folder(path: Path) -> Any:
-    """Keeps other processes out of a folder until what is returned, or the process, is gone.
+def lock_folder(path: Path) -> TextIO:
+    """Keeps other processes out of a folder until the file that it returns is closed, or the process is gone.
 
-    Raises UserError where another process keeps this one out. A file system without locks keeps nobody out.
+    Raises UserError where another process keeps this one out. On Windows, or on a file system without locks, none does.
     """
-    if fcntl is None:
-        return None
     held = (path / LOCK).open("w")
+    if fcntl is None:
+        return held
     try:
         fcntl.lockf(held, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock not shared with forked workers
     except (BlockingIOError, PermissionError):
+        held.close()
         raise UserError(f"`out` {path} is in use by another process: wait for it or choose another") from None
     except OSError:
-        return None
+        pass
     return held

@@ -1,4 +1,4 @@
-"""Output whose reader may go away, as `tee` does on Ctrl-C, a pager when it is left, a terminal when it is closed."""
+"""Output whose reader may go away, as `tee` does on Ctrl-C and a pager when it is left."""
 
 import os
 import select

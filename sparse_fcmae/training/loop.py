@@ -1,6 +1,7 @@
 """The training loop, one for every task, on one process or many."""
 
 from pathlib import Path
+from shlex import quote
 
 from torch.utils.data import DataLoader
 
@@ -78,9 +79,8 @@ def train(task: Task) -> Path:
                     if ranks.main and (saving or checkpoints.due(done)):
                         checkpoints.save(done)
                 if stopping:
-                    log.say(
-                        f"stopped at step {done}; to go on: sparse-fcmae {config.command} --resume --out {config.out}"
-                    )
+                    command = f"sparse-fcmae {config.command} --resume --out {quote(config.out)}"
+                    log.say(f"stopped at step {done}; to go on: {command}")
                     raise Interrupted
         if ranks.main:
             task.export(run.path, log)
