@@ -34,7 +34,7 @@ class Ranks:
             return [value]
         values = [None] * self.world
         dist.all_gather_object(values, value)
-        dist.barrier()  # gloo keeps what it gathered until the next collective, and may abort a process that ends before
+        dist.barrier()  # gloo keeps what it gathered until the next collective, and may abort a process ending before
         return values
 
     def main_first(self, do: Callable[[], None]) -> None:
