@@ -48,7 +48,7 @@ def _centre(patch_to_row, row_to_patch, patch, live, rows, cols):
 
 
 @tuned(TILES, key=["C", "S"], suits=_suits)
-@triton.jit(do_not_specialize=["magnitude"])
+@triton.jit(do_not_specialize=["blocks", "first", "rows", "cols", "magnitude"])
 def block_dwconv_kernel(
     x,
     taps,
@@ -114,7 +114,7 @@ def block_dwconv_kernel(
 
 
 @tuned(WEIGHT_TILES, key=["C", "S"])
-@triton.jit(do_not_specialize=["magnitude"])
+@triton.jit(do_not_specialize=["blocks", "first", "rows", "cols", "per_program", "magnitude"])
 def block_dwconv_weight_kernel(
     x,
     grad,

@@ -41,7 +41,7 @@ def _row_of_tiles(n, S: tl.constexpr, TILE: tl.constexpr, C: tl.constexpr):
 
 
 @tuned(TILES, key=["C", "S", "TILE"], suits=_suits)
-@triton.jit(do_not_specialize=["magnitude"])
+@triton.jit(do_not_specialize=["positions", "magnitude"])
 def layer_norm_kernel(
     x,
     weight,
@@ -65,7 +65,7 @@ def layer_norm_kernel(
 
 
 @tuned(TILES, key=["C", "S", "TILE"], suits=_suits, overwritten=("x",))
-@triton.jit(do_not_specialize=["magnitude"])
+@triton.jit(do_not_specialize=["positions", "per_program", "magnitude"])
 def layer_norm_backward_kernel(
     x,
     grad,

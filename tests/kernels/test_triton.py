@@ -198,6 +198,36 @@ def test_kernels_compile_without_spilling_registers(capability, models):
     assert not [row for row in rows if row["spilled"]]
 
 
+COMPILE_TILES = """
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+class NoGPU:
+    get_current_target = lambda self: GPUTarget("cuda", 90, 32)
+    get_current_device = lambda self: 0
+    get_current_stream = lambda self, device: 0
+
+driver.set_active(NoGPU())
+from sparse_fcmae.kernels.triton.layer_norm import layer_norm_kernel as kernel
+
+rows, row = torch.empty(64, 40), torch.empty(40)
+kernel.nargs = dict(zip(kernel.arg_names, (rows, row, row, rows, 64, 12)))
+sizes = {"C": 40, "S": 8, "TILE": 1, "BLOCK_C": 64}
+tiles = kernel.prune_configs({"grid": lambda tile: (1,), "warmup": False, **sizes})
+print(len(tiles), len(kernel.fn.device_caches[0][0]))
+"""
+
+
+def test_the_tiles_of_a_new_shape_are_compiled_before_they_are_timed(tmp_path):
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-c", COMPILE_TILES]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    tiles, compiled = map(int, result.stdout.split())
+    assert tiles == compiled > 1
+
+
 def test_wrong_dtype():
     x, module, visible = block.make(1, 9, masks(2, 3)["ragged"], DEVICE)
     with pytest.raises(ValueError, match="kernels take float32 or bfloat16 or float16"):
