@@ -67,6 +67,8 @@ def as_text(value: Any, spec: str) -> str:
 
 def append_csv(path: Path, benchmark: str, setting: Row, rows: list[Row]) -> None:
     """Appends a line a row, with the environment behind the figures; columns that are new are added to the file's."""
+    if not rows:
+        return
     lines, known = [], ["benchmark"]
     if path.exists():
         with path.open(newline="") as file:

@@ -25,6 +25,8 @@ def test_rows_are_appended_with_what_they_depend_on(tmp_path):
 
 def test_new_columns_join_those_of_the_file(tmp_path):
     path = tmp_path / "rows.csv"
+    results.append_csv(path, "none", {"torch": "2"}, [])  # a table that is empty starts no file
+    assert not path.exists()
     results.append_csv(path, "one", {"torch": "2"}, [{"a": 1}])
     results.append_csv(path, "two", {"torch": "2"}, [{"b": 2}])
     assert path.read_text().splitlines() == ["benchmark,a,torch,b", "one,1,2,", "two,,2,2"]
