@@ -14,7 +14,7 @@ class ImageSource(Protocol):
     """Encoded images, such as JPEGs, that are counted from 0.
 
     fingerprint: a text that changes when images are added, removed or renamed. A run is resumed only on the images it
-    was started with.
+    was started with. notes: what the user should know of the source, such as what it leaves out, a line each.
 
     Several processes open images at the same time. They are forked from one that has opened some itself, or get a
     pickled copy of the source. Forked processes would move each other's place in a file that all read from. So an
@@ -23,6 +23,7 @@ class ImageSource(Protocol):
     """
 
     fingerprint: str
+    notes: Sequence[str]
 
     def __len__(self) -> int: ...
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 
-from sparse_fcmae.data.sources.folder import ImageFolder, check_folder, fingerprint_of
+from sparse_fcmae.data.sources.files import fingerprint_of
+from sparse_fcmae.data.sources.folder import ImageFolder, check_folder
 from sparse_fcmae.data.splits import hold_out
 from sparse_fcmae.runtime.errors import UserError
 

@@ -1,53 +1,51 @@
 """Images as files in a folder."""
 
-import hashlib
 import os
-from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import BinaryIO, NoReturn
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from typing import NoReturn
 
 from PIL import Image
 
+from sparse_fcmae.data.sources.files import ImageFiles, printable
 from sparse_fcmae.runtime.errors import UserError
 
 NOT_IMAGES = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}  # formats that Pillow identifies but can't decode by itself
 
 
-class ImageFolder:
+class ImageFolder(ImageFiles):
     """The image files under a folder, at any depth, in a fixed order.
 
     files: their paths below the folder, sorted. Hidden files and folders are left out. So is the folder `without`,
-    which keeps a run that lies inside its own data from training on its own pictures. Raises UserError where there is
-    no such folder, where a folder can't be read, and where there is no image.
+    which keeps a run that lies inside its own data from training on its own pictures. notes: which other files are left
+    out, a line if there are any. Raises UserError where there is no such folder, where a folder can't be read, and
+    where there is no image.
     """
 
     def __init__(self, root: str | os.PathLike, without: str | os.PathLike | None = None) -> None:
-        self.root = Path(root)
         check_folder(root)
-        extensions = image_extensions()
-        self.files = sorted(
-            os.path.relpath(os.path.join(folder, name), root)
-            for folder, names in walk(root, without)
-            for name in names
-            if os.path.splitext(name)[1].lower() in extensions and not name.startswith(".")
-        )
-        if not self.files:
-            raise UserError(f"{root}: no image files in this folder or below it")
-        self.fingerprint = fingerprint_of(self.files)
+        paths = (os.path.join(folder, name) for folder, names in walk(root, without) for name in names)
+        files, notes = images_among(os.path.relpath(path, root) for path in paths)
+        if not files:
+            there = f" ({notes[0]})" if notes else ""
+            raise UserError(f"{root}: no image files in this folder or below it{there}")
+        super().__init__(str(root), root, sorted(files), notes)
 
-    def __len__(self) -> int:
-        return len(self.files)
 
-    def __str__(self) -> str:
-        return str(self.root)
-
-    def open(self, index: int) -> BinaryIO:
-        """The file with an image's bytes."""
-        return (self.root / self.files[index]).open("rb")
-
-    def name(self, index: int) -> str:
-        """An image's path below the folder. Bytes that are no UTF-8 appear as escapes."""
-        return self.files[index].encode(errors="backslashreplace").decode()
+def images_among(paths: Iterable[str]) -> tuple[list[str], list[str]]:
+    """The paths of image files, told by their extensions, and a line about the other files that are not hidden."""
+    extensions, files, others = image_extensions(), [], Counter[str]()
+    for path in paths:
+        name = os.path.basename(path)
+        extension = os.path.splitext(name)[1].lower()
+        if name.startswith("."):
+            continue
+        if extension in extensions:
+            files.append(path)
+        else:
+            others[printable(extension) or "without an extension"] += 1
+    kinds = ", ".join(f"{count} {extension}" for extension, count in sorted(others.items()))
+    return files, [f"left out, as they are in no format that can be read: {kinds}"] if others else []
 
 
 def check_folder(root: str | os.PathLike) -> None:
@@ -55,11 +53,6 @@ def check_folder(root: str | os.PathLike) -> None:
     if not os.path.isdir(root):
         what = "is a file, name the folder that holds the images" if os.path.isfile(root) else "no such folder"
         raise UserError(f"{root}: {what}")
-
-
-def fingerprint_of(files: Sequence[str]) -> str:
-    """A digest of the files' names."""
-    return hashlib.sha256("\n".join(files).encode(errors="surrogateescape")).hexdigest()
 
 
 def image_extensions() -> set[str]:

@@ -22,6 +22,21 @@ def test_every_depth_in_a_fixed_order(tmp_path):
     assert len(folder) == 6
 
 
+def test_what_is_left_out_is_said(tmp_path):
+    save(tmp_path / "a.png")
+    assert ImageFolder(tmp_path).notes == []
+    for name in ("x.dcm", "y.DCM", "z.npy", "IM0001", ".DS_Store", os.fsdecode(b"n.caf\xe9")):
+        (tmp_path / name).write_text("")
+    kinds = ["2 .dcm", "1 .caf\\udce9", "1 .npy", "1 without an extension"]
+    (note,) = ImageFolder(tmp_path).notes
+    start, found = note.split(": ")
+    assert start == "left out, as they are in no format that can be read"
+    assert sorted(found.split(", ")) == sorted(kinds)
+    (tmp_path / "a.png").unlink()
+    with pytest.raises(UserError, match=r"no image files in this folder or below it \(left out, .*2 \.dcm"):
+        ImageFolder(tmp_path)
+
+
 def test_fingerprint_is_the_digest_of_the_names_that_runs_have_saved(tmp_path):
     for name in ("a/x.png", "b.png"):
         save(tmp_path / name)

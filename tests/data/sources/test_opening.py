@@ -1,0 +1,91 @@
+import os
+
+import pytest
+from PIL import Image
+
+from sparse_fcmae import UserError
+from sparse_fcmae.data.sources.opening import open_images
+
+
+@pytest.fixture
+def scans(tmp_path):
+    """A folder a with x_w1.png and x_w2.png, and below it deep/y_w1.tif; beside it a text and a hidden image."""
+    for name in ("a/x_w1.png", "a/x_w2.png", "a/deep/y_w1.tif", "a/.z_w1.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (8, 8)).save(tmp_path / name)
+    (tmp_path / "a" / "notes_w1.txt").write_text("x")
+    return tmp_path
+
+
+def read(source):
+    found = []
+    for index in range(len(source)):
+        with source.open(index) as file, Image.open(file) as image:
+            found.append(image.size)
+    return found
+
+
+def test_folder(scans):
+    source = open_images(str(scans / "a"))
+    assert [source.name(i) for i in range(len(source))] == ["deep/y_w1.tif", "x_w1.png", "x_w2.png"]
+
+
+def test_patterns(scans):
+    def files(pattern, **options):
+        return open_images(os.path.join(scans, pattern), **options).files
+
+    assert files("a/*_w1.*") == ["x_w1.png"]
+    assert files("a/**/*_w1.*") == ["deep/y_w1.tif", "x_w1.png"]
+    assert files("*/x_w[12].png") == ["a/x_w1.png", "a/x_w2.png"]
+    assert files("a/**/*.*", without=scans / "a" / "deep") == ["x_w1.png", "x_w2.png"]
+    source = open_images(os.path.join(scans, "a/**/*_w1.*"))
+    assert source.notes == ["left out, as they are in no format that can be read: 1 .txt"]
+    assert (str(source), read(source)) == (os.path.join(scans, "a/**/*_w1.*"), [(8, 8)] * 2)
+    os.rename(scans / "a", scans / "b")
+    assert open_images(os.path.join(scans, "b/**/*_w1.*")).fingerprint == source.fingerprint
+
+
+def test_a_folder_with_signs_of_a_pattern_in_its_name(scans):
+    os.rename(scans / "a", scans / "[a]*")
+    assert len(open_images(str(scans / "[a]*"))) == 3
+
+
+def test_patterns_of_the_working_folder(scans, monkeypatch):
+    monkeypatch.chdir(scans / "a")
+    source = open_images("*_w2.png")
+    assert (source.files, read(source)) == (["x_w2.png"], [(8, 8)])
+
+
+def test_lists(scans):
+    path = scans / "list.txt"
+    name = os.fsdecode(b"caf\xe9.png")
+    Image.new("L", (4, 6)).save(scans / name)
+    lines = ["\ufeffa/x_w2.png", "", str(scans / "a" / "deep" / "y_w1.tif"), f"  {name}", "a/x_w2.png\r"]
+    path.write_bytes("\n".join(lines).encode(errors="surrogateescape"))
+    source = open_images(str(path))
+    assert [source.name(i) for i in (0, 2, 3)] == ["a/x_w2.png", "caf\\udce9.png", "a/x_w2.png"]
+    assert read(source) == [(8, 8), (8, 8), (4, 6), (8, 8)]
+    path.write_text("a/x_w1.png\nmissing.png")
+    assert open_images(str(path)).fingerprint != source.fingerprint
+    with pytest.raises(FileNotFoundError):
+        open_images(str(path)).open(1)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ("missing", "missing: no such folder or file"),
+        ("a/x_w1.png", "is one image: name the folder that holds the images"),
+        ("labels.csv", "is no text file with a path a line"),
+        ("empty.txt", "names no images"),
+        ("wrong.txt", "no line of it names a file: relative paths start from"),
+        ("a/*.jpg", "no image file matches this pattern"),
+        ("a/*.txt", r"no image file matches this pattern \(left out, as they are .* 1 .txt\)"),
+    ],
+)
+def test_mistakes(scans, data, message):
+    (scans / "labels.csv").write_text("path")
+    (scans / "empty.txt").write_text("\n")
+    (scans / "wrong.txt").write_text("x.png\ny.png")
+    with pytest.raises(UserError, match=message):
+        open_images(str(scans / data))
