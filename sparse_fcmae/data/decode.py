@@ -2,10 +2,14 @@
 
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
+
+from sparse_fcmae.data.config import MAX_MEGAPIXELS
 
 REDUCIBLE = ("JPEG", "MPO")  # formats that can be decoded at 1/2, 1/4 or 1/8 of their sides
 ORIENTATION = 0x0112  # the EXIF tag
@@ -33,12 +37,31 @@ class Decoded(NamedTuple):
         return x0 + self.left, y0 + self.top, x1 + self.left, y1 + self.top
 
 
-def open_image(file: File) -> Image.Image:
-    """An image whose size is known and whose pixels are not, unless its format has to be decoded at once."""
+@contextmanager
+def of_any_size() -> Iterator[None]:
+    """Lifts Pillow's guard against large images, which warns from 89 megapixels on and refuses twice as many.
+
+    Pillow asks it when a file is opened, for some formats when it is decoded, and when a box is cut out.
+    """
+    before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+    try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = before
+
+
+@of_any_size()
+def open_image(file: File, max_megapixels: float = MAX_MEGAPIXELS) -> Image.Image:
+    """An image whose size is known and whose pixels are not, unless its format has to be decoded at once.
+
+    Raises OSError for what is no image, and for an image of more than `max_megapixels`.
+    """
     try:
         image = file if isinstance(file, Image.Image) else Image.open(file)
     except UnidentifiedImageError:  # its message shows Python's name for an open file
         raise UnidentifiedImageError("no image of a known format") from None
+    if (megapixels := image.width * image.height / 1e6) > max_megapixels:
+        raise OSError(f"it has {megapixels:.4g} megapixels, more than the {max_megapixels:.4g} of --max-megapixels")
     if image.format not in REDUCIBLE:  # turned at once, as some formats' readers turn by themselves when they decode
         ImageOps.exif_transpose(image, in_place=True)
     return image

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from sparse_fcmae.data.decode import File, decode, open_image, upright_size
+from sparse_fcmae.data.config import MAX_MEGAPIXELS, RATIOS
+from sparse_fcmae.data.decode import File, decode, of_any_size, open_image, upright_size
 
 FINER = 2  # a crop decoded at a reduced scale has at least this many times the view's pixels a side: fewer would show
 Box = tuple[int, int, int, int]  # left, top, right, bottom, in pixels
@@ -25,22 +26,33 @@ class RandomView:
     """A random resized crop, flipped horizontally in half of the cases, and augmented where `augment` is given.
 
     size: (height, width) in pixels. in_chans: 3 for colour, 1 for greyscale. min_area: the least fraction of the
-    image's area that a crop shows. All is drawn from the generator that the view is called with.
+    image's area that a crop shows. ratios: the least and the greatest width of a crop by its height. hflip: whether
+    crops are flipped. rotate: each of the eight ways to turn and flip a crop is as likely, whatever hflip is.
+    max_megapixels: of an image. All is drawn from the generator that the view is called with.
     """
 
     size: tuple[int, int]
     in_chans: int
     min_area: float = 0.2
     augment: Augment | None = None
+    ratios: tuple[float, float] = RATIOS
+    hflip: bool = True
+    rotate: bool = False
+    max_megapixels: float = MAX_MEGAPIXELS
 
     def __call__(self, file: File, rng: np.random.Generator) -> Tensor:
-        image = open_image(file)
-        box = random_crop_box(*upright_size(image), rng, (self.min_area, 1.0))
-        flipped = rng.random() < 0.5
-        pixels = resized_crop(image, box, self.size, self.in_chans)
+        image = open_image(file, self.max_megapixels)
+        quarter_turns = int(rng.integers(4)) if self.rotate else 0
+        size, ratios = self.size, self.ratios
+        if quarter_turns % 2:
+            size, ratios = size[::-1], (1 / ratios[1], 1 / ratios[0])
+        box = random_crop_box(*upright_size(image), rng, (self.min_area, 1.0), ratios)
+        flipped = rng.random() < 0.5 and (self.hflip or self.rotate)
+        pixels = resized_crop(image, box, size, self.in_chans)
         if self.augment:
             pixels = to_tensor(self.augment(Image.fromarray(pixels.squeeze(-1).numpy()), rng))
-        return pixels.flip(1) if flipped else pixels
+        pixels = pixels.flip(1) if flipped else pixels
+        return pixels.rot90(quarter_turns).contiguous()
 
 
 @dataclass(frozen=True)
@@ -48,15 +60,16 @@ class CentreView:
     """A centred crop.
 
     size: (height, width) in pixels. in_chans: 3 for colour, 1 for greyscale. crop_fraction: the sides of the crop
-    relative to the largest one that the image has of this shape.
+    relative to the largest one that the image has of this shape. max_megapixels: of an image.
     """
 
     size: tuple[int, int]
     in_chans: int
     crop_fraction: float = 1.0
+    max_megapixels: float = MAX_MEGAPIXELS
 
     def __call__(self, file: File) -> Tensor:
-        image, (height, width) = open_image(file), self.size
+        image, (height, width) = open_image(file, self.max_megapixels), self.size
         box = centre_crop_box(*upright_size(image), width / height, self.crop_fraction)
         return resized_crop(image, box, self.size, self.in_chans)
 
@@ -66,13 +79,19 @@ def default_crop_fraction(size: tuple[int, int]) -> float:
     return 0.875 if 64 < min(size) < 384 else 1.0
 
 
-def random_crop_box(width: int, height: int, rng: np.random.Generator, scale: tuple[float, float] = (0.2, 1.0)) -> Box:
+def random_crop_box(
+    width: int,
+    height: int,
+    rng: np.random.Generator,
+    scale: tuple[float, float] = (0.2, 1.0),
+    ratios: tuple[float, float] = RATIOS,
+) -> Box:
     """The box of a random resized crop of an image.
 
-    Its fraction of the area is uniform in `scale`, and its aspect ratio log-uniform in [3/4, 4/3]. After ten boxes that
-    do not fit into the image, it is the largest centred one of such a ratio.
+    Its fraction of the area is uniform in `scale`, and its width by its height log-uniform in `ratios`. After ten boxes
+    that do not fit into the image, it is the largest centred one of such a ratio.
     """
-    area, low, high = width * height, 3 / 4, 4 / 3
+    area, (low, high) = width * height, ratios
     for _ in range(10):
         target = area * rng.uniform(*scale)
         ratio = math.exp(rng.uniform(math.log(low), math.log(high)))
@@ -80,7 +99,7 @@ def random_crop_box(width: int, height: int, rng: np.random.Generator, scale: tu
         if 0 < w <= width and 0 < h <= height:
             left, top = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
             return left, top, left + w, top + h
-    w, h = min(width, round(height * high)), min(height, round(width / low))
+    w, h = max(1, min(width, round(height * high))), max(1, min(height, round(width / low)))
     left, top = (width - w) // 2, (height - h) // 2
     return left, top, left + w, top + h
 
@@ -92,6 +111,7 @@ def centre_crop_box(width: int, height: int, aspect: float, crop_fraction: float
     return left, top, left + max(w, 1), top + max(h, 1)
 
 
+@of_any_size()
 def resized_crop(image: Image.Image, box: Box, size: tuple[int, int], in_chans: int) -> Tensor:
     """A box of an opened image in another size: uint8 [height, width, channels].
 

@@ -2,12 +2,13 @@
 
 from dataclasses import dataclass
 
+from sparse_fcmae.data.config import ReadingConfig
 from sparse_fcmae.runtime.compute import ComputeConfig
 from sparse_fcmae.runtime.options import option, seed_option
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateConfig(ComputeConfig):
+class EvaluateConfig(ReadingConfig, ComputeConfig):
     """Options of `sparse-fcmae evaluate`."""
 
     data: str = option(

@@ -18,16 +18,16 @@ GREY = 0.5  # of masked pixels
 GAP, LABEL_HEIGHT, LEAST_WIDTH = 4, 14, 96  # pixels of the grid
 
 
-def sample_images(source: ImageSource, count: int, size: tuple[int, int], in_chans: int) -> Tensor:
-    """Centred views of up to `count` images spread evenly over a source: uint8 [N, H, W, C].
+def sample_images(source: ImageSource, count: int, view: CentreView) -> Tensor:
+    """Views of up to `count` images spread evenly over a source: uint8 [N, H, W, C].
 
     Unreadable images are left out.
     """
-    view, pixels = CentreView(size, in_chans), []
+    pixels = []
     for index in np.unique(np.linspace(0, len(source) - 1, count).astype(int)):
         with suppress(Exception), source.open(int(index)) as file:  # training names the image in its log
             pixels.append(view(file))
-    return torch.stack(pixels) if pixels else torch.empty(0, *size, in_chans, dtype=torch.uint8)
+    return torch.stack(pixels) if pixels else torch.empty(0, *view.size, view.in_chans, dtype=torch.uint8)
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
 """A model run over all images of a source."""
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -8,6 +9,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sparse_fcmae.data.batches import BadImage, EvaluationImages, make_loader
+from sparse_fcmae.data.config import MAX_MEGAPIXELS
 from sparse_fcmae.data.sources import ImageSource
 from sparse_fcmae.data.statistics import normalise
 from sparse_fcmae.data.views import CentreView
@@ -18,9 +20,9 @@ from sparse_fcmae.runtime.errors import UserError
 class EvaluationView:
     """What a model sees of every image, and what runs it.
 
-    size: (height, width) in pixels. in_chans: 3 for colour, 1 for greyscale. crop_fraction: as in `CentreView`.
-    device: the model's. bf16: whether it computes in bfloat16, by autocast. batch_size: images at once. num_workers:
-    processes that load images, 0 for none but the calling one.
+    size: (height, width) in pixels. in_chans: 3 for colour, 1 for greyscale. crop_fraction and max_megapixels: as in
+    `CentreView`. device: the model's. bf16: whether it computes in bfloat16, by autocast. batch_size: images at once.
+    num_workers: processes that load images, 0 for none but the calling one.
     """
 
     size: tuple[int, int]
@@ -30,6 +32,7 @@ class EvaluationView:
     bf16: bool = False
     batch_size: int = 64
     num_workers: int = 0
+    max_megapixels: float = MAX_MEGAPIXELS
 
 
 @torch.no_grad()
@@ -39,14 +42,17 @@ def run_model(
     """Applies a function of normalised images [B, C, H, W], such as a model, to all images of a source.
 
     Returns its outputs, float32 [N, ...] on the CPU, the index of the image that each is of, int64 [N], and the
-    unreadable images, which are left out. description: the text of a progress bar, None for no bar. Raises UserError
+    unreadable images, which are left out. description: the text of a progress bar, below the source's notes; None for
+    neither. Raises UserError
     where no image is readable.
     """
-    dataset = EvaluationImages(source, CentreView(view.size, view.in_chans, view.crop_fraction))
+    dataset = EvaluationImages(source, CentreView(view.size, view.in_chans, view.crop_fraction, view.max_megapixels))
     batches = [part.tolist() for part in torch.arange(len(source)).split(view.batch_size)]
     loader = make_loader(dataset, batches, view.num_workers, pin_memory=view.device.type == "cuda")
     outputs, index, bad = [], [], []
     with tqdm(total=len(source), desc=description, unit="image", disable=not description, dynamic_ncols=True) as bar:
+        for note in source.notes if description else ():
+            bar.write(note, file=sys.stderr)
         for batch in loader:
             bad += batch.bad
             if len(batch.pixels):

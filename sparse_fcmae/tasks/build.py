@@ -1,4 +1,4 @@
-"""The models that tasks start with, and the view of images that they are evaluated with."""
+"""The models that tasks start with, and their views of images in training and in evaluation."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -8,7 +8,8 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from sparse_fcmae.data.views import default_crop_fraction
+from sparse_fcmae.data.config import ratios_of
+from sparse_fcmae.data.views import Augment, RandomView, default_crop_fraction
 from sparse_fcmae.evaluation.run import EvaluationView
 from sparse_fcmae.model.classifier import Classifier
 from sparse_fcmae.model.fcmae import FCMAE
@@ -119,6 +120,22 @@ def check_channels(in_chans: int) -> None:
         raise UserError(f"`in_chans` {in_chans}: image files give 3 channels (colour) or 1 (greyscale)")
 
 
+def training_view(
+    config: RunConfig, size: tuple[int, int], in_chans: int, augment: Augment | None = None
+) -> RandomView:
+    """How a run of this config looks at images that it is trained on. Raises UserError for impossible ratios."""
+    return RandomView(
+        size,
+        in_chans,
+        min_area=config.min_crop,
+        augment=augment,
+        ratios=ratios_of(config.crop_ratio),
+        hflip=config.hflip,
+        rotate=config.rotate,
+        max_megapixels=config.max_megapixels,
+    )
+
+
 def evaluation_view(config: RunConfig, size: tuple[int, int], in_chans: int, device: torch.device) -> EvaluationView:
     """How a run of this config looks at images that it is evaluated on."""
     return EvaluationView(
@@ -129,4 +146,5 @@ def evaluation_view(config: RunConfig, size: tuple[int, int], in_chans: int, dev
         bf16=config.dtype == "bf16",
         batch_size=config.micro_batch_size,
         num_workers=loader_processes(device, config.num_workers),
+        max_megapixels=config.max_megapixels,
     )

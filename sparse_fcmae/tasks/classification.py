@@ -14,7 +14,6 @@ from sparse_fcmae.data.batches import Batch, TrainingImages
 from sparse_fcmae.data.mixing import Mixing
 from sparse_fcmae.data.sources.class_folder import open_splits
 from sparse_fcmae.data.splits import few_labels
-from sparse_fcmae.data.views import RandomView
 from sparse_fcmae.evaluation.accuracy import measure
 from sparse_fcmae.model.convnext import SIZES
 from sparse_fcmae.runtime.distributed import Ranks, process_group
@@ -22,7 +21,7 @@ from sparse_fcmae.runtime.errors import UserError
 from sparse_fcmae.runtime.options import image_size_of, keywords_of
 from sparse_fcmae.runtime.run_folder import newest_checkpoint
 from sparse_fcmae.runtime.streams import Stream, torch_seed
-from sparse_fcmae.tasks.build import build_classifier, evaluation_view, moving_average
+from sparse_fcmae.tasks.build import build_classifier, evaluation_view, moving_average, training_view
 from sparse_fcmae.tasks.config import FinetuneConfig
 from sparse_fcmae.tasks.hints import losses
 from sparse_fcmae.training.config import OF_WEIGHTS
@@ -83,7 +82,7 @@ class Classification(Task):
         self.held_out = held_out.take(range(ranks.rank, len(held_out), ranks.world))
         checkpoint = newest_checkpoint(Path(config.out)) if config.resume else None
         self.model, config, self.notes = build_classifier(config, self.source.classes, checkpoint)
-        self.notes += [] if config.resume else losses(self.source)
+        self.notes += [*self.source.notes] if config.resume else [*self.source.notes, *losses(self.source)]
         self.model.to(ranks.device).train()
         dtype = choose_dtype(config.dtype, ranks.device, config.backend)
         self.config = config = replace(config, dtype="bf16" if dtype == torch.bfloat16 else "fp32")
@@ -93,6 +92,8 @@ class Classification(Task):
         self.objective = ClassificationObjective(self.model, mix, config.label_smoothing)
         self.ema = moving_average(self.model, config.ema_decay) if config.ema_decay else None
         self.size, self.min_lr = image_size_of(config.image_size), config.min_lr
+        augment = RandAugment(config.rand_augment) if config.rand_augment else None
+        self.training_view = training_view(config, self.size, self.model.in_chans, augment)
         self.view = evaluation_view(config, self.size, self.model.in_chans, ranks.device)
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad) / 1e6
         self.description = (
@@ -101,9 +102,7 @@ class Classification(Task):
         )
 
     def dataset(self) -> TrainingImages:
-        augment = RandAugment(self.config.rand_augment) if self.config.rand_augment else None
-        view = RandomView(self.size, self.model.in_chans, min_area=self.config.min_crop, augment=augment)
-        return TrainingImages(self.source, view, self.config.seed)
+        return TrainingImages(self.source, self.training_view, self.config.seed)
 
     def optimizer(self) -> torch.optim.Optimizer:
         grouped = self.config.layer_decay_type == "group"

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from sparse_fcmae.backends import choose_dtype, resolve_backend
 from sparse_fcmae.data.batches import Batch, TrainingImages
-from sparse_fcmae.data.sources.folder import ImageFolder
+from sparse_fcmae.data.sources.opening import open_images
 from sparse_fcmae.data.statistics import normalise
-from sparse_fcmae.data.views import RandomView
+from sparse_fcmae.data.views import CentreView
 from sparse_fcmae.evaluation.probes import KNNMonitor
 from sparse_fcmae.evaluation.reconstruct import reconstruct, sample_images, save_picture
 from sparse_fcmae.runtime.distributed import Ranks, process_group
@@ -20,7 +20,7 @@ from sparse_fcmae.runtime.files import writing
 from sparse_fcmae.runtime.options import image_size_of, keywords_of
 from sparse_fcmae.runtime.run_folder import newest_checkpoint
 from sparse_fcmae.runtime.streams import Stream, torch_seed
-from sparse_fcmae.tasks.build import build_fcmae, check_channels, evaluation_view, options_of_weights
+from sparse_fcmae.tasks.build import build_fcmae, check_channels, evaluation_view, options_of_weights, training_view
 from sparse_fcmae.tasks.config import PretrainConfig
 from sparse_fcmae.tasks.hints import hints, losses
 from sparse_fcmae.tasks.recipes import pretraining_recipe
@@ -73,7 +73,7 @@ class Pretraining(Task):
 
     def __init__(self, config: PretrainConfig, ranks: Ranks) -> None:
         self.ranks, self.size = ranks, image_size_of(config.image_size)
-        self.source = ImageFolder(config.data, without=config.out)
+        self.source = open_images(config.data, without=config.out)
         config, recipe = pretraining_recipe(config, len(self.source), ranks.world)
         dtype = choose_dtype(config.dtype, ranks.device, config.backend)
         self.config = config = replace(config, dtype="bf16" if dtype == torch.bfloat16 else "fp32")
@@ -81,7 +81,7 @@ class Pretraining(Task):
         checkpoint = newest_checkpoint(Path(config.out)) if config.resume else None
         self.model, notes = build_fcmae(config, resumed=checkpoint is not None)
         self.model.to(ranks.device)
-        self.notes = recipe + notes
+        self.notes = [*recipe, *self.source.notes, *notes]
 
         trained = torch.compile(self.model, fullgraph=True, dynamic=False) if config.compile else self.model
         self.objective = PretrainingObjective(trained, self.model.num_visible(self.size))
@@ -89,7 +89,9 @@ class Pretraining(Task):
         view = evaluation_view(config, self.size, config.in_chans, ranks.device)
         self.monitor = KNNMonitor(config.knn, view, ranks) if config.knn else None
         self.evaluates = self.evaluates_untrained = self.monitor is not None
-        samples = sample_images(self.source, SAMPLES if ranks.main else 0, self.size, config.in_chans)
+        self.training_view = training_view(config, self.size, config.in_chans)
+        whole = CentreView(self.size, config.in_chans, max_megapixels=config.max_megapixels)
+        samples = sample_images(self.source, SAMPLES if ranks.main else 0, whole)
         self.samples = samples.to(ranks.device)
         self.notes += [] if config.resume else losses(self.source)
         if not (config.resume or config.init):
@@ -100,7 +102,7 @@ class Pretraining(Task):
         )
 
     def dataset(self) -> TrainingImages:
-        return TrainingImages(self.source, RandomView(self.size, self.config.in_chans), self.config.seed)
+        return TrainingImages(self.source, self.training_view, self.config.seed)
 
     def optimizer(self) -> torch.optim.Optimizer:
         return adamw(self.model, self.config.weight_decay, BETAS, capturable=self.config.cuda_graphs)

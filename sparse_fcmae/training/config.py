@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
+from sparse_fcmae.data.config import ViewConfig
 from sparse_fcmae.runtime.compute import ComputeConfig
 from sparse_fcmae.runtime.options import option
 
@@ -10,7 +11,7 @@ OF_WEIGHTS = ("model", "in_chans", "stem_stride")  # options that the weights fi
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunConfig(ComputeConfig):
+class RunConfig(ViewConfig, ComputeConfig):
     """Options that `sparse-fcmae pretrain` and `finetune` have in common.
 
     task names the kind of run in messages and in its config.json, command is the one that starts it.

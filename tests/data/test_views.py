@@ -1,4 +1,5 @@
 import os
+import warnings
 
 import numpy as np
 import pytest
@@ -35,6 +36,68 @@ def test_min_area_bounds_the_crop():
     for least, spread in ((0.2, 70), (0.9, 180)):
         view = RandomView((32, 32), 1, min_area=least)
         assert min(int(np.ptp(view(rising, np.random.default_rng(seed)).numpy())) for seed in range(60)) > spread
+
+
+def test_flips_can_be_left_out(photograph):
+    image = photograph(100, 80)
+    for seed in range(20):
+        plain, rng = RandomView((32, 48), 3)(image, np.random.default_rng(seed)), np.random.default_rng(seed)
+        random_crop_box(100, 80, rng)
+        kept = RandomView((32, 48), 3, hflip=False)(image, np.random.default_rng(seed))
+        assert torch.equal(kept, plain.flip(1) if rng.random() < 0.5 else plain)
+
+
+def test_rotation_gives_each_of_eight_positions_alike():
+    top = np.zeros((64, 64), dtype=np.uint8)  # whose eight positions differ
+    top[:32, :32], top[:32, 32:] = 200, 100
+    view, found = RandomView((8, 8), 1, min_area=1, ratios=(1, 1), rotate=True, hflip=False), {}
+    for seed in range(400):
+        pixels = view(Image.fromarray(top), np.random.default_rng(seed))
+        assert pixels.is_contiguous()
+        corners = tuple(pixels[[1, 1, 6, 6], [1, 6, 1, 6], 0].tolist())
+        found[corners] = found.get(corners, 0) + 1
+    assert len(found) == 8
+    assert min(found.values()) > 25
+
+
+def test_rotated_crops_keep_size_and_shape(photograph):
+    """A picture of squares still is one of squares after a quarter turn into a view that is not square."""
+    y, x = np.mgrid[:96, :96] // 16
+    board = Image.fromarray(((x + y) % 2 * 255).astype(np.uint8))
+    view = RandomView((32, 64), 1, min_area=0.1, ratios=(2, 2), rotate=True)
+    for seed in range(30):
+        pixels = view(board, np.random.default_rng(seed))[..., 0].float()
+        assert pixels.shape == (32, 64)
+        edges = [(pixels.diff(dim=d).abs() > 64).float().mean().item() for d in (0, 1)]
+        assert edges[0] == pytest.approx(edges[1], abs=0.08)
+
+
+def test_ratios_bound_the_crops():
+    rng = np.random.default_rng(0)
+    boxes = np.array([random_crop_box(900, 900, rng, (0.1, 0.2), (0.5, 3)) for _ in range(500)])
+    width, height = (boxes[:, 2:] - boxes[:, :2]).T
+    assert 0.49 < (width / height).min() < 0.55
+    assert 2.7 < (width / height).max() < 3.02
+    assert random_crop_box(3, 1000, rng, (1, 1), (8, 8)) == (
+        0,
+        499,
+        3,
+        500,
+    )  # one that fits nowhere has a pixel at least
+
+
+@pytest.mark.parametrize(("suffix", "mode"), [("png", "L"), ("jpg", "L"), ("tif", "1")])
+def test_the_limit_to_an_images_size_is_our_own(tmp_path, monkeypatch, suffix, mode):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    path = tmp_path / f"x.{suffix}"
+    Image.new(mode, (80, 50), 1).save(path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert CentreView((8, 8), 1)(path).shape == (8, 8, 1)
+        assert RandomView((8, 8), 1, max_megapixels=0.004)(path, np.random.default_rng(0)).shape == (8, 8, 1)
+    with pytest.raises(OSError, match=r"has 0.004 megapixels, more than the 0.003 of --max-megapixels"):
+        CentreView((8, 8), 1, max_megapixels=0.003)(path)
+    assert Image.MAX_IMAGE_PIXELS == 1000
 
 
 @pytest.mark.parametrize("in_chans", [3, 1])

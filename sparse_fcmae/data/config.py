@@ -1,0 +1,47 @@
+"""The options of how images are read, and of the views of them that are trained on."""
+
+from dataclasses import dataclass
+
+from sparse_fcmae.runtime.errors import UserError
+from sparse_fcmae.runtime.options import listed, option
+
+MAX_MEGAPIXELS = 1000.0  # takes 3 GB of memory in colour
+RATIOS = 3 / 4, 4 / 3  # of a random crop's width to its height, as in the paper's recipe
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadingConfig:
+    """Options of how images are read."""
+
+    max_megapixels: float = option(
+        MAX_MEGAPIXELS,
+        help="a larger image counts as unreadable, as each process that loads images needs memory for a whole one",
+        above=0,
+        resumable=True,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ViewConfig(ReadingConfig):
+    """Options of the random crops that are trained on."""
+
+    min_crop: float  # whose default differs between the tasks
+
+    crop_ratio: str | None = option(
+        None, help="least and greatest width of a random crop by its height, as 0.5,2 [3/4 and 4/3]"
+    )
+    hflip: bool = option(True, help="flip half of the crops horizontally")
+    rotate: bool = option(
+        False, help="turn crops by random quarter turns and flip them both ways, for images without an upright position"
+    )
+
+
+def ratios_of(crop_ratio: str | None) -> tuple[float, float]:
+    """The least and the greatest ratio that the option means. Raises UserError where it is not two such numbers."""
+    if crop_ratio is None:
+        return RATIOS
+    low, *rest = listed("crop_ratio", crop_ratio, float)
+    high = rest[0] if rest else low
+    if len(rest) > 1 or not 0 < low <= high < float("inf"):
+        raise UserError(f"`crop_ratio` {crop_ratio}: give two positive numbers, the smaller first, as 0.5,2")
+    return low, high
