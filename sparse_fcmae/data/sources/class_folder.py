@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from sparse_fcmae.data.sources.files import fingerprint_of
+from sparse_fcmae.data.sources.files import Paths, fingerprint_of
 from sparse_fcmae.data.sources.folder import ImageFolder, check_folder
 from sparse_fcmae.data.splits import hold_out
 from sparse_fcmae.runtime.errors import UserError
@@ -43,7 +43,7 @@ class ClassFolder(ImageFolder):
     def take(self, indices: Sequence[int]) -> "ClassFolder":
         """These images alone, with the same classes."""
         part = copy.copy(self)
-        part.files = [self.files[i] for i in indices]
+        part.files = Paths(self.files[i] for i in indices)
         part.labels = self.labels[torch.tensor(list(indices), dtype=torch.int64)]
         part.fingerprint = fingerprint_of(part.files)
         return part

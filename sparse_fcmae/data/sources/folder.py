@@ -24,8 +24,9 @@ class ImageFolder(ImageFiles):
 
     def __init__(self, root: str | os.PathLike, without: str | os.PathLike | None = None) -> None:
         check_folder(root)
-        paths = (os.path.join(folder, name) for folder, names in walk(root, without) for name in names)
-        files, notes = images_among(os.path.relpath(path, root) for path in paths)
+        found = ((os.path.relpath(folder, root), names) for folder, names in walk(root, without))
+        below = ((folder if folder != os.curdir else "", names) for folder, names in found)
+        files, notes = images_among(os.path.join(folder, name) for folder, names in below for name in names)
         if not files:
             there = f" ({notes[0]})" if notes else ""
             raise UserError(f"{root}: no image files in this folder or below it{there}")
