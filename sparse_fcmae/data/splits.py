@@ -25,13 +25,16 @@ def few_labels(source: Source, per_class: int, seed: int) -> Source:
 def hold_out(source: Source, fraction: float, seed: int) -> tuple[Source, Source]:
     """Training images, and a random `fraction` of each class, at least one image, that is held out from them.
 
-    Raises UserError where a class would have no image left to train on.
+    A class of one image is trained on alone. Raises UserError where another would have no image left to train on,
+    and where no image would be held out.
     """
     rng, held_out = numpy_generator(seed, Stream.SPLIT), np.zeros(len(source), dtype=bool)
     for label, name in enumerate(source.classes):
         images = np.flatnonzero(source.labels.numpy() == label)
-        count = max(1, round(fraction * len(images)))
+        count = max(1, round(fraction * len(images))) if len(images) > 1 else 0
         if count >= len(images):
             raise UserError(f"`val_split` {fraction} leaves no image of {name} to train on: choose less, or add images")
         held_out[rng.permutation(images)[:count]] = True
+    if not held_out.any():
+        raise UserError(f"`val_split` {fraction} holds nothing out: no class of {source} has more than one image")
     return source.take(np.flatnonzero(~held_out).tolist()), source.take(np.flatnonzero(held_out).tolist())

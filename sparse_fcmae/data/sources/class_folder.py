@@ -13,6 +13,7 @@ from sparse_fcmae.data.splits import hold_out
 from sparse_fcmae.runtime.errors import UserError
 
 TRAIN = "train"
+SHOWN = 5  # classes that a note names
 HELD_OUT = ("val", "test")  # folders of held-out images, the preferred one first
 
 
@@ -40,13 +41,24 @@ class ClassFolder(ImageFolder):
         label_of = {name: label for label, name in enumerate(self.classes)}
         self.labels = torch.tensor([label_of[name] for name in folders])
 
+    def with_classes(self, classes: Sequence[str]) -> "ClassFolder":
+        """The same images with their labels among these classes, of which some may have no images."""
+        other, place = copy.copy(self), {name: label for label, name in enumerate(classes)}
+        other.classes = tuple(classes)
+        other.labels = torch.tensor([place[name] for name in self.classes])[self.labels]
+        return other
+
     def take(self, indices: Sequence[int]) -> "ClassFolder":
         """These images alone, with the same classes."""
         part = copy.copy(self)
         part.files = Paths(self.files[i] for i in indices)
         part.labels = self.labels[torch.tensor(list(indices), dtype=torch.int64)]
-        part.fingerprint = fingerprint_of(part.files)
+        part.fingerprint, part.notes = fingerprint_of(part.files), list(self.notes)
         return part
+
+    def counts(self) -> list[int]:
+        """The images of each class."""
+        return self.labels.bincount(minlength=len(self.classes)).tolist()
 
 
 def open_held_out(root: str | os.PathLike) -> ClassFolder:
@@ -67,8 +79,9 @@ def open_splits(
     """Training and held-out images.
 
     Without `val_split` they are those of ROOT/train and of ROOT/val or ROOT/test. With it, that fraction of each class
-    in the one folder, ROOT/train or else ROOT, is held out at random. Raises UserError as `ClassFolder` does, where the
-    folders that this needs are missing, and where a class lacks in one of them.
+    in the one folder, ROOT/train or else ROOT, is held out at random. Both have the same classes. Classes without
+    held-out images are named in the notes of the training images. Raises UserError as `ClassFolder` does, where the
+    folders that this needs are missing, and where a held-out class has no images to train on.
     """
     if val_split is None:
         return open_train_and_held_out(root, out, "make one, or hold images out with `val_split=0.1`")
@@ -76,7 +89,9 @@ def open_splits(
     has_train, held_out = (root / TRAIN).is_dir(), held_out_folder(root)
     if has_train and held_out:
         raise UserError(f"{root} has {held_out.name} already: leave `val_split` out")
-    return hold_out(ClassFolder(root / TRAIN if has_train else root, out), val_split, seed)
+    train, val = hold_out(ClassFolder(root / TRAIN if has_train else root, out), val_split, seed)
+    train.notes += without_held_out(val)
+    return train, val
 
 
 def open_train_and_held_out(
@@ -90,10 +105,22 @@ def open_train_and_held_out(
         missing = " or ".join(HELD_OUT) if has_train else TRAIN
         raise UserError(f"{root} has no folder {missing}: {remedy}")
     train, val = ClassFolder(root / TRAIN, out), ClassFolder(held_out, out)
-    for here, there in ((train, val), (val, train)):
-        if lacking := sorted(set(here.classes) - set(there.classes)):
-            raise UserError(f"{root}: class folder {lacking[0]} of {here.root.name} is missing in {there.root.name}")
+    if unknown := sorted(set(val.classes) - set(train.classes)):
+        raise UserError(f"{root}: class folder {unknown[0]} of {val.root.name} is missing in {TRAIN}")
+    val = val.with_classes(train.classes)
+    train.notes += without_held_out(val)
     return train, val
+
+
+def without_held_out(held_out: ClassFolder) -> list[str]:
+    """A line about the classes that have no held-out images, where there are any."""
+    missing = [name for name, images in zip(held_out.classes, held_out.counts(), strict=True) if not images]
+    if not missing:
+        return []
+    named = ", ".join(missing[:SHOWN]) + (", ..." if len(missing) > SHOWN else "")
+    return [
+        f"{len(missing)} of {len(held_out.classes)} classes have no held-out images, and no part in accuracy: {named}"
+    ]
 
 
 def held_out_folder(root: Path) -> Path | None:

@@ -52,6 +52,21 @@ def test_splits(tmp_path):
     assert open_splits(tmp_path / "b", 0.2, 1)[1].files != val.files
 
 
+def test_classes_without_held_out_images_are_trained_on_and_said(tmp_path):
+    make(tmp_path / "a" / "train", u=2, v=3, w=1, x=2, y=2)
+    make(tmp_path / "a" / "val", v=1, y=2)
+    train, val = open_splits(tmp_path / "a", None, 0)
+    assert train.classes == val.classes == ("u", "v", "w", "x", "y")
+    assert (len(train), val.labels.tolist(), val.counts()) == (10, [1, 4, 4], [0, 1, 0, 0, 2])
+    assert train.notes == ["3 of 5 classes have no held-out images, and no part in accuracy: u, w, x"]
+    assert val.take([2]).labels.tolist() == [4]
+    train, val = open_splits(make(tmp_path / "b", u=4, v=1), 0.5, 0)
+    assert (train.counts(), val.counts()) == ([2, 1], [2, 0])
+    assert train.notes == ["1 of 2 classes have no held-out images, and no part in accuracy: v"]
+    with pytest.raises(UserError, match=r"`val_split` 0.5 holds nothing out: no class of .* has more"):
+        open_splits(make(tmp_path / "c", u=1, v=1), 0.5, 0)
+
+
 def test_images_to_evaluate_on(tmp_path):
     assert len(open_held_out(make(tmp_path / "plain", x=4, y=4))) == 8
     make(tmp_path / "split" / "train", x=2, y=2)
@@ -65,6 +80,8 @@ def test_mistakes_in_folders_are_one_line(tmp_path):
     make(tmp_path / "one", x=2, y=2)
     make(tmp_path / "lacks" / "train", x=2, y=2)
     make(tmp_path / "lacks" / "val", x=2)
+    make(tmp_path / "more" / "train", x=2)
+    make(tmp_path / "more" / "val", x=2, y=1)
     make(tmp_path / "empty", x=2, y=0)
     make(tmp_path / "loose", x=2)
     Image.new("RGB", (8, 8)).save(tmp_path / "loose" / "z.png")
@@ -74,7 +91,7 @@ def test_mistakes_in_folders_are_one_line(tmp_path):
         ("one", 1.5, "`val_split` 1.5 leaves no image of x to train on"),
         ("one", 0.9, "leaves no image of x to train on"),
         ("lacks", 0.1, "has val already"),
-        ("lacks", None, "class folder y of train is missing in val"),
+        ("more", None, "class folder y of val is missing in train"),
         ("empty", 0.5, "class folder y holds no images"),
         ("loose", 0.5, "z.png lies in no class folder"),
     ):
