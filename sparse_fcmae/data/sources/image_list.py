@@ -17,7 +17,7 @@ class ImageList(ImageFiles):
     def __init__(self, path: str | os.PathLike) -> None:
         path = Path(path)
         try:
-            lines = path.read_text(encoding="utf-8-sig", errors="surrogateescape").splitlines()
+            lines = path.read_text(encoding="utf-8-sig", errors="surrogateescape").split("\n")
         except OSError as error:
             raise UserError(f"{path}: can't be read: {error.strerror}") from None
         files = [line.strip() for line in lines if line.strip()]
