@@ -25,8 +25,7 @@ class ReadingConfig:
 class ViewConfig(ReadingConfig):
     """Options of the random crops that are trained on."""
 
-    min_crop: float  # whose default differs between the tasks
-
+    min_crop: float = option(0.2, help="least fraction of the area in a random crop", above=0, at_most=1)
     crop_ratio: str | None = option(
         None, help="least and greatest width of a random crop by its height, as 0.5,2 [3/4 and 4/3]"
     )

@@ -65,7 +65,6 @@ class PretrainConfig(RunConfig):
     base_lr: float | None = option(None, help="peak learning rate for each 256 images of `batch_size`", above=0)
     lr: float | None = option(None, help="peak learning rate outright [recipe]", above=0)
     weight_decay: float = option(0.05, help="of AdamW; none on biases and norms", at_least=0)
-    min_crop: float = option(0.2, help="least fraction of the area in a random crop", above=0, at_most=1)
     clip_grad: float | None = option(None, help="clip the gradient to this norm [off]", above=0)
     seed: int = seed_option("of weights, data order, augmentation and masks")
 
