@@ -1,8 +1,9 @@
 """One process or many: what `torchrun` sets up."""
 
 import os
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sparse_fcmae.runtime.device import choose_device
 from sparse_fcmae.runtime.errors import UserError
+
+LEFT = "sparse_fcmae/left"  # the key under which ranks that have done their work are counted
+LEAVING_SECONDS = 60  # that a rank waits for the others, one of which may have been killed
 
 
 @dataclass(frozen=True)
@@ -74,9 +78,26 @@ def process_group(device: str) -> Iterator[Ranks]:
         dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
     try:
         yield Ranks(rank, world, chosen)
+        if joining:
+            _wait_for_the_last(world)
     finally:
         if joining:
             dist.destroy_process_group()
+
+
+def _wait_for_the_last(world: int) -> None:
+    """Waits until all ranks have done their last collective.
+
+    A barrier is a collective itself, and one rank may be through it and close its connections while another still waits
+    for its end, which gloo answers by aborting that process. So this counts the ranks in the store that they met by.
+    """
+    store, deadline = dist.distributed_c10d._get_default_store(), time.monotonic() + LEAVING_SECONDS
+    with suppress(RuntimeError):  # the store may end with the rank that keeps it
+        left = store.add(LEFT, 1)
+        all_left = -(-left // world) * world  # a program may join and leave more than once
+        while left < all_left and time.monotonic() < deadline:
+            time.sleep(0.01)
+            left = store.add(LEFT, 0)
 
 
 def averaging(objective: nn.Module, ranks: Ranks) -> nn.Module:
