@@ -22,6 +22,7 @@ with process_group("cpu") as ranks:
     torch.nn.init.ones_(layer.weight)
     averaged = averaging(layer, ranks)
     averaged(torch.tensor([[float(ranks.rank)]])).sum().backward()
+    del averaged  # as its threads outlive the group otherwise, and may abort the process at its end
     ranks.barrier()
     refused = None
     try:
