@@ -42,9 +42,8 @@ def run_model(
     """Applies a function of normalised images [B, C, H, W], such as a model, to all images of a source.
 
     Returns its outputs, float32 [N, ...] on the CPU, the index of the image that each is of, int64 [N], and the
-    unreadable images, which are left out. description: the text of a progress bar, below the source's notes; None for
-    neither. Raises UserError
-    where no image is readable.
+    unreadable images, which are left out. description: the text of a progress bar, which the source's notes precede;
+    None for neither bar nor notes. Raises UserError where no image is readable.
     """
     dataset = EvaluationImages(source, CentreView(view.size, view.in_chans, view.crop_fraction, view.max_megapixels))
     batches = [part.tolist() for part in torch.arange(len(source)).split(view.batch_size)]

@@ -82,7 +82,8 @@ class Classification(Task):
         self.held_out = held_out.take(range(ranks.rank, len(held_out), ranks.world))
         checkpoint = newest_checkpoint(Path(config.out)) if config.resume else None
         self.model, config, self.notes = build_classifier(config, self.source.classes, checkpoint)
-        self.notes += [*self.source.notes] if config.resume else [*self.source.notes, *losses(self.source)]
+        self.notes += self.source.notes
+        self.notes += [] if config.resume else losses(self.source)
         self.model.to(ranks.device).train()
         dtype = choose_dtype(config.dtype, ranks.device, config.backend)
         self.config = config = replace(config, dtype="bf16" if dtype == torch.bfloat16 else "fp32")
