@@ -136,6 +136,8 @@ def main(arguments: list[str] | None = None) -> None:
         stop(f"out of memory, lower {' or '.join(smaller) or 'what is asked for'}: {str(error).splitlines()[0]}")
     except (Interrupted, KeyboardInterrupt):
         sys.exit(130)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        load("runtime.distributed:end_process")()
 
 
 def parse(arguments: list[str]) -> tuple[Command, dict[str, Any]]:

@@ -8,7 +8,8 @@ from sparse_fcmae.runtime.distributed import Ranks, averaging, process_group
 
 PROGRAM = """
 import torch
-from sparse_fcmae.runtime.distributed import averaging, process_group
+import atexit
+from sparse_fcmae.runtime.distributed import averaging, end_process, process_group
 from sparse_fcmae.runtime.errors import UserError
 
 def refuse():
@@ -22,7 +23,6 @@ with process_group("cpu") as ranks:
     torch.nn.init.ones_(layer.weight)
     averaged = averaging(layer, ranks)
     averaged(torch.tensor([[float(ranks.rank)]])).sum().backward()
-    del averaged  # as its threads outlive the group otherwise, and may abort the process at its end
     ranks.barrier()
     refused = None
     try:
@@ -34,6 +34,9 @@ with process_group("cpu") as ranks:
     if ranks.main:
         print(gathered, mean, layer.weight.grad.item(), refused)
 assert not torch.distributed.is_initialized()
+if ranks.main:
+    atexit.register(lambda: print("at exit"))
+end_process()
 """
 
 
@@ -44,7 +47,7 @@ def test_two_processes(tmp_path):
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(torchrun, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
-    assert done.stdout == "on one rank\n[{'rank': 0}, {'rank': 1}] [1.5, 15.0] 0.5 ['in use', 'in use']\n"
+    assert done.stdout == "on one rank\n[{'rank': 0}, {'rank': 1}] [1.5, 15.0] 0.5 ['in use', 'in use']\nat exit\n"
 
 
 def test_one_process_needs_no_group():
