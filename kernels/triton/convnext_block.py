@@ -86,7 +86,7 @@ def convnext_block_backward(
     if frozen:
         return [grad_x]
     others = (grad_weight1, grad_bias1, grad_gamma, grad_beta, grad_weight2, grad_bias2)
-    return [grad_x, *block_gradients(parameters, taps_sums.sum(0), norm_sums.sum(0), *others)]
+    return [grad_x, *block_gradients(parameters, taps_sums[0], norm_sums[0], *others)]
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 A pass over the features sums for each image and channel, a small kernel turns an image's sums into factors, and a
 second pass applies these. GELU is computed in both passes: that costs less than to store it. In the passes program
 (b, j, i) takes image b's positions j * R to j * R + R, then those programs * R further on, in the BLOCK_H channels i.
+What reads the programs' sums adds them up itself, as a launch takes longer than that.
 """
 
 from typing import Any
@@ -67,17 +68,26 @@ def squares_kernel(x, bias, offsets, partial, magnitude, H: tl.constexpr, R: tl.
 
 
 @triton.jit
-def response_kernel(squares, gamma, norm, scale, H: tl.constexpr):
-    """norm [B, H], the root of squares, and scale = 1 + gamma * norm / (mean of norm + eps)."""
+def _total(partial, programs, c, H: tl.constexpr):
+    """Sums [BLOCK] over the programs, in the channels c of this program's image; 0 beyond the last channel."""
+    row = tl.program_id(0).to(tl.int64) * programs * H
+    total = tl.zeros([BLOCK], tl.float32)
+    for j in range(programs):
+        total += tl.load(partial + row + j * H + c, mask=c < H, other=0.0)
+    return total
+
+
+@triton.jit(do_not_specialize=["programs"])
+def response_kernel(partial, gamma, norm, scale, programs, H: tl.constexpr):
+    """norm [B, H], the root of the sums of squares, and scale = 1 + gamma * norm / (mean of norm + eps)."""
     row = tl.program_id(0).to(tl.int64) * H
     total = tl.zeros([BLOCK], tl.float32)
     for start in range(0, H, BLOCK):
-        c = start + tl.arange(0, BLOCK)
-        total += tl.sqrt_rn(tl.load(squares + row + c, mask=c < H, other=0.0))
+        total += tl.sqrt_rn(_total(partial, programs, start + tl.arange(0, BLOCK), H))
     mean = tl.sum(total, 0) / H + GRN_EPS
     for start in range(0, H, BLOCK):
         c = start + tl.arange(0, BLOCK)
-        response = tl.sqrt_rn(tl.load(squares + row + c, mask=c < H, other=0.0))
+        response = tl.sqrt_rn(_total(partial, programs, c, H))
         tl.store(norm + row + c, response, mask=c < H)
         factor = 1 + tl.load(gamma + c, mask=c < H, other=0.0) * response / mean
         tl.store(scale + row + c, factor, mask=c < H)
@@ -126,12 +136,12 @@ def products_kernel(
     tl.store(sums + row, tl.sum(total, 0), mask=c < H)
 
 
-@triton.jit
-def coupling_kernel(products, gamma, norm, scale, coupling, grad_gamma, H: tl.constexpr):
-    """Writes three factors of each image and channel, all [B, H].
+@triton.jit(do_not_specialize=["programs"])
+def coupling_kernel(products, gamma, norm, scale, coupling, programs, H: tl.constexpr):
+    """Writes two factors of each image and channel, both [B, H], and turns products into parts of gamma's gradient.
 
     scale: the forward pass's. coupling: the gradient of h = GELU(x + bias) is grad * scale + h * coupling, whose second
-    term comes from the norm. grad_gamma: the image's part of the gradient of gamma.
+    term comes from the norm.
     """
     row = tl.program_id(0).to(tl.int64) * H
     total = tl.zeros([BLOCK], tl.float32)
@@ -141,16 +151,18 @@ def coupling_kernel(products, gamma, norm, scale, coupling, grad_gamma, H: tl.co
         response = tl.load(norm + row + c, mask=c < H, other=0.0)
         total += response
         factor = tl.load(gamma + c, mask=c < H, other=0.0)
-        dot += tl.load(products + row + c, mask=c < H, other=0.0) * factor * response
+        dot += _total(products, programs, c, H) * factor * response
     mean = tl.sum(total, 0) / H + GRN_EPS
     of_mean = tl.sum(dot, 0) / (H * mean * mean)
     for start in range(0, H, BLOCK):
         c = start + tl.arange(0, BLOCK)
         response = tl.load(norm + row + c, mask=c < H, other=0.0)
         factor = tl.load(gamma + c, mask=c < H, other=0.0)
-        product = tl.load(products + row + c, mask=c < H, other=0.0)
+        product = _total(products, programs, c, H)
         tl.store(scale + row + c, 1 + factor * response / mean, mask=c < H)
-        tl.store(grad_gamma + row + c, product * response / mean, mask=c < H)
+        for j in range(programs):
+            at = products + row * programs + j * H + c
+            tl.store(at, tl.load(at, mask=c < H, other=0.0) * response / mean, mask=c < H)
         # the norm's gradient at zero is taken as zero
         grad_norm = tl.where(response == 0, 0.0, product * factor / mean - of_mean)
         tl.store(coupling + row + c, grad_norm / tl.where(response == 0, 1.0, response), mask=c < H)
@@ -213,10 +225,10 @@ def gelu_grn(
     x [N, H] is of DTYPES; bias [H], which is added to x, gamma and beta [H] are float32. offsets int64 [B + 1]: image b
     has the positions offsets[b] to offsets[b + 1].
     """
-    partial, grid = _passes(x, offsets)
+    (partial,), grid = _passes(x, offsets, 1)
     scale, channels = torch.empty_like(norm), x.shape[-1]
     launch(squares_kernel, grid, x, bias, offsets, partial, H=channels)
-    launch(response_kernel, (len(norm),), partial.sum(1), gamma, norm, scale, H=channels)
+    launch(response_kernel, (len(norm),), partial, gamma, norm, scale, partial.shape[1], H=channels)
     launch(scale_kernel, grid, x, bias, scale, beta, offsets, out, H=channels)
     return out
 
@@ -240,22 +252,20 @@ def gelu_grn_backward(
     out may be x. Adds the gradients of bias (the sum of grad_x over all positions), gamma and beta to sums, [H] each.
     No scratch memory is needed.
     """
-    products, grid = _passes(x, offsets)
-    channels, totals = x.shape[-1], torch.empty_like(products)
-    scale, coupling, grad_gamma = (torch.empty_like(norm) for _ in range(3))
-    launch(products_kernel, grid, grad, x, bias, offsets, products, totals, H=channels)
-    sums[2].add_(totals.sum((0, 1)))
-    launch(coupling_kernel, (len(norm),), products.sum(1), gamma, norm, scale, coupling, grad_gamma, H=channels)
-    sums[1].add_(grad_gamma.sum(0))
-    tensors = (grad, x, bias, scale, coupling, beta, offsets, grad_x, out, totals)
+    partial, grid = _passes(x, offsets, 3)
+    of_bias, products, of_beta = partial
+    scale, coupling, channels = torch.empty_like(norm), torch.empty_like(norm), x.shape[-1]
+    launch(products_kernel, grid, grad, x, bias, offsets, products, of_beta, H=channels)
+    launch(coupling_kernel, (len(norm),), products, gamma, norm, scale, coupling, products.shape[1], H=channels)
+    tensors = (grad, x, bias, scale, coupling, beta, offsets, grad_x, out, of_bias)
     launch(unscale_kernel, grid, *tensors, H=channels)
-    sums[0].add_(totals.sum((0, 1)))
+    torch._foreach_add_(sums, partial.sum((1, 2)).unbind())
     return grad_x
 
 
-def _passes(x: Tensor, offsets: Tensor) -> tuple[Tensor, Any]:
-    """Partial sums [B, programs, H] and the grid of gelu_grn's passes, for images of about the same size."""
+def _passes(x: Tensor, offsets: Tensor, sums: int) -> tuple[Tensor, Any]:
+    """Partial sums [sums, B, programs, H] and the grid of gelu_grn's passes, for images of about the same size."""
     images, channels = len(offsets) - 1, x.shape[-1]
     programs = max(1, min(MOST_PROGRAMS, triton.cdiv(len(x), max(1, images) * POSITIONS)))
-    partial = x.new_empty(images, programs, channels, dtype=torch.float32)
+    partial = x.new_empty(sums, images, programs, channels, dtype=torch.float32)
     return partial, lambda tile: (images, programs, triton.cdiv(channels, tile["BLOCK_H"]))

@@ -23,7 +23,7 @@ from sparse_fcmae.model.convnext import SIZES
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 TYPES = {"patch_to_row": "*i32", "row_to_patch": "*i64", "offsets": "*i64"} | dict.fromkeys(
-    ("blocks", "first", "rows", "cols", "positions", "per_program", "magnitude"), "i32"
+    ("blocks", "first", "rows", "cols", "positions", "per_program", "programs", "magnitude"), "i32"
 )
 
 CONVOLUTIONS = (  # what is None, what is bfloat16: forward pass of a block, its gradient; with neither norm nor sum
