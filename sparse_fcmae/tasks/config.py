@@ -69,7 +69,9 @@ class PretrainConfig(RunConfig):
     seed: int = seed_option("of weights, data order, augmentation and masks")
 
     compile: bool = option(False, help="compile the model with torch.compile", resumable=True)
-    cuda_graphs: bool = option(False, help="replay the training step from CUDA graphs (GPU only)", resumable=True)
+    cuda_graphs: bool | None = option(
+        None, help="replay the training step from CUDA graphs [yes on a GPU, in one process]", resumable=True
+    )
 
     knn: str | None = option(
         None, help="labelled folder with train and val or test: k-NN on it meanwhile", path=True, resumable=True

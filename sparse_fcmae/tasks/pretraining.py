@@ -77,7 +77,7 @@ class Pretraining(Task):
         config, recipe = pretraining_recipe(config, len(self.source), ranks.world)
         dtype = choose_dtype(config.dtype, ranks.device, config.backend)
         self.config = config = replace(config, dtype="bf16" if dtype == torch.bfloat16 else "fp32")
-        check_acceleration(config, ranks)
+        self.cuda_graphs = accelerated(config, ranks)
         checkpoint = newest_checkpoint(Path(config.out)) if config.resume else None
         self.model, notes = build_fcmae(config, resumed=checkpoint is not None)
         self.model.to(ranks.device)
@@ -85,7 +85,7 @@ class Pretraining(Task):
 
         trained = torch.compile(self.model, fullgraph=True, dynamic=False) if config.compile else self.model
         self.objective = PretrainingObjective(trained, self.model.num_visible(self.size))
-        self.step_type = GraphedTrainStep if config.cuda_graphs else Task.step_type
+        self.step_type = GraphedTrainStep if self.cuda_graphs else Task.step_type
         view = evaluation_view(config, self.size, config.in_chans, ranks.device)
         self.monitor = KNNMonitor(config.knn, view, ranks) if config.knn else None
         self.evaluates = self.evaluates_untrained = self.monitor is not None
@@ -98,14 +98,15 @@ class Pretraining(Task):
             self.notes += hints(self.model.encoder, samples)
         self.description = (
             f"{config.model} on {ranks.device}, backend {resolve_backend(config.backend, ranks.device.type).name}, "
-            f"{config.dtype}, {sum(p.numel() for p in self.model.parameters()) / 1e6:.1f} M parameters with the decoder"
+            f"{config.dtype}, {'from CUDA graphs, ' if self.cuda_graphs else ''}"
+            f"{sum(p.numel() for p in self.model.parameters()) / 1e6:.1f} M parameters with the decoder"
         )
 
     def dataset(self) -> TrainingImages:
         return TrainingImages(self.source, self.training_view, self.config.seed)
 
     def optimizer(self) -> torch.optim.Optimizer:
-        return adamw(self.model, self.config.weight_decay, BETAS, capturable=self.config.cuda_graphs)
+        return adamw(self.model, self.config.weight_decay, BETAS, capturable=self.cuda_graphs)
 
     def inputs(self, batch: Batch, step: int, first: int) -> tuple[Tensor, Tensor]:
         """Pixels and masks. The masks of the whole global batch are drawn together, whatever the number of ranks."""
@@ -138,8 +139,11 @@ class Pretraining(Task):
         log.say(f"pretrained encoder in {exported}; use it with\n\n{usage_example(self.model.encoder, exported)}")
 
 
-def check_acceleration(config: PretrainConfig, ranks: Ranks) -> None:
-    """Raises UserError where CUDA graphs or compilation are asked for but can't be had."""
+def accelerated(config: PretrainConfig, ranks: Ranks) -> bool:
+    """Whether the step is replayed from CUDA graphs: as asked for, or else wherever it can be.
+
+    Raises UserError where CUDA graphs or compilation are asked for but can't be had.
+    """
     device = ranks.device.type
     if config.cuda_graphs and (device != "cuda" or ranks.world > 1):
         where = f"on {device}" if device != "cuda" else "in several processes"
@@ -147,3 +151,6 @@ def check_acceleration(config: PretrainConfig, ranks: Ranks) -> None:
     backend = resolve_backend(config.backend, device)
     if not backend.compilable and (config.compile or config.cuda_graphs):
         raise UserError(f"backend {backend.name} can't be compiled or captured: leave out `compile` and `cuda_graphs`")
+    if config.cuda_graphs is None:
+        return device == "cuda" and ranks.world == 1 and backend.compilable
+    return config.cuda_graphs
