@@ -20,7 +20,7 @@ from sparse_fcmae.benchmarks.engine import Candidate, Run, benchmark, take_turns
 from sparse_fcmae.benchmarks.gates import LOGITS, falling_loss, relative
 from sparse_fcmae.benchmarks.results import Columns, Row
 from sparse_fcmae.benchmarks.steps import Training, move_parameters
-from sparse_fcmae.data.statistics import normalise
+from sparse_fcmae.data.format import ImageFormat
 from sparse_fcmae.model.classifier import Classifier
 from sparse_fcmae.model.fcmae import FCMAE
 from sparse_fcmae.model.flops import count, module_macs
@@ -173,7 +173,7 @@ class Objective(nn.Module):
 
     def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
         if labels is None:
-            return self.model(normalise(images)).loss
+            return self.model(ImageFormat.imagenet().normalise(images)).loss
         return F.cross_entropy(logits(self.model, images).float(), labels)
 
 

@@ -20,9 +20,9 @@ from sparse_fcmae.benchmarks.engine import Candidate, Run, benchmark, take_turns
 from sparse_fcmae.benchmarks.gates import PIXELS
 from sparse_fcmae.benchmarks.results import Columns, Row
 from sparse_fcmae.data.batches import EvaluationImages, Sample, TrainingImages
-from sparse_fcmae.data.decode import to_eight_bits
+from sparse_fcmae.data.decoders.photograph import to_eight_bits
+from sparse_fcmae.data.format import ImageFormat
 from sparse_fcmae.data.sources.folder import ImageFolder
-from sparse_fcmae.data.statistics import IMAGENET_MEAN, IMAGENET_STD, normalise
 from sparse_fcmae.data.views import RandomView, random_crop_box
 from sparse_fcmae.runtime.errors import UserError
 from sparse_fcmae.runtime.options import image_size_of
@@ -63,7 +63,7 @@ def data(config: DataConfig, device: torch.device) -> Iterator[list[Row]]:
     indices = [i for i in looked_at if not decoded[i].bad]
     if not indices:
         raise UserError(f"`data` {config.data}: none of the first {len(looked_at)} images can be read")
-    count, crops = len(indices), TrainingImages(source, RandomView(size, in_chans=3), config.seed)
+    count, crops = len(indices), TrainingImages(source, RandomView(size), config.seed)
     row = {"images": count, "unreadable": len(looked_at) - count or None}
 
     def theirs(make: Callable[[tuple[int, int]], Transform]) -> Run:
@@ -71,7 +71,7 @@ def data(config: DataConfig, device: torch.device) -> Iterator[list[Row]]:
         images = EvaluationImages(source, lambda file: transform(Image.open(file).convert("RGB")))
         return partial(load_all, lambda index: images[index], indices, config.seed)
 
-    ours = partial(load_all, lambda index: crops[0, index], indices, config.seed, normalise)
+    ours = partial(load_all, lambda index: crops[0, index], indices, config.seed, ImageFormat.imagenet().normalise)
     gate = partial(same_pixels, crops, indices[:COMPARED])
     candidates = [Candidate(OURS, lambda: ours, {"candidate": OURS} | row, count, gate)]
     for name, make in CANDIDATES.items():
@@ -101,7 +101,7 @@ def torchvision_transform(module: str, size: tuple[int, int]) -> Transform:
     entry(module, "Compose")  # raises UserError with the reason where it can't be imported
     t = import_module(module)
     crop = t.RandomResizedCrop(size, scale=(0.2, 1.0), interpolation=t.InterpolationMode.BICUBIC, antialias=True)
-    crop_and_flip, norm = [crop, t.RandomHorizontalFlip()], t.Normalize(IMAGENET_MEAN, IMAGENET_STD)
+    crop_and_flip, norm = [crop, t.RandomHorizontalFlip()], t.Normalize(*ImageFormat.imagenet().in_units)
     if module.endswith("v2"):
         return t.Compose([t.ToImage(), *crop_and_flip, t.ToDtype(torch.float32, scale=True), norm])
     return t.Compose([*crop_and_flip, t.ToTensor(), norm])

@@ -14,6 +14,7 @@ from sparse_fcmae.backends import BACKENDS
 from sparse_fcmae.benchmarks.config import GflopsConfig, ThroughputConfig
 from sparse_fcmae.benchmarks.engine import Run, torch_threads
 from sparse_fcmae.benchmarks.results import Row
+from sparse_fcmae.data.format import ImageFormat
 from sparse_fcmae.model.convnext import SIZES, SparseEncoder
 from sparse_fcmae.model.fcmae import FCMAE
 from sparse_fcmae.model.flops import decoder_products, stage_products, visible_patches
@@ -224,7 +225,7 @@ def pretraining_step(case: Case, backend: str, kind: type[TrainStep]) -> Trainin
     def inputs() -> tuple[Tensor, Tensor]:
         return case.pixels, fcmae.draw_mask(case.batch_size, case.image_size, device=case.device)
 
-    objective = PretrainingObjective(fcmae.with_backend(backend), case.num_visible)
+    objective = PretrainingObjective(fcmae.with_backend(backend), ImageFormat.imagenet(), case.num_visible)
     run = Training(objective, inputs, BETAS, LR, case.bf16, kind)
     for _ in range(WARMUP + 1 if kind is GraphedTrainStep else 0):
         run()

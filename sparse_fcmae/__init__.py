@@ -16,6 +16,7 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time see __getattr__
     from sparse_fcmae.weights.convert import convert as convert
     from sparse_fcmae.weights.read import load_classifier as load_classifier
     from sparse_fcmae.weights.read import load_encoder as load_encoder
+    from sparse_fcmae.weights.read import load_transform as load_transform
 
 __version__ = "0.1.0"
 
@@ -29,6 +30,7 @@ PUBLIC = {  # name: the module that it is imported from when it is first used
     "evaluate": "evaluation.evaluate",
     "finetune": "tasks.classification",
     "load_classifier": "weights.read",
+    "load_transform": "weights.read",
     "load_encoder": "weights.read",
     "pretrain": "tasks.pretraining",
     "random_mask": "model.masking",

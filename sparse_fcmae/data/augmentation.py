@@ -9,9 +9,9 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
-from sparse_fcmae.data.statistics import IMAGENET_MEAN
+from sparse_fcmae.data.format import IMAGENET_MEAN
 
-FILL = tuple(round(255 * value) for value in IMAGENET_MEAN)  # the colour of what moves into the picture
+FILL = tuple(round(value) for value in IMAGENET_MEAN)  # the colour of what moves into the picture
 
 
 def _move(image: Image.Image, *coefficients: float) -> Image.Image:

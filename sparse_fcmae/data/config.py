@@ -19,10 +19,33 @@ class ReadingConfig:
         above=0,
         resumable=True,
     )
+    pages: str | None = option(
+        None,
+        help="what the pages of a file are: channels, or max for the greatest value of each pixel",
+        choices=("channels", "max"),
+    )
+    nodata: float | None = option(None, help="the value of pixels without data [what a TIFF says]")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ViewConfig(ReadingConfig):
+class FormatConfig(ReadingConfig):
+    """Options of what images are read as, where weights do not fix it."""
+
+    in_chans: int | None = option(
+        None, help="channels [those of the images; of photographs 3, or 1 where all are grey]", above=0
+    )
+    channels: str | None = option(None, help="which channels of the files to read, counted from 1, as 4,3,2 [all]")
+    stats: str | None = option(
+        None,
+        help="what images are normalised with: their own mean and deviation, or ImageNet's [imagenet for 8-bit colour]",
+        choices=("data", "imagenet"),
+    )
+    mean: str | None = option(None, help="or these means, one a channel, in the values' own units, as 1510,380")
+    std: str | None = option(None, help="and these deviations")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ViewConfig(FormatConfig):
     """Options of the random crops that are trained on."""
 
     min_crop: float = option(0.2, help="least fraction of the area in a random crop", above=0, at_most=1)

@@ -6,20 +6,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparse_fcmae.data.statistics import normalise
+from sparse_fcmae.data.format import ImageFormat
 from sparse_fcmae.runtime.errors import UserError
 
 
 class Mixing:
     """Normalises images, erases boxes of them, and mixes each with another one and its label.
 
-    random_erasing: the probability that an image gets a box of normal noise. mixup, cutmix: alpha of the beta
-    distribution of the fraction that is mixed in, 0 for none. Where both are given, a micro-batch gets one of them at
-    random. Random numbers come from torch's global generator. Raises UserError where kornia is needed but missing.
+    form: of the images. random_erasing: the probability that an image gets a box of normal noise. mixup, cutmix: alpha
+    of the beta distribution of the fraction that is mixed in, 0 for none. Where both are given, a micro-batch gets one
+    of them at random. Random numbers come from torch's global generator. Raises UserError where kornia is needed but
+    missing.
     """
 
-    def __init__(self, classes: int, *, random_erasing: float, mixup: float, cutmix: float) -> None:
-        self.classes, self.alpha = classes, mixup
+    def __init__(self, classes: int, form: ImageFormat, *, random_erasing: float, mixup: float, cutmix: float) -> None:
+        self.classes, self.form, self.alpha = classes, form, mixup
         self.erasing = self.mixup = self.cutmix = None
         if not (random_erasing or mixup or cutmix):
             return
@@ -39,11 +40,11 @@ class Mixing:
             self.cutmix = K.RandomCutMixV2(data_keys=keys, same_on_batch=True, beta=cutmix, use_correct_lambda=True)
 
     def __call__(self, pixels: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """uint8 [B, H, W, C] and labels int64 [B] -> images float32 [B, C, H, W] and targets.
+        """Pixels [B, H, W, C] and labels int64 [B] -> images float32 [B, C, H, W] and targets.
 
         The targets are the labels, or where images are mixed, the fractions of the classes, float32 [B, classes].
         """
-        images = normalise(pixels)
+        images = self.form.normalise(pixels)
         if self.erasing is not None:
             untouched = self.erasing(torch.ones_like(images[:, :1])) > 0
             images = torch.where(untouched, images, torch.randn_like(images))

@@ -1,6 +1,6 @@
 """What a model sees of an image: a crop of it in the model's size, random in training and centred in evaluation.
 
-A view is called with an image's file and returns its pixels, uint8 [height, width, channels].
+A view is called with an image's file and returns its pixels, [height, width, channels] of the dtype that is read.
 """
 
 import math
@@ -9,15 +9,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from sparse_fcmae.data.config import MAX_MEGAPIXELS, RATIOS
-from sparse_fcmae.data.decode import File, decode, of_any_size, open_image, upright_size
+from sparse_fcmae.data.config import RATIOS
+from sparse_fcmae.data.decoders import File, open_image
+from sparse_fcmae.data.decoders.image import PHOTOGRAPHS, Box, Reading
+from sparse_fcmae.data.decoders.photograph import to_tensor
 
-FINER = 2  # a crop decoded at a reduced scale has at least this many times the view's pixels a side: fewer would show
-Box = tuple[int, int, int, int]  # left, top, right, bottom, in pixels
 Augment = Callable[[Image.Image, np.random.Generator], Image.Image]
 
 
@@ -25,53 +24,50 @@ Augment = Callable[[Image.Image, np.random.Generator], Image.Image]
 class RandomView:
     """A random resized crop, flipped horizontally in half of the cases, and augmented where `augment` is given.
 
-    size: (height, width) in pixels. in_chans: 3 for colour, 1 for greyscale. min_area: the least fraction of the
-    image's area that a crop shows. ratios: the least and the greatest width of a crop by its height. hflip: whether
-    crops are flipped. rotate: each of the eight ways to turn and flip a crop is as likely, whatever hflip is.
-    max_megapixels: of an image. All is drawn from the generator that the view is called with.
+    size: (height, width) in pixels. reading: as what images are read. min_area: the least fraction of the image's area
+    that a crop shows. augment: of photographs. ratios: the least and the greatest width of a crop by its height. hflip:
+    whether crops are flipped. rotate: each of the eight ways to turn and flip a crop is as likely, whatever hflip is.
+    All is drawn from the generator that the view is called with.
     """
 
     size: tuple[int, int]
-    in_chans: int
+    reading: Reading = PHOTOGRAPHS
     min_area: float = 0.2
     augment: Augment | None = None
     ratios: tuple[float, float] = RATIOS
     hflip: bool = True
     rotate: bool = False
-    max_megapixels: float = MAX_MEGAPIXELS
 
     def __call__(self, file: File, rng: np.random.Generator) -> Tensor:
-        image = open_image(file, self.max_megapixels)
+        image = open_image(file, self.reading)
         quarter_turns = int(rng.integers(4)) if self.rotate else 0
         size, ratios = self.size, self.ratios
         if quarter_turns % 2:
             size, ratios = size[::-1], (1 / ratios[1], 1 / ratios[0])
-        box = random_crop_box(*upright_size(image), rng, (self.min_area, 1.0), ratios)
+        box = random_crop_box(*image.size, rng, (self.min_area, 1.0), ratios)
         flipped = rng.random() < 0.5 and (self.hflip or self.rotate)
-        pixels = resized_crop(image, box, size, self.in_chans)
+        pixels = image.resized_crop(box, size)
         if self.augment:
             pixels = to_tensor(self.augment(Image.fromarray(pixels.squeeze(-1).numpy()), rng))
-        pixels = pixels.flip(1) if flipped else pixels
-        return pixels.rot90(quarter_turns).contiguous()
+        array = pixels.numpy()[:, ::-1] if flipped else pixels.numpy()  # as torch can't turn all dtypes
+        return torch.from_numpy(np.ascontiguousarray(np.rot90(array, quarter_turns)))
 
 
 @dataclass(frozen=True)
 class CentreView:
     """A centred crop.
 
-    size: (height, width) in pixels. in_chans: 3 for colour, 1 for greyscale. crop_fraction: the sides of the crop
-    relative to the largest one that the image has of this shape. max_megapixels: of an image.
+    size: (height, width) in pixels. reading: as what images are read. crop_fraction: the sides of the crop relative to
+    the largest one that the image has of this shape.
     """
 
     size: tuple[int, int]
-    in_chans: int
+    reading: Reading = PHOTOGRAPHS
     crop_fraction: float = 1.0
-    max_megapixels: float = MAX_MEGAPIXELS
 
     def __call__(self, file: File) -> Tensor:
-        image, (height, width) = open_image(file, self.max_megapixels), self.size
-        box = centre_crop_box(*upright_size(image), width / height, self.crop_fraction)
-        return resized_crop(image, box, self.size, self.in_chans)
+        image, (height, width) = open_image(file, self.reading), self.size
+        return image.resized_crop(centre_crop_box(*image.size, width / height, self.crop_fraction), self.size)
 
 
 def default_crop_fraction(size: tuple[int, int]) -> float:
@@ -109,25 +105,3 @@ def centre_crop_box(width: int, height: int, aspect: float, crop_fraction: float
     w, h = round(crop_fraction * min(width, height * aspect)), round(crop_fraction * min(height, width / aspect))
     left, top = (width - w) // 2, (height - h) // 2
     return left, top, left + max(w, 1), top + max(h, 1)
-
-
-@of_any_size()
-def resized_crop(image: Image.Image, box: Box, size: tuple[int, int], in_chans: int) -> Tensor:
-    """A box of an opened image in another size: uint8 [height, width, channels].
-
-    Resampling is bicubic with antialiasing. Torch does it where it can, which takes a fifth of Pillow's time.
-    """
-    height, width = size
-    shrink = min((box[2] - box[0]) / width, (box[3] - box[1]) / height)
-    decoded = decode(image, in_chans, shrink / FINER)
-    if decoded.scale == 1:
-        crop = to_tensor(decoded.image.crop(box))[None].movedim(-1, 1)  # still channels last in memory
-        return F.interpolate(crop, size, mode="bicubic", antialias=True)[0].movedim(0, -1).contiguous()
-    # the box lies between pixels, which only Pillow allows
-    return to_tensor(decoded.image.resize((width, height), Image.Resampling.BICUBIC, box=decoded.place(box)))
-
-
-def to_tensor(image: Image.Image) -> Tensor:
-    """The pixels of an image of 8 bits: uint8 [height, width, channels]."""
-    array = np.array(image)  # a copy, as torch wants what it may write to
-    return torch.from_numpy(array.reshape(*array.shape[:2], -1))

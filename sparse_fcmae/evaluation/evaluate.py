@@ -11,10 +11,12 @@ from torch import nn
 
 from sparse_fcmae.backends import choose_dtype
 from sparse_fcmae.data.batches import BadImage
+from sparse_fcmae.data.decoders.image import reading_of
 from sparse_fcmae.data.sources import LabelledSource
 from sparse_fcmae.data.sources.class_folder import open_held_out, open_splits
 from sparse_fcmae.data.sources.corruptions import find_corruptions
 from sparse_fcmae.data.splits import few_labels
+from sparse_fcmae.data.survey import reading_options
 from sparse_fcmae.data.views import default_crop_fraction
 from sparse_fcmae.evaluation.accuracy import accuracy
 from sparse_fcmae.evaluation.config import EvaluateConfig
@@ -42,7 +44,6 @@ def evaluate(options: dict[str, Any]) -> dict[str, Any]:
     """
     config = checked(options)
     weights = read_weights(config.init).per_image()
-    weights.check_usable(config.init)
     view = view_of(config, weights)
     out = Path(config.out) if config.out else None
     if out:
@@ -81,13 +82,13 @@ def view_of(config: EvaluateConfig, weights: Weights) -> EvaluationView:
         SparseEncoder(**weights.architecture).grid(*size)
     return EvaluationView(
         size=size,
-        in_chans=weights.architecture["in_chans"],
+        form=weights.form,
+        reading=reading_of(weights.form, **reading_options(config)),
         crop_fraction=config.crop_fraction or default_crop_fraction(size),
         device=device,
         bf16=choose_dtype(config.dtype, device, config.backend) == torch.bfloat16,
         batch_size=config.batch_size,
         num_workers=loader_processes(device, config.num_workers),
-        max_megapixels=config.max_megapixels,
     )
 
 

@@ -9,9 +9,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sparse_fcmae.data.batches import BadImage, EvaluationImages, make_loader
-from sparse_fcmae.data.config import MAX_MEGAPIXELS
+from sparse_fcmae.data.decoders.image import Reading
+from sparse_fcmae.data.format import ImageFormat
 from sparse_fcmae.data.sources import ImageSource
-from sparse_fcmae.data.statistics import normalise
 from sparse_fcmae.data.views import CentreView
 from sparse_fcmae.runtime.errors import UserError
 
@@ -20,19 +20,19 @@ from sparse_fcmae.runtime.errors import UserError
 class EvaluationView:
     """What a model sees of every image, and what runs it.
 
-    size: (height, width) in pixels. in_chans: 3 for colour, 1 for greyscale. crop_fraction and max_megapixels: as in
-    `CentreView`. device: the model's. bf16: whether it computes in bfloat16, by autocast. batch_size: images at once.
-    num_workers: processes that load images, 0 for none but the calling one.
+    size: (height, width) in pixels. form: what the model takes. reading: as what images are read for that.
+    crop_fraction: as in `CentreView`. device: the model's. bf16: whether it computes in bfloat16, by autocast.
+    batch_size: images at once. num_workers: processes that load images, 0 for none but the calling one.
     """
 
     size: tuple[int, int]
-    in_chans: int
+    form: ImageFormat
+    reading: Reading
     crop_fraction: float
     device: torch.device
     bf16: bool = False
     batch_size: int = 64
     num_workers: int = 0
-    max_megapixels: float = MAX_MEGAPIXELS
 
 
 @torch.no_grad()
@@ -45,7 +45,7 @@ def run_model(
     unreadable images, which are left out. description: the text of a progress bar, which the source's notes precede;
     None for neither bar nor notes. Raises UserError where no image is readable.
     """
-    dataset = EvaluationImages(source, CentreView(view.size, view.in_chans, view.crop_fraction, view.max_megapixels))
+    dataset = EvaluationImages(source, CentreView(view.size, view.reading, view.crop_fraction))
     batches = [part.tolist() for part in torch.arange(len(source)).split(view.batch_size)]
     loader = make_loader(dataset, batches, view.num_workers, pin_memory=view.device.type == "cuda")
     outputs, index, bad = [], [], []
@@ -55,7 +55,7 @@ def run_model(
         for batch in loader:
             bad += batch.bad
             if len(batch.pixels):
-                images = normalise(batch.pixels.to(view.device, non_blocking=True))
+                images = view.form.normalise(batch.pixels.to(view.device, non_blocking=True))
                 with torch.autocast(view.device.type, torch.bfloat16, enabled=view.bf16):
                     outputs.append(function(images).float().cpu())
                 index.append(batch.index)

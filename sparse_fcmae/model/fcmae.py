@@ -78,8 +78,9 @@ class FCMAE(nn.Module):
         mask: Tensor | None = None,
         generator: torch.Generator | None = None,
         num_visible: int | None = None,
+        recorded: Tensor | None = None,
     ) -> FCMAEOutput:
-        """images: floating [B, C, H, W], normalised.
+        """images: floating [B, C, H, W], normalised. recorded: as in `loss`.
 
         mask: bool [B, H/P, W/P], True = masked. Where it is None, one is drawn from `generator`, or without that on the
         images' device. num_visible: as in `SparseEncoder.forward`; it is known where the mask is drawn here.
@@ -91,7 +92,7 @@ class FCMAE(nn.Module):
         mask = mask.to(images.device)
         features = self.encoder(images, mask, num_visible)
         prediction = self.decode(features, mask)
-        return FCMAEOutput(self.loss(images, prediction, mask), prediction, mask)
+        return FCMAEOutput(self.loss(images, prediction, mask, recorded), prediction, mask)
 
     def decode(self, features: Tensor, mask: Tensor) -> Tensor:
         """Features [B, D, H/P, W/P] of the visible patches -> prediction [B, L, P * P * C] of all patches."""
@@ -104,15 +105,34 @@ class FCMAE(nn.Module):
             x = block(x, patches)
         return pointwise(patches.scatter(x).permute(0, 2, 3, 1), self.pred).flatten(1, 2)
 
-    def loss(self, images: Tensor, prediction: Tensor, mask: Tensor) -> Tensor:
-        """Mean squared error over the pixels of the masked patches, in float32."""
+    def loss(self, images: Tensor, prediction: Tensor, mask: Tensor, recorded: Tensor | None = None) -> Tensor:
+        """Mean squared error over the pixels of the masked patches, in float32.
+
+        recorded: bool [B, C, H, W], where the images have values, None for everywhere. The others count neither in the
+        targets nor in the error, and a patch without any does not count at all.
+        """
         target = patchify(images.float(), self.patch_size)
+        if recorded is not None:
+            return self._loss_of_recorded(target, prediction.float(), mask, patchify(recorded.float(), self.patch_size))
         if self.norm_pix_loss:
             variance, mean = torch.var_mean(target, dim=-1, keepdim=True)
             target = (target - mean) / (variance + TARGET_EPS).sqrt()
         error = F.mse_loss(prediction.float(), target, reduction="none").mean(-1)
         masked = mask.flatten(1)
         return error.masked_fill(~masked, 0).sum() / masked.sum().clamp_min(1)
+
+    def _loss_of_recorded(self, target: Tensor, prediction: Tensor, mask: Tensor, recorded: Tensor) -> Tensor:
+        """The loss over the values of the patches [B, L, P * P * C] that are recorded: 1 where one is, 0 elsewhere."""
+        count = recorded.sum(-1, keepdim=True)
+        if self.norm_pix_loss:
+            mean = (target * recorded).sum(-1, keepdim=True) / count.clamp_min(1)
+            deviation = (target - mean) * recorded
+            variance = deviation.square().sum(-1, keepdim=True) / (count - 1).clamp_min(1)
+            target = deviation / (variance + TARGET_EPS).sqrt()
+        squares = ((prediction - target) * recorded).square()
+        error = squares.sum(-1) / count.squeeze(-1).clamp_min(1)
+        counted = mask.flatten(1) & (count.squeeze(-1) > 0)
+        return error.masked_fill(~counted, 0).sum() / counted.sum().clamp_min(1)
 
     def draw_mask(
         self,

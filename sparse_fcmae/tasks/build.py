@@ -5,10 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from sparse_fcmae.data.config import ratios_of
+from sparse_fcmae.data.decoders.image import reading_of
+from sparse_fcmae.data.format import ImageFormat
+from sparse_fcmae.data.sources import ImageSource, LabelledSource
+from sparse_fcmae.data.survey import reading_options, survey
 from sparse_fcmae.data.views import Augment, RandomView, default_crop_fraction
 from sparse_fcmae.evaluation.run import EvaluationView
 from sparse_fcmae.model.classifier import Classifier
@@ -16,16 +20,28 @@ from sparse_fcmae.model.fcmae import FCMAE
 from sparse_fcmae.runtime.device import loader_processes
 from sparse_fcmae.runtime.errors import UserError
 from sparse_fcmae.runtime.options import image_size_of, shown_size
+from sparse_fcmae.runtime.run_folder import RunFolder
 from sparse_fcmae.tasks.config import FinetuneConfig, PretrainConfig
 from sparse_fcmae.tasks.recipes import finetuning_recipe
 from sparse_fcmae.training.config import RunConfig
 from sparse_fcmae.weights.read import read_weights
 
+STEM = "downsample_layers.0.0.weight"
+
 
 def options_of_weights(path: str | Path) -> dict[str, Any]:
-    """The options of pretraining under which a model has the shape of these weights."""
+    """The options of pretraining under which a model has the shape of these weights, whatever its channels."""
     found = read_weights(path, whole=True).architecture
-    return {"model": found["name"], **{name: found[name] for name in ("image_size", "in_chans", "stem_stride")}}
+    return {"model": found["name"], **{name: found[name] for name in ("image_size", "stem_stride")}}
+
+
+def format_of_run(config: PretrainConfig, source: ImageSource) -> tuple[ImageFormat, list[str]]:
+    """The images that pretraining takes: those of the run that is resumed, or what its source is found to hold."""
+    if config.resume:
+        saved = RunFolder(config.out, config.task).saved_options() or {}
+        known = saved.get("images")  # which runs of earlier versions have not
+        return (ImageFormat.of_json(known) if known else ImageFormat.imagenet(config.in_chans)), []
+    return survey(source, config, config.seed, read_weights(config.init, whole=True).form if config.init else None)
 
 
 def build_fcmae(config: PretrainConfig, resumed: bool) -> tuple[FCMAE, list[str]]:
@@ -33,7 +49,6 @@ def build_fcmae(config: PretrainConfig, resumed: bool) -> tuple[FCMAE, list[str]
 
     resumed: the weights come from the run's checkpoint, so those of `init` are not needed.
     """
-    check_channels(config.in_chans)
     torch.manual_seed(config.seed)
     model = FCMAE(
         config.model,
@@ -58,44 +73,62 @@ def load_into(model: FCMAE, path: str) -> list[str]:
     Returns what there is to say about it. Raises UserError where the checkpoint is of another architecture.
     """
     weights = read_weights(path, whole=True)
-    weights.check_usable(path)
-    for name in ("name", "in_chans", "stem_stride"):
+    for name in ("name", "stem_stride"):
         there, here = weights.architecture[name], getattr(model.encoder, name)
         if there != here:
             option = "model" if name == "name" else name
             raise UserError(f"`init` {path} has `{option}` {there}, not {here}: give `{option}={there}`")
-    model.encoder.load_state_dict(weights.without("norm", "head", "decoder"))
+    encoder, notes = weights.without("norm", "head", "decoder"), list(weights.notes)
+    stem, in_chans = encoder[STEM], model.encoder.in_chans
+    if stem.shape[1] != in_chans:
+        encoder[STEM] = stem_for(stem, in_chans)
+        how = "summed" if in_chans == 1 else "repeated and scaled"
+        notes.append(f"the stem's weights of {stem.shape[1]} channels are {how} for {in_chans}")
+    model.encoder.load_state_dict(encoder)
     own = {key: value for key, value in model.state_dict().items() if not key.startswith("encoder.")}
     decoder = {key: value for key, value in weights.state.items() if key in own}
     fits = {key: value.shape for key, value in decoder.items()} == {key: value.shape for key, value in own.items()}
     if fits:
         model.load_state_dict(decoder, strict=False)
-        return [f"going on from the encoder and decoder of {path}", *weights.notes]
-    return [f"going on from the encoder of {path}", "new decoder", *weights.notes]
+        return [f"going on from the encoder and decoder of {path}", *notes]
+    return [f"going on from the encoder of {path}", "new decoder", *notes]
+
+
+def stem_for(stem: Tensor, in_chans: int) -> Tensor:
+    """A stem's weights [D, C, S, S] for other channels, as timm adapts them.
+
+    For one channel it is their sum. For several they are repeated in turn and scaled by C / in_chans, so that the
+    features keep their size.
+    """
+    channels = stem.shape[1]
+    if in_chans == 1:
+        return stem.sum(1, keepdim=True)
+    return stem[:, [number % channels for number in range(in_chans)]] * (channels / in_chans)
 
 
 def build_classifier(
-    config: FinetuneConfig, classes: tuple[str, ...], checkpoint: Path | None = None
-) -> tuple[Classifier, FinetuneConfig, list[str]]:
-    """The classifier that fine-tuning starts with, the config without open ends, and what to say about the weights.
+    config: FinetuneConfig, images: LabelledSource, checkpoint: Path | None = None
+) -> tuple[Classifier, ImageFormat, FinetuneConfig, list[str]]:
+    """The classifier that fine-tuning starts with, the images that it takes, the config without open ends, and what to
+    say about the weights.
 
     The head of the weights is kept where it is for these classes, or for as many whose names are not known. Where there
     is a checkpoint of the run, the weights are its own, and there is nothing to say about them.
     """
-    torch.manual_seed(config.seed)
-    source = checkpoint or config.init
+    source, classes = checkpoint or config.init, images.classes
     if source is None:
-        check_channels(config.in_chans)
-        weights, size, notes = None, (224, 224), ["starting from random weights"]
-        shape = {"name": config.model, "in_chans": config.in_chans, "stem_stride": config.stem_stride}
+        form, remarks = survey(images, config, config.seed)
+        weights, size, notes = None, (224, 224), ["starting from random weights", *remarks]
+        shape = {"name": config.model, "in_chans": form.in_chans, "stem_stride": config.stem_stride}
     else:
         weights = read_weights(source)
-        weights.check_usable(source)
-        shape, notes = {**weights.architecture, "grn_scope": "image"}, list(weights.notes)
+        form, notes = weights.form, list(weights.notes)
+        shape = {**weights.architecture, "grn_scope": "image"}
         size = shape.pop("image_size")
     config, recipe = finetuning_recipe(config, shape["name"])
     size = image_size_of(config.image_size) if config.image_size else size
     options = {"image_size": size, "backend": config.backend, "drop_path": config.drop_path}
+    torch.manual_seed(config.seed)
     model = Classifier(**shape, **options, num_classes=len(classes))
     if weights:
         fits = weights.num_classes == len(classes) and weights.classes in (None, classes)
@@ -106,7 +139,8 @@ def build_classifier(
         model.requires_grad_(False)
         model.norm.requires_grad_(True)
         model.head.requires_grad_(True)
-    return model, replace(config, image_size=shown_size(size)), ([] if checkpoint else notes) + recipe
+    config = replace(config, image_size=shown_size(size), in_chans=form.in_chans)
+    return model, form, config, ([] if checkpoint else notes) + recipe
 
 
 def moving_average(model: nn.Module, decay: float) -> AveragedModel:
@@ -114,37 +148,32 @@ def moving_average(model: nn.Module, decay: float) -> AveragedModel:
     return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))
 
 
-def check_channels(in_chans: int) -> None:
-    """Raises UserError for channels that image files do not give."""
-    if in_chans not in (1, 3):
-        raise UserError(f"`in_chans` {in_chans}: image files give 3 channels (colour) or 1 (greyscale)")
-
-
 def training_view(
-    config: RunConfig, size: tuple[int, int], in_chans: int, augment: Augment | None = None
+    config: RunConfig, size: tuple[int, int], form: ImageFormat, augment: Augment | None = None
 ) -> RandomView:
     """How a run of this config looks at images that it is trained on. Raises UserError for impossible ratios."""
     return RandomView(
         size,
-        in_chans,
+        reading_of(form, **reading_options(config)),
         min_area=config.min_crop,
         augment=augment,
         ratios=ratios_of(config.crop_ratio),
         hflip=config.hflip,
         rotate=config.rotate,
-        max_megapixels=config.max_megapixels,
     )
 
 
-def evaluation_view(config: RunConfig, size: tuple[int, int], in_chans: int, device: torch.device) -> EvaluationView:
+def evaluation_view(
+    config: RunConfig, size: tuple[int, int], form: ImageFormat, device: torch.device
+) -> EvaluationView:
     """How a run of this config looks at images that it is evaluated on."""
     return EvaluationView(
         size,
-        in_chans,
+        form,
+        reading_of(form, **reading_options(config)),
         default_crop_fraction(size),
         device,
         bf16=config.dtype == "bf16",
         batch_size=config.micro_batch_size,
         num_workers=loader_processes(device, config.num_workers),
-        max_megapixels=config.max_megapixels,
     )

@@ -23,7 +23,6 @@ from sparse_fcmae.runtime.run_folder import newest_checkpoint
 from sparse_fcmae.runtime.streams import Stream, torch_seed
 from sparse_fcmae.tasks.build import build_classifier, evaluation_view, moving_average, training_view
 from sparse_fcmae.tasks.config import FinetuneConfig
-from sparse_fcmae.tasks.hints import losses
 from sparse_fcmae.training.config import OF_WEIGHTS
 from sparse_fcmae.training.configure import configure
 from sparse_fcmae.training.log import RunLog
@@ -62,7 +61,7 @@ class ClassificationObjective(nn.Module):
         self.model, self.mix, self.label_smoothing = model, mix, label_smoothing
 
     def forward(self, pixels: Tensor, labels: Tensor) -> Tensor:
-        """pixels: uint8 [b, H, W, C]. labels: int64 [b]."""
+        """pixels: [b, H, W, C]. labels: int64 [b]."""
         with torch.autocast(pixels.device.type, enabled=False):
             images, targets = self.mix(pixels, labels)
         return F.cross_entropy(self.model(images).float(), targets, label_smoothing=self.label_smoothing)
@@ -81,21 +80,24 @@ class Classification(Task):
             self.source = few_labels(self.source, config.labels_per_class, config.seed)
         self.held_out = held_out.take(range(ranks.rank, len(held_out), ranks.world))
         checkpoint = newest_checkpoint(Path(config.out)) if config.resume else None
-        self.model, config, self.notes = build_classifier(config, self.source.classes, checkpoint)
+        self.model, self.form, config, self.notes = build_classifier(config, self.source, checkpoint)
         self.notes += self.source.notes
-        self.notes += [] if config.resume else losses(self.source)
         self.model.to(ranks.device).train()
         dtype = choose_dtype(config.dtype, ranks.device, config.backend)
         self.config = config = replace(config, dtype="bf16" if dtype == torch.bfloat16 else "fp32")
 
         classes = len(self.source.classes)
-        mix = Mixing(classes, random_erasing=config.random_erasing, mixup=config.mixup, cutmix=config.cutmix)
+        mixed = {"random_erasing": config.random_erasing, "mixup": config.mixup, "cutmix": config.cutmix}
+        mix = Mixing(classes, self.form, **mixed)
         self.objective = ClassificationObjective(self.model, mix, config.label_smoothing)
         self.ema = moving_average(self.model, config.ema_decay) if config.ema_decay else None
         self.size, self.min_lr = image_size_of(config.image_size), config.min_lr
         augment = RandAugment(config.rand_augment) if config.rand_augment else None
-        self.training_view = training_view(config, self.size, self.model.in_chans, augment)
-        self.view = evaluation_view(config, self.size, self.model.in_chans, ranks.device)
+        if augment and not self.form.is_photograph:
+            augment = None
+            self.notes.append("RandAugment is left out, as it is made for photographs of 8 bits")
+        self.training_view = training_view(config, self.size, self.form, augment)
+        self.view = evaluation_view(config, self.size, self.form, ranks.device)
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad) / 1e6
         self.description = (
             f"{self.model.name} on {ranks.device}, backend {resolve_backend(config.backend, ranks.device.type).name}, "
@@ -121,7 +123,7 @@ class Classification(Task):
             self.ema.update_parameters(self.model)
 
     def beside_config(self) -> dict[str, Any]:
-        return {"classes": self.source.classes}
+        return {"classes": self.source.classes, "images": self.form.as_json()}
 
     def state(self) -> dict[str, Any]:
         return {"ema": self.ema.state_dict()} if self.ema else {}
@@ -138,9 +140,9 @@ class Classification(Task):
 
     def export(self, run: Path, log: RunLog) -> None:
         exported = run / "exported"
-        export_model(self.model.cpu(), exported, self.source.classes)
+        export_model(self.model.cpu(), exported, self.source.classes, self.form)
         if self.ema:
-            export_model(self.ema.module.cpu(), run / "exported-ema", self.source.classes)
+            export_model(self.ema.module.cpu(), run / "exported-ema", self.source.classes, self.form)
             log.say(f"moving average of the weights in {exported}-ema")
         log.draw(lambda: draw_loss(run / "metrics.jsonl", run / "loss.png", "loss"))
         log.draw(lambda: draw_accuracy(run / "evaluations.jsonl", run / "accuracy.png"))

@@ -46,7 +46,6 @@ class PretrainConfig(RunConfig):
     image_size: str | int | tuple[int, int] = option(
         "224", help="pixels, as 224 or, height first, 224x320; a multiple of the patch"
     )
-    in_chans: int = option(3, help="channels: 3 for colour, 1 for greyscale")
     stem_stride: int = option(4, help="the patch is 8 times that, so 2 or 1 suit small images", choices=STRIDES)
     mask_ratio: float = option(0.6, help="fraction of the patches that is masked", at_least=0)
     mask_patch_size: int | None = option(None, help="draw masks in squares of this many pixels [the patch]", above=0)
@@ -112,7 +111,6 @@ class FinetuneConfig(RunConfig):
     image_size: str | int | tuple[int, int] | None = option(
         None, help="pixels, as 224 or, height first, 224x320 [that of `init`, or 224]"
     )
-    in_chans: int = option(3, help="with `from_scratch`: channels, 3 for colour, 1 for greyscale")
     stem_stride: int = option(4, help="with `from_scratch`: the patch is 8 times that", choices=STRIDES)
 
     epochs: int | None = option(None, help="passes over the images [preset]", above=0)

@@ -9,8 +9,10 @@ from torch import Tensor, nn
 
 from sparse_fcmae.backends import choose_dtype, resolve_backend
 from sparse_fcmae.data.batches import Batch, TrainingImages
+from sparse_fcmae.data.decoders.image import reading_of
+from sparse_fcmae.data.format import ImageFormat
 from sparse_fcmae.data.sources.opening import open_images
-from sparse_fcmae.data.statistics import normalise
+from sparse_fcmae.data.survey import reading_options
 from sparse_fcmae.data.views import CentreView
 from sparse_fcmae.evaluation.probes import KNNMonitor
 from sparse_fcmae.evaluation.reconstruct import reconstruct, sample_images, save_picture
@@ -20,9 +22,9 @@ from sparse_fcmae.runtime.files import writing
 from sparse_fcmae.runtime.options import image_size_of, keywords_of
 from sparse_fcmae.runtime.run_folder import newest_checkpoint
 from sparse_fcmae.runtime.streams import Stream, torch_seed
-from sparse_fcmae.tasks.build import build_fcmae, check_channels, evaluation_view, options_of_weights, training_view
+from sparse_fcmae.tasks.build import build_fcmae, evaluation_view, format_of_run, options_of_weights, training_view
 from sparse_fcmae.tasks.config import PretrainConfig
-from sparse_fcmae.tasks.hints import hints, losses
+from sparse_fcmae.tasks.hints import hints
 from sparse_fcmae.tasks.recipes import pretraining_recipe
 from sparse_fcmae.training.configure import configure
 from sparse_fcmae.training.log import RunLog
@@ -49,21 +51,21 @@ def pretrain(options: dict[str, Any]) -> Path:
     if options.get("init") and not options.get("resume"):
         options = options_of_weights(options["init"]) | options
     config = configure(PretrainConfig, options)
-    check_channels(config.in_chans)
     with process_group(config.device) as ranks:
         return train(Pretraining(config, ranks))
 
 
 class PretrainingObjective(nn.Module):
-    """The loss of a micro-batch. num_visible: patches of every image that its mask leaves visible."""
+    """The loss of a micro-batch. form: of its images. num_visible: patches of each that its mask leaves visible."""
 
-    def __init__(self, model: nn.Module, num_visible: int) -> None:
+    def __init__(self, model: nn.Module, form: ImageFormat, num_visible: int) -> None:
         super().__init__()
-        self.model, self.num_visible = model, num_visible
+        self.model, self.form, self.num_visible = model, form, num_visible
 
     def forward(self, pixels: Tensor, mask: Tensor) -> Tensor:
-        """pixels: uint8 [b, H, W, C]. mask: bool [b, H/P, W/P], True = masked."""
-        return self.model(normalise(pixels), mask, num_visible=self.num_visible).loss
+        """pixels: [b, H, W, C] of the format's dtype. mask: bool [b, H/P, W/P], True = masked."""
+        images, recorded = self.form.normalise(pixels), self.form.recorded(pixels)
+        return self.model(images, mask, num_visible=self.num_visible, recorded=recorded).loss
 
 
 class Pretraining(Task):
@@ -74,6 +76,8 @@ class Pretraining(Task):
     def __init__(self, config: PretrainConfig, ranks: Ranks) -> None:
         self.ranks, self.size = ranks, image_size_of(config.image_size)
         self.source = open_images(config.data, without=config.out)
+        self.form, found = format_of_run(config, self.source)
+        config = replace(config, in_chans=self.form.in_chans)
         config, recipe = pretraining_recipe(config, len(self.source), ranks.world)
         dtype = choose_dtype(config.dtype, ranks.device, config.backend)
         self.config = config = replace(config, dtype="bf16" if dtype == torch.bfloat16 else "fp32")
@@ -81,19 +85,18 @@ class Pretraining(Task):
         checkpoint = newest_checkpoint(Path(config.out)) if config.resume else None
         self.model, notes = build_fcmae(config, resumed=checkpoint is not None)
         self.model.to(ranks.device)
-        self.notes = [*recipe, *self.source.notes, *notes]
+        self.notes = [*recipe, *self.source.notes, *found, *notes]
 
         trained = torch.compile(self.model, fullgraph=True, dynamic=False) if config.compile else self.model
-        self.objective = PretrainingObjective(trained, self.model.num_visible(self.size))
+        self.objective = PretrainingObjective(trained, self.form, self.model.num_visible(self.size))
         self.step_type = GraphedTrainStep if self.cuda_graphs else Task.step_type
-        view = evaluation_view(config, self.size, config.in_chans, ranks.device)
+        view = evaluation_view(config, self.size, self.form, ranks.device)
         self.monitor = KNNMonitor(config.knn, view, ranks) if config.knn else None
         self.evaluates = self.evaluates_untrained = self.monitor is not None
-        self.training_view = training_view(config, self.size, config.in_chans)
-        whole = CentreView(self.size, config.in_chans, max_megapixels=config.max_megapixels)
+        self.training_view = training_view(config, self.size, self.form)
+        whole = CentreView(self.size, reading_of(self.form, **reading_options(config)))
         samples = sample_images(self.source, SAMPLES if ranks.main else 0, whole)
         self.samples = samples.to(ranks.device)
-        self.notes += [] if config.resume else losses(self.source)
         if not (config.resume or config.init):
             self.notes += hints(self.model.encoder, samples)
         self.description = (
@@ -101,6 +104,9 @@ class Pretraining(Task):
             f"{config.dtype}, {'from CUDA graphs, ' if self.cuda_graphs else ''}"
             f"{sum(p.numel() for p in self.model.parameters()) / 1e6:.1f} M parameters with the decoder"
         )
+
+    def beside_config(self) -> dict[str, Any]:
+        return {"images": self.form.as_json()}
 
     def dataset(self) -> TrainingImages:
         return TrainingImages(self.source, self.training_view, self.config.seed)
@@ -129,12 +135,12 @@ class Pretraining(Task):
         with writing(run):
             (run / "reconstructions").mkdir(exist_ok=True)
         with torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=self.config.dtype == "bf16"):
-            picture = reconstruct(self.model, self.samples, torch.Generator().manual_seed(self.config.seed))
+            picture = reconstruct(self.model, self.form, self.samples, torch.Generator().manual_seed(self.config.seed))
         save_picture(picture, run / "reconstructions" / f"step-{step:08d}.png")
 
     def export(self, run: Path, log: RunLog) -> None:
         exported = run / "exported"
-        export_model(self.model.encoder.cpu(), exported)
+        export_model(self.model.encoder.cpu(), exported, form=self.form)
         log.draw(lambda: draw_loss(run / "metrics.jsonl", run / "loss.png"))
         log.say(f"pretrained encoder in {exported}; use it with\n\n{usage_example(self.model.encoder, exported)}")
 

@@ -7,7 +7,8 @@ from sparse_fcmae.data.config import ViewConfig
 from sparse_fcmae.runtime.compute import ComputeConfig
 from sparse_fcmae.runtime.options import option
 
-OF_WEIGHTS = ("model", "in_chans", "stem_stride")  # options that the weights fix which a run starts from
+# options that the weights fix which a run starts from
+OF_WEIGHTS = ("model", "in_chans", "stem_stride", "channels", "stats", "mean", "std")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,10 +15,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from sparse_fcmae.data.format import ImageFormat, of_units
 from sparse_fcmae.runtime.errors import UserError
 from sparse_fcmae.runtime.files import one_line, save_pickled, save_tensors, write_json
 from sparse_fcmae.runtime.options import image_size_of
-from sparse_fcmae.weights.weights import DECODER, Stats, Weights
+from sparse_fcmae.weights.weights import DECODER, Weights
 
 CONFIG = "config.json"
 Names = tuple[tuple[str, str], ...]  # regular expressions, each with its replacement, applied one after the other
@@ -31,19 +32,23 @@ class Settings:
 
     image_size: tuple[int, int] = (224, 224)
     classes: tuple[str, ...] | None = None
-    stats: Stats | None = None
+    form: ImageFormat | None = None
     grn_scope: str = "image"
 
     @classmethod
-    def of(cls, image_size: Any, classes: Any, mean: Any, std: Any, grn_scope: str = "image") -> "Settings":
+    def of(cls, image_size: Any, classes: Any, images: dict[str, Any], grn_scope: str = "image") -> "Settings":
         """The settings in values of a JSON file, None for what it does not say.
 
-        Raises TypeError or ValueError for values of another kind.
+        images: a format as `ImageFormat.as_json` gives it, or "mean" and "std" alone, of 8-bit values between 0 and 1.
+        Raises KeyError, TypeError or ValueError for values of another kind.
         """
+        form = None
+        if images.get("mean") and images.get("std"):
+            form = ImageFormat.of_json(images) if "dtype" in images else of_units(images["mean"], images["std"])
         return cls(
             image_size_of(image_size) if image_size else cls.image_size,
             tuple(map(str, classes)) if classes else None,
-            (tuple(map(float, mean)), tuple(map(float, std))) if mean and std else None,
+            form,
             grn_scope,
         )
 

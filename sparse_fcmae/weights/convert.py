@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from sparse_fcmae.data.format import ImageFormat
 from sparse_fcmae.model.convnext import SparseEncoder
 from sparse_fcmae.runtime.errors import UserError
 from sparse_fcmae.runtime.files import new_folder, writing
@@ -50,9 +51,14 @@ def convert(
     return "\n".join([*lines, f"{'would write' if dry_run else 'wrote'} {destination}"])
 
 
-def export_model(model: SparseEncoder, folder: Path, classes: tuple[str, ...] | None = None) -> None:
+def export_model(
+    model: SparseEncoder,
+    folder: Path,
+    classes: tuple[str, ...] | None = None,
+    form: ImageFormat | None = None,
+) -> None:
     """Writes an encoder or classifier under the official names, with the config that `load_encoder` reads, verified."""
-    weights, target = Weights.of(model, classes), TARGETS["official"]
+    weights, target = Weights.of(model, classes, form), TARGETS["official"]
     with new_folder(folder) as temporary:
         with writing(folder):
             write(weights, target, temporary)

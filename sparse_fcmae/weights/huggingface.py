@@ -44,20 +44,23 @@ def model_config(weights: Weights) -> dict[str, Any]:
 
 def processor_config(weights: Weights) -> dict[str, Any]:
     """What makes the images that the model takes."""
-    mean, std = weights.normalisation
+    mean, std = weights.form.in_units
     size = weights.architecture["image_size"]
-    return {
+    config = {
         "image_processor_type": "ConvNextImageProcessor",
         "do_resize": True,
         "size": {"shortest_edge": min(size)},
         "crop_pct": default_crop_fraction(size),
         "resample": 3,
         "do_rescale": True,
-        "rescale_factor": 1 / 255,
+        "rescale_factor": 1 / weights.form.unit,
         "do_normalize": True,
         "image_mean": mean,
         "image_std": std,
     }
+    if weights.form.dtype != "uint8" or weights.form.channels:
+        config["image_format"] = weights.form.as_json()
+    return config
 
 
 class HuggingFace(Adapter):
@@ -97,8 +100,7 @@ class HuggingFace(Adapter):
         return Settings.of(
             config.get("image_size"),
             None if classes[:1] == [UNNAMED.format(0)] else classes,
-            processor.get("image_mean"),
-            processor.get("image_std"),
+            processor.get("image_format") or {"mean": processor.get("image_mean"), "std": processor.get("image_std")},
         )
 
     def run(self, path: Path, weights: Weights, images: Tensor) -> Outputs:

@@ -24,10 +24,9 @@ def model_config(weights: Weights) -> str:
             "layer_scale_init_value": 0.0,
         },
     }
-    mean, std = weights.normalisation
     preprocessor: dict[str, Any] = {
-        "mean": [255 * value for value in mean],
-        "std": [255 * value for value in std],
+        "mean": list(weights.form.mean),
+        "std": list(weights.form.std),
         "to_rgb": shape["in_chans"] == 3,
     }
     if weights.num_classes:

@@ -12,9 +12,8 @@ FORMAT = "sparse-fcmae"  # how the "format" of this package's configs begins, th
 
 def model_config(weights: Weights) -> dict[str, Any]:
     """The arguments that make the model, and what it takes and gives."""
-    mean, std = weights.normalisation
     kind = "classifier" if weights.num_classes else "encoder"
-    config = {"format": f"{FORMAT} {kind}"} | weights.architecture | {"mean": mean, "std": std}
+    config = {"format": f"{FORMAT} {kind}"} | weights.architecture | weights.form.as_json()
     if weights.num_classes:
         config |= {"num_classes": weights.num_classes, "classes": weights.classes}
     return config
@@ -33,10 +32,6 @@ class Official(Adapter):
     def read_config(self, config: dict[str, Any], folder: Path) -> Settings | None:
         if not str(config.get("format")).startswith(FORMAT):
             return None
-        return Settings.of(
-            config.get("image_size"),
-            config.get("classes"),
-            config.get("mean"),
-            config.get("std"),
-            config.get("grn_scope", "image"),
-        )
+        images = config.get("images") or config  # a run has its options at the top, `mean` and `std` among them
+        scope = config.get("grn_scope", "image")
+        return Settings.of(config.get("image_size"), config.get("classes"), images, scope)

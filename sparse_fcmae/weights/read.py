@@ -7,6 +7,7 @@ the model of its size.
 import argparse
 import pickle
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from sparse_fcmae.data.decoders import File
+from sparse_fcmae.data.decoders.image import reading_of
+from sparse_fcmae.data.views import CentreView, default_crop_fraction
 from sparse_fcmae.model.classifier import Classifier
 from sparse_fcmae.model.convnext import SIZES, SparseEncoder
 from sparse_fcmae.runtime.errors import UserError
@@ -42,6 +46,18 @@ def load_classifier(path: str | Path, *, backend: str = "auto") -> Classifier:
     Raises UserError where it has no head.
     """
     return read_weights(path).classifier(backend)
+
+
+def load_transform(path: str | Path, crop_fraction: float | None = None) -> Callable[[File], Tensor]:
+    """What makes of an image's file the image that the model of a checkpoint takes: float32 [C, H, W], normalised.
+
+    path: as in `read_weights`. crop_fraction: as in `CentreView`; None for what suits the size. The function takes a
+    path, a binary file or an image of Pillow's, and raises OSError for an image that the model does not take.
+    """
+    weights = read_weights(path)
+    form, size = weights.form, weights.architecture["image_size"]
+    view = CentreView(size, reading_of(form), crop_fraction or default_crop_fraction(size))
+    return lambda file: form.normalise(view(file)[None])[0]
 
 
 def read_weights(path: str | Path, *, whole: bool = False) -> Weights:
@@ -104,7 +120,10 @@ def understand(found: Any, file: Path) -> Weights:
         del state["norm.weight"], state["norm.bias"]
         notes.append("left out the final norm: it is the identity, as pretraining does not train it")
     settings = read_settings(file)
-    image_size, classes = settings.image_size, settings.classes
+    image_size, classes, form = settings.image_size, settings.classes, settings.form
+    if form and form.in_chans != shape["in_chans"]:
+        notes.append(f"left out the statistics: {form.in_chans} channels have one, the stem takes {shape['in_chans']}")
+        form = None
     if any(side % patch_size_of(shape) for side in image_size):
         height, width = image_size
         notes.append(f"left out the image size {height}x{width}, which is no multiple of the patch: 224 instead")
@@ -115,7 +134,7 @@ def understand(found: Any, file: Path) -> Weights:
         state=state,
         architecture=shape | {"image_size": image_size, "grn_scope": settings.grn_scope},
         classes=classes,
-        stats=settings.stats,
+        known_form=form,
         layout=adapter.name,
         sparse=adapter.sparse or "mask_token" in state or any(map(INSIDE_A_MODEL.search, tensors)),
         original=named,

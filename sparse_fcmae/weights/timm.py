@@ -17,7 +17,7 @@ CONV_MLP = (40, 48, 64, 80)  # the widths of atto to nano, whose pointwise layer
 def model_config(weights: Weights) -> dict[str, Any]:
     """The model, and in `pretrained_cfg` the images that it takes."""
     shape = weights.architecture
-    mean, std = weights.normalisation
+    mean, std = weights.form.in_units
     height, width = shape["image_size"]
     patch = patch_size_of(shape)
     pretrained = {
@@ -39,6 +39,8 @@ def model_config(weights: Weights) -> dict[str, Any]:
         "model_args": {"in_chans": shape["in_chans"], "patch_size": shape["stem_stride"]},
         "pretrained_cfg": pretrained,
     }
+    if weights.form.dtype != "uint8" or weights.form.channels:
+        config["image_format"] = weights.form.as_json()
     if weights.classes:
         config["label_names"] = weights.classes
     return config
@@ -81,7 +83,7 @@ class Timm(Adapter):
             return None
         images = config["pretrained_cfg"]
         classes = config.get("label_names") or images.get("label_names")
-        return Settings.of(images.get("input_size", ())[1:], classes, images.get("mean"), images.get("std"))
+        return Settings.of(images.get("input_size", ())[1:], classes, config.get("image_format") or images)
 
     def run(self, path: Path, weights: Weights, images: Tensor) -> Outputs:
         model = entry("timm", "create_model")(f"local-dir:{path}", pretrained=True).eval()

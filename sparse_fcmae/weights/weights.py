@@ -6,18 +6,16 @@ of a classifier, and the decoder of pretraining (`proj`, `mask_token`, `decoder`
 
 import re
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from sparse_fcmae.data.statistics import channel_stats
+from sparse_fcmae.data.format import ImageFormat
 from sparse_fcmae.kernels.constants import SIDES
 from sparse_fcmae.model.classifier import Classifier
 from sparse_fcmae.model.convnext import SparseEncoder
 from sparse_fcmae.runtime.errors import UserError
 
-Stats = tuple[tuple[float, ...], tuple[float, ...]]  # mean and standard deviation of each channel
 DECODER = re.compile(r"(proj|mask_token|decoder|pred)\b")  # how the names of the decoder begin
 
 
@@ -28,7 +26,7 @@ class Weights:
     state: the encoder's tensors and, where there are any, those of `norm`, `head` and decoder.
     architecture: the arguments of `SparseEncoder`, without the backend.
     classes: the names of the head's outputs, where they are known.
-    stats: what images are normalised with, where it is known.
+    known_form: the images that they take, where it is known.
     layout: the name of the adapter that recognised them.
     sparse: whether they are those of a pretraining model, which runs on masked images.
     original: the tensors as they were read, under the names that the layout has for them.
@@ -38,17 +36,19 @@ class Weights:
     state: dict[str, Tensor]
     architecture: dict[str, Any]
     classes: tuple[str, ...] | None = None
-    stats: Stats | None = None
+    known_form: ImageFormat | None = None
     layout: str = "official"
     sparse: bool = False
     original: dict[str, Tensor] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, model: SparseEncoder, classes: tuple[str, ...] | None = None) -> "Weights":
-        """The weights of an encoder or a classifier."""
+    def of(
+        cls, model: SparseEncoder, classes: tuple[str, ...] | None = None, form: ImageFormat | None = None
+    ) -> "Weights":
+        """The weights of an encoder or a classifier, and the images that it takes."""
         state = {key: value.detach().cpu() for key, value in model.state_dict().items()}
-        return cls(state, architecture_of(model), classes)
+        return cls(state, architecture_of(model), classes, form)
 
     @property
     def num_classes(self) -> int:
@@ -61,9 +61,9 @@ class Weights:
         return "mask_token" in self.state
 
     @property
-    def normalisation(self) -> Stats:
-        """What images are normalised with: what is known, or else what this package uses."""
-        return self.stats or channel_stats(self.architecture["in_chans"])
+    def form(self) -> ImageFormat:
+        """The images that they take: what is known, or else 8 bits with ImageNet's statistics."""
+        return self.known_form or ImageFormat.imagenet(self.architecture["in_chans"])
 
     def per_image(self) -> "Weights":
         """The same weights with the response norm over each image, as everywhere but in pretraining."""
@@ -72,19 +72,6 @@ class Weights:
     def without(self, *parts: str) -> dict[str, Tensor]:
         """The state without some of its parts, which are named "norm", "head" and "decoder"."""
         return {key: value for key, value in self.state.items() if part_of(key) not in parts}
-
-    def check_usable(self, source: str | Path) -> None:
-        """Raises UserError where the weights take other images than this package makes of image files."""
-        channels = self.architecture["in_chans"]
-        if channels not in (1, 3):
-            raise UserError(f"{source} takes {channels} channels: image files give 3 (colour) or 1 (greyscale)")
-        ours, own = channel_stats(channels), self.normalisation
-        pairs = zip(sum(own, ()), sum(ours, ()), strict=False)
-        if len(own[0]) != channels or any(abs(a - b) > 1e-3 for a, b in pairs):
-            raise UserError(
-                f"{source} takes images normalised with mean {own[0]} and deviation {own[1]}: this "
-                f"package normalises with {ours[0]} and {ours[1]} alone"
-            )
 
     def encoder(self, backend: str = "auto") -> SparseEncoder:
         """The encoder, in evaluation mode."""

@@ -8,8 +8,8 @@ from PIL import Image
 
 from sparse_fcmae import UserError
 from sparse_fcmae.benchmarks import data as bench
+from sparse_fcmae.data.format import ImageFormat
 from sparse_fcmae.data.sources.folder import ImageFolder
-from sparse_fcmae.data.statistics import normalise
 from sparse_fcmae.data.views import RandomView
 
 RAMP = np.linspace(0, 255, 40 * 30 * 3).astype(np.uint8).reshape(30, 40, 3)
@@ -44,7 +44,7 @@ def test_bench_data_candidates_give_batches_alike(pictures):
     pytest.importorskip("torchvision")
     with ImageFolder(pictures).open(0) as file:
         image = Image.open(file)
-        ours = normalise(RandomView((32, 48), 3)(image, np.random.default_rng(0))[None])
+        ours = ImageFormat.imagenet().normalise(RandomView((32, 48))(image, np.random.default_rng(0))[None])
         for make in bench.CANDIDATES.values():
             theirs = make((32, 48))(image.convert("RGB"))
             assert (theirs.shape, theirs.dtype) == (ours.shape[1:], ours.dtype)

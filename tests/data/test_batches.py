@@ -9,10 +9,11 @@ import torch.nn.functional as F
 from PIL import Image
 
 from sparse_fcmae.data.batches import EvaluationImages, TrainingImages, make_loader, micro_batches
+from sparse_fcmae.data.decoders.image import Reading
+from sparse_fcmae.data.format import ImageFormat
 from sparse_fcmae.data.sources.class_folder import ClassFolder
 from sparse_fcmae.data.sources.folder import ImageFolder
 from sparse_fcmae.data.splits import few_labels, hold_out
-from sparse_fcmae.data.statistics import normalise
 from sparse_fcmae.data.views import CentreView, RandomView
 
 
@@ -52,7 +53,7 @@ def test_a_source_that_is_no_folder_trains(tmp_path):
     source = ImagesInMemory.draw(30)
     for i, encoded in enumerate(source.encoded):
         (tmp_path / f"{i:02d}.png").write_bytes(encoded)
-    view, order = RandomView((16, 16), 3), list(micro_batches(30, 10, range(9), 4, 0, 1, 10))
+    view, order = RandomView((16, 16)), list(micro_batches(30, 10, range(9), 4, 0, 1, 10))
     loader = make_loader(TrainingImages(source, view, seed=4), order, 2, pin_memory=False)
     of_folder = make_loader(TrainingImages(ImageFolder(tmp_path), view, seed=4), order, 0, pin_memory=False)
     model = torch.nn.Linear(3 * 16 * 16, 2)
@@ -60,7 +61,9 @@ def test_a_source_that_is_no_folder_trains(tmp_path):
     for batch, same in zip(loader, of_folder, strict=True):
         assert torch.equal(batch.pixels, same.pixels)
         assert torch.equal(batch.index, same.index)
-        loss = F.cross_entropy(model(normalise(batch.pixels).flatten(1)), source.labels[batch.index])
+        loss = F.cross_entropy(
+            model(ImageFormat.imagenet().normalise(batch.pixels).flatten(1)), source.labels[batch.index]
+        )
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -73,7 +76,7 @@ def test_a_source_that_is_no_folder_is_split_and_names_its_bad_images():
     train, held_out = hold_out(few_labels(source, 8, seed=0), 0.25, seed=0)
     assert (train.labels.bincount().tolist(), held_out.labels.bincount().tolist()) == ([6, 6], [2, 2])
     source.encoded[3] = b"no picture"
-    (batch,) = make_loader(EvaluationImages(source, CentreView((16, 16), 3)), [range(20)], 0, pin_memory=False)
+    (batch,) = make_loader(EvaluationImages(source, CentreView((16, 16))), [range(20)], 0, pin_memory=False)
     assert batch.index.tolist() == [i for i in range(20) if i != 3]
     assert batch.bad == [("image 3", "no image of a known format")]
 
@@ -84,12 +87,12 @@ def test_sources_may_fail_like_files(error):
         def open(self, index):
             raise error
 
-    dataset = EvaluationImages(Broken.draw(2), CentreView((16, 16), 3))
+    dataset = EvaluationImages(Broken.draw(2), CentreView((16, 16)))
     assert dataset[1] == (None, 1, [("image 1", " ".join(str(error).split()))])
 
 
 def test_samples_depend_on_seed_epoch_and_index_alone(pictures):
-    source, view = ImageFolder(pictures), RandomView((32, 32), 3)
+    source, view = ImageFolder(pictures), RandomView((32, 32))
     first, again, other = (TrainingImages(source, view, seed) for seed in (1, 1, 2))
     assert torch.equal(first[0, 5].pixels, again[0, 5].pixels)
     for key in ((1, 5), (0, 6)):
@@ -121,7 +124,7 @@ def test_micro_batches_cover_every_epoch_alike_for_any_number_of_ranks():
 
 
 def test_loader_gives_the_same_batches_on_any_number_of_workers(pictures):
-    dataset = TrainingImages(ImageFolder(pictures), RandomView((16, 24), 1), 0)
+    dataset = TrainingImages(ImageFolder(pictures), RandomView((16, 24), Reading(1)), 0)
     batches = [
         list(make_loader(dataset, micro_batches(40, 8, range(3), 0, 0, 1, 8), workers, pin_memory=False))
         for workers in (0, 2)
@@ -134,7 +137,7 @@ def test_loader_gives_the_same_batches_on_any_number_of_workers(pictures):
 def test_unreadable_files_are_named_and_replaced(tmp_path, ramp):
     (tmp_path / "broken.png").write_text("no picture")
     Image.fromarray(ramp).save(tmp_path / "good.png")
-    dataset = TrainingImages(ImageFolder(tmp_path), RandomView((16, 16), 3), 0)
+    dataset = TrainingImages(ImageFolder(tmp_path), RandomView((16, 16)), 0)
     pixels, index, bad = dataset[0, 0]
     assert pixels.shape == (16, 16, 3)
     assert dataset.source.files[index] == "good.png"
@@ -151,7 +154,7 @@ def test_labels_follow_images_that_replace_unreadable_ones(tmp_path):
             Image.new("RGB", (16, 16), (200 * label,) * 3).save(tmp_path / name / f"{i}.png")
     (tmp_path / "dark" / "0.png").write_text("no picture")
     folder = ClassFolder(tmp_path)
-    dataset = TrainingImages(folder, RandomView((16, 16), 3), 0)
+    dataset = TrainingImages(folder, RandomView((16, 16)), 0)
     for epoch in range(5):
         (batch,) = make_loader(dataset, [[(epoch, i) for i in range(8)]], 0, False)
         assert len(batch.bad) >= 1
@@ -164,7 +167,7 @@ from sparse_fcmae.data.batches import TrainingImages, make_loader
 from sparse_fcmae.data.sources.folder import ImageFolder
 from sparse_fcmae.data.views import RandomView
 
-dataset = TrainingImages(ImageFolder(sys.argv[1]), RandomView((16, 16), 3), 0)
+dataset = TrainingImages(ImageFolder(sys.argv[1]), RandomView((16, 16)), 0)
 batches = iter(make_loader(dataset, [[(0, i)] for i in range(40)], 1, pin_memory=False))
 cycle = [batches]
 cycle.append(cycle)

@@ -7,6 +7,7 @@ import torch
 from PIL import Image, ImageOps
 
 from sparse_fcmae.data.augmentation import RandAugment
+from sparse_fcmae.data.decoders.image import Reading
 from sparse_fcmae.data.sources.folder import ImageFolder
 from sparse_fcmae.data.views import CentreView, RandomView, centre_crop_box, default_crop_fraction, random_crop_box
 
@@ -15,42 +16,42 @@ PHOTOGRAPHS = os.environ.get("SPARSE_FCMAE_IMAGES", "")  # a folder of photograp
 
 def test_a_view_of_an_images_own_size_is_the_image(ramp):
     for in_chans, pixels in ((3, ramp), (1, ramp[..., :1])):
-        found = CentreView((30, 40), in_chans)(Image.fromarray(pixels.squeeze()))
+        found = CentreView((30, 40), Reading(in_chans))(Image.fromarray(pixels.squeeze()))
         assert (found.shape, found.dtype) == ((30, 40, in_chans), torch.uint8)
         assert found.is_contiguous()
         assert np.array_equal(found, pixels)
 
 
 def test_random_views_are_seeded_and_flipped_half_of_the_time(photograph):
-    image, view = photograph(100, 80), RandomView((32, 48), 3)
+    image, view = photograph(100, 80), RandomView((32, 48))
     found = [view(image, np.random.default_rng(seed)) for seed in range(60)]
     assert all((pixels.shape, pixels.dtype) == ((32, 48, 3), torch.uint8) for pixels in found)
     assert torch.equal(view(image, np.random.default_rng(7)), found[7])
     rising = Image.fromarray(np.tile(np.arange(100, dtype=np.uint8), (80, 1)))
-    crops = [RandomView((32, 48), 1)(rising, np.random.default_rng(seed)) for seed in range(60)]
+    crops = [RandomView((32, 48), Reading(1))(rising, np.random.default_rng(seed)) for seed in range(60)]
     assert 15 < sum(int(crop[0, 0] > crop[0, -1]) for crop in crops) < 45
 
 
 def test_min_area_bounds_the_crop():
     rising = Image.fromarray(np.tile(np.arange(240, dtype=np.uint8), (180, 1)))
     for least, spread in ((0.2, 70), (0.9, 180)):
-        view = RandomView((32, 32), 1, min_area=least)
+        view = RandomView((32, 32), Reading(1), min_area=least)
         assert min(int(np.ptp(view(rising, np.random.default_rng(seed)).numpy())) for seed in range(60)) > spread
 
 
 def test_flips_can_be_left_out(photograph):
     image = photograph(100, 80)
     for seed in range(20):
-        plain, rng = RandomView((32, 48), 3)(image, np.random.default_rng(seed)), np.random.default_rng(seed)
+        plain, rng = RandomView((32, 48))(image, np.random.default_rng(seed)), np.random.default_rng(seed)
         random_crop_box(100, 80, rng)
-        kept = RandomView((32, 48), 3, hflip=False)(image, np.random.default_rng(seed))
+        kept = RandomView((32, 48), hflip=False)(image, np.random.default_rng(seed))
         assert torch.equal(kept, plain.flip(1) if rng.random() < 0.5 else plain)
 
 
 def test_rotation_gives_each_of_eight_positions_alike():
     top = np.zeros((64, 64), dtype=np.uint8)  # whose eight positions differ
     top[:32, :32], top[:32, 32:] = 200, 100
-    view, found = RandomView((8, 8), 1, min_area=1, ratios=(1, 1), rotate=True, hflip=False), {}
+    view, found = RandomView((8, 8), Reading(1), min_area=1, ratios=(1, 1), rotate=True, hflip=False), {}
     for seed in range(400):
         pixels = view(Image.fromarray(top), np.random.default_rng(seed))
         assert pixels.is_contiguous()
@@ -64,7 +65,7 @@ def test_rotated_crops_keep_size_and_shape(photograph):
     """A picture of squares still is one of squares after a quarter turn into a view that is not square."""
     y, x = np.mgrid[:96, :96] // 16
     board = Image.fromarray(((x + y) % 2 * 255).astype(np.uint8))
-    view = RandomView((32, 64), 1, min_area=0.1, ratios=(2, 2), rotate=True)
+    view = RandomView((32, 64), Reading(1), min_area=0.1, ratios=(2, 2), rotate=True)
     for seed in range(30):
         pixels = view(board, np.random.default_rng(seed))[..., 0].float()
         assert pixels.shape == (32, 64)
@@ -93,10 +94,10 @@ def test_the_limit_to_an_images_size_is_our_own(tmp_path, monkeypatch, suffix, m
     Image.new(mode, (80, 50), 1).save(path)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert CentreView((8, 8), 1)(path).shape == (8, 8, 1)
-        assert RandomView((8, 8), 1, max_megapixels=0.004)(path, np.random.default_rng(0)).shape == (8, 8, 1)
+        assert CentreView((8, 8), Reading(1))(path).shape == (8, 8, 1)
+        assert RandomView((8, 8), Reading(1, max_megapixels=0.004))(path, np.random.default_rng(0)).shape == (8, 8, 1)
     with pytest.raises(OSError, match=r"has 0.004 megapixels, more than the 0.003 of --max-megapixels"):
-        CentreView((8, 8), 1, max_megapixels=0.003)(path)
+        CentreView((8, 8), Reading(1, max_megapixels=0.003))(path)
     assert Image.MAX_IMAGE_PIXELS == 1000
 
 
@@ -104,13 +105,13 @@ def test_the_limit_to_an_images_size_is_our_own(tmp_path, monkeypatch, suffix, m
 def test_augmentation_is_of_the_crop_before_its_flip(photograph, in_chans):
     image, augment = photograph(100, 80), RandAugment(9)
     for seed in range(10):
-        plain, rng = RandomView((32, 48), in_chans), np.random.default_rng(seed)
+        plain, rng = RandomView((32, 48), Reading(in_chans)), np.random.default_rng(seed)
         random_crop_box(100, 80, rng)
         flipped = rng.random() < 0.5
         crop = plain(image, np.random.default_rng(seed))
         crop = crop.flip(1) if flipped else crop
         expected = np.asarray(augment(Image.fromarray(crop.squeeze(-1).numpy()), rng)).reshape(32, 48, in_chans)
-        found = RandomView((32, 48), in_chans, augment=augment)(image, np.random.default_rng(seed))
+        found = RandomView((32, 48), Reading(in_chans), augment=augment)(image, np.random.default_rng(seed))
         assert np.array_equal(found, expected[:, ::-1] if flipped else expected)
 
 
@@ -120,7 +121,7 @@ def test_jpeg_decoded_at_a_reduced_scale_is_nearly_the_same(tmp_path):
     Image.fromarray(smooth).save(tmp_path / "x.jpg", quality=95)
     expected = np.asarray(Image.fromarray(smooth).resize((80, 60), Image.Resampling.BICUBIC)).astype(int)
     with Image.open(tmp_path / "x.jpg") as image:
-        pixels = CentreView((60, 80), 3)(image)
+        pixels = CentreView((60, 80))(image)
         assert image.size < (800, 600)
     assert np.abs(pixels.numpy() - expected).mean() < 1.5
 
@@ -135,7 +136,7 @@ def test_reduced_scale_keeps_pixels_in_place(tmp_path, photograph, orientation):
     box = centre_crop_box(*whole.size, 1)
     expected = np.asarray(whole.crop(box).resize((24, 24), Image.Resampling.BICUBIC)).astype(int)
     with Image.open(tmp_path / "x.jpg") as image:
-        pixels = CentreView((24, 24), 3)(image)
+        pixels = CentreView((24, 24))(image)
         assert max(image.size) == 60
     assert np.abs(pixels.numpy() - expected).mean() < 1.5
 
@@ -144,7 +145,7 @@ def differences_to_torchvision(folder, size, count):
     """Mean absolute differences, of 255, of the first crops of a folder from torchvision's of the same boxes."""
     resized_crop = pytest.importorskip("torchvision.transforms.functional").resized_crop
     mode = pytest.importorskip("torchvision.transforms").InterpolationMode.BICUBIC
-    folder, view = ImageFolder(folder), RandomView((size, size), 3)
+    folder, view = ImageFolder(folder), RandomView((size, size))
     for index in range(min(count, len(folder))):
         with folder.open(index) as file:
             whole = Image.open(file).convert("RGB")

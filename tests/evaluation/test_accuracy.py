@@ -3,11 +3,20 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from sparse_fcmae.data.decoders.image import PHOTOGRAPHS
+from sparse_fcmae.data.format import ImageFormat
 from sparse_fcmae.data.sources.class_folder import ClassFolder
 from sparse_fcmae.evaluation.accuracy import accuracy, measure
 from sparse_fcmae.evaluation.run import EvaluationView, run_model
 
-VIEW = EvaluationView(size=(8, 8), in_chans=3, crop_fraction=1.0, device=torch.device("cpu"), batch_size=5)
+VIEW = EvaluationView(
+    size=(8, 8),
+    form=ImageFormat.imagenet(),
+    reading=PHOTOGRAPHS,
+    crop_fraction=1.0,
+    device=torch.device("cpu"),
+    batch_size=5,
+)
 
 
 def test_accuracy_by_hand():

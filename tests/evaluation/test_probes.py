@@ -1,5 +1,7 @@
 import torch
 
+from sparse_fcmae.data.decoders.image import PHOTOGRAPHS
+from sparse_fcmae.data.format import ImageFormat
 from sparse_fcmae.evaluation.probes import KNNMonitor, linear_probe, nearest_neighbours
 from sparse_fcmae.evaluation.run import EvaluationView
 
@@ -28,7 +30,14 @@ def test_linear_probe_separates_what_a_line_can():
 
 
 def test_neighbours_are_the_same_for_any_number_of_ranks(colours, on_ranks):
-    view = EvaluationView(size=(16, 16), in_chans=3, crop_fraction=1.0, device=torch.device("cpu"), batch_size=5)
+    view = EvaluationView(
+        size=(16, 16),
+        form=ImageFormat.imagenet(),
+        reading=PHOTOGRAPHS,
+        crop_fraction=1.0,
+        device=torch.device("cpu"),
+        batch_size=5,
+    )
     encoder = torch.nn.Conv2d(3, 4, 8, 8)
     alone = on_ranks(1, lambda ranks: KNNMonitor(colours, view, ranks).top1(encoder))
     assert alone == [(1.0, [])]

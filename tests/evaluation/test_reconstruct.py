@@ -3,6 +3,8 @@ import torch
 from PIL import Image
 
 from sparse_fcmae import create_fcmae
+from sparse_fcmae.data.decoders.image import Reading
+from sparse_fcmae.data.format import ImageFormat
 from sparse_fcmae.data.sources.folder import ImageFolder
 from sparse_fcmae.data.views import CentreView
 from sparse_fcmae.evaluation.reconstruct import reconstruct, sample_images, save_picture
@@ -13,17 +15,20 @@ def test_samples_are_spread_over_the_source(tmp_path):
         Image.new("RGB", (8, 8), (20 * i,) * 3).save(tmp_path / f"{i}.png")
     (tmp_path / "8.png").write_text("no picture")
     folder = ImageFolder(tmp_path)
-    samples = sample_images(folder, 3, CentreView((8, 16), 3))
+    samples = sample_images(folder, 3, CentreView((8, 16)))
     assert (samples.shape, samples.dtype) == ((2, 8, 16, 3), torch.uint8)
     assert samples[:, 0, 0, 0].tolist() == [0, 80]
-    assert sample_images(folder, 0, CentreView((8, 16), 3)).shape == (0, 8, 16, 3)
+    assert sample_images(folder, 0, CentreView((8, 16))).shape == (0, 8, 16, 3)
 
 
 def test_picture_shows_what_is_hidden_and_keeps_what_is_not(pictures, tmp_path):
     for in_chans in (3, 1):
         model = create_fcmae("atto", image_size=32, stem_stride=1, in_chans=in_chans)
-        samples = sample_images(ImageFolder(pictures), 2, CentreView((32, 32), in_chans))
-        save_picture(reconstruct(model, samples, torch.Generator().manual_seed(0)), tmp_path / "x.png")
+        samples = sample_images(ImageFolder(pictures), 2, CentreView((32, 32), Reading(in_chans)))
+        save_picture(
+            reconstruct(model, ImageFormat.imagenet(in_chans), samples, torch.Generator().manual_seed(0)),
+            tmp_path / "x.png",
+        )
         sheet = np.asarray(Image.open(tmp_path / "x.png")).astype(int)
         assert sheet.shape == (18 + 2 * 100, 4 + 3 * 100, 3)
         for row, sample in enumerate(samples.numpy().astype(int)):

@@ -115,3 +115,35 @@ def test_a_stem_stride_is_suggested_only_where_it_is_accepted(options, suggested
     assert re.findall(r"`stem_stride=(\d)`", refusal) == ([str(suggested)] if suggested else [])
     if suggested:
         create_fcmae("atto", **options | {"stem_stride": suggested})
+
+
+@pytest.mark.parametrize("norm_pix_loss", [True, False])
+def test_missing_values_count_neither_in_targets_nor_in_the_loss(norm_pix_loss):
+    model = randomise(create_fcmae("atto", image_size=64, in_chans=2, norm_pix_loss=norm_pix_loss)).double()
+    images = torch.randn(3, 2, 64, 96, dtype=torch.float64)
+    mask = torch.tensor([[1, 0, 1], [1, 1, 0]], dtype=torch.bool).expand(3, 2, 3)
+    recorded = torch.rand(3, 2, 64, 96) < 0.7
+    recorded[0, :, :32, :32] = False  # a masked patch without any value
+    recorded[1, :, :32, :32] = False
+    recorded[1, 0, 3, 4] = True  # and one with a single value
+    prediction = torch.randn(3, 6, 2048, dtype=torch.float64, requires_grad=True)
+    errors = []
+    for b, patch in mask.flatten(1).nonzero().tolist():
+        row, col = divmod(patch, 3)
+        place = (b, slice(None), slice(32 * row, 32 * row + 32), slice(32 * col, 32 * col + 32))
+        seen = recorded[place].permute(1, 2, 0).flatten()
+        target = images[place].float().permute(1, 2, 0).flatten()[seen]
+        if not len(target):
+            continue
+        if norm_pix_loss:
+            variance = target.var() if len(target) > 1 else torch.tensor(0.0)
+            target = (target - target.mean()) / (variance + 1e-6).sqrt()
+        errors.append((prediction[b, patch].float()[seen] - target).square().mean())
+    expected = torch.stack(errors).mean()
+    ours = model.loss(images, prediction, mask, recorded)
+    torch.testing.assert_close(ours, expected)
+    gradients = [torch.autograd.grad(loss, prediction)[0] for loss in (ours, expected)]
+    torch.testing.assert_close(*gradients)
+    whole = torch.ones_like(recorded)
+    torch.testing.assert_close(model.loss(images, prediction, mask, whole), model.loss(images, prediction, mask))
+    assert model.loss(images, prediction, mask, torch.zeros_like(recorded)) == 0

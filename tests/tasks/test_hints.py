@@ -1,11 +1,8 @@
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from sparse_fcmae import create_encoder
-from sparse_fcmae.data.sources.folder import ImageFolder
-from sparse_fcmae.tasks.hints import hints, losses
+from sparse_fcmae.tasks.hints import hints
 
 GREY = torch.randint(256, (2, 8, 8, 1), dtype=torch.uint8)
 COLOUR = torch.randint(256, (2, 8, 8, 3), dtype=torch.uint8)
@@ -27,19 +24,3 @@ def test_hints(stem_stride, samples, expected):
     found = hints(encoder, samples)
     assert len(found) == len(expected)
     assert all(line.startswith(start) for line, start in zip(found, expected, strict=True))
-
-
-def test_what_is_lost_of_images_is_said(tmp_path):
-    grey = Image.new("L", (8, 8))
-    grey.save(tmp_path / "a.png")
-    (tmp_path / "broken.png").write_text("no picture")
-    assert losses(ImageFolder(tmp_path)) == []
-    for name in ("camera1.tif", "camera2.tif"):
-        Image.fromarray(np.full((8, 8), 4095, dtype=np.uint16)).save(tmp_path / name)
-    Image.fromarray(np.zeros((8, 8), dtype=np.float32)).save(tmp_path / "heights.tif")
-    grey.save(tmp_path / "stack.tif", save_all=True, append_images=[Image.new("L", (8, 8), 9)])
-    assert losses(ImageFolder(tmp_path)) == [
-        "camera1.tif has more than 8 bits, of which the lower are lost: stretch its values to all 16 bits first",
-        "heights.tif has floating-point values, which are stretched image by image",
-        "stack.tif has 2 pages, of which the first alone is read: save each in a file of its own",
-    ]

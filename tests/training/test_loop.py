@@ -16,6 +16,7 @@ from torch import nn
 
 from sparse_fcmae import UserError
 from sparse_fcmae.data.batches import TrainingImages
+from sparse_fcmae.data.decoders.image import Reading
 from sparse_fcmae.data.sources.folder import ImageFolder
 from sparse_fcmae.data.views import RandomView
 from sparse_fcmae.runtime.distributed import Ranks
@@ -77,7 +78,7 @@ class Colour(Task):
         self.steps = 0
 
     def dataset(self):
-        return TrainingImages(self.source, RandomView((8, 8), 3), self.config.seed)
+        return TrainingImages(self.source, RandomView((8, 8)), self.config.seed)
 
     def optimizer(self):
         return torch.optim.AdamW([{"params": list(self.model.parameters()), "lr_scale": 1.0, "capturable": False}])
@@ -263,7 +264,7 @@ class Grey(Task):
         self.min_lr = 0.1
 
     def dataset(self):
-        return TrainingImages(self.source, RandomView((8, 8), 1), 0)
+        return TrainingImages(self.source, RandomView((8, 8), Reading(1)), 0)
 
     def optimizer(self):
         return torch.optim.AdamW([{"params": list(self.model.parameters()), "lr_scale": 0.5, "capturable": False}])

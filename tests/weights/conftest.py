@@ -25,9 +25,9 @@ def export_encoder(tmp_path):
 def export_classifier(tmp_path):
     """A function that writes a classifier of CLASSES into tmp_path / folder and returns it."""
 
-    def export(name="atto", folder="ours", **options):
+    def export(name="atto", folder="ours", form=None, **options):
         model = randomise(create_classifier(name, num_classes=len(CLASSES), **options)).eval()
-        export_model(model, tmp_path / folder, CLASSES)
+        export_model(model, tmp_path / folder, CLASSES, form)
         return model
 
     return export

@@ -73,7 +73,7 @@ def test_timm_loads_it_with_equal_features(tmp_path, export_encoder, name, optio
     with torch.no_grad():
         assert relative_error(model.forward_features(images), encoder(images)) < 1e-5
     ours = json.loads((tmp_path / "ours" / "config.json").read_text())
-    assert model.pretrained_cfg["mean"] == pytest.approx(ours["mean"])
+    assert [255 * mean for mean in model.pretrained_cfg["mean"]] == pytest.approx(ours["mean"])
 
 
 @pytest.mark.parametrize(("name", "options"), MODELS)

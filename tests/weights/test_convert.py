@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from transformers import AutoImageProcessor
 
 from sparse_fcmae import UserError, convert, create_fcmae, load_classifier, load_encoder
+from sparse_fcmae.data.format import ImageFormat
 from sparse_fcmae.weights.convert import export_model
 from sparse_fcmae.weights.read import read_weights
 from sparse_fcmae.weights.timm import Timm
@@ -110,18 +111,48 @@ def test_mistakes_leave_the_destination_untouched(tmp_path, export_encoder):
 def test_normalisation_and_size_of_the_source_are_kept(tmp_path, export_classifier):
     model = export_classifier(image_size=(64, 96))
     config = json.loads((tmp_path / "ours" / "config.json").read_text())
-    (tmp_path / "ours" / "config.json").write_text(json.dumps(config | {"mean": [0.5] * 3, "std": [0.25] * 3}))
+    (tmp_path / "ours" / "config.json").write_text(json.dumps(config | {"mean": [127.5] * 3, "std": [63.75] * 3}))
     for source, to in (("ours", "timm"), ("timm", "huggingface"), ("huggingface", "official")):
         report = convert(tmp_path / source, tmp_path / to, to=to)
         assert ("knows squares only" in report) is (to == "huggingface")
     assert timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True).pretrained_cfg["mean"] == [0.5] * 3
     assert list(AutoImageProcessor.from_pretrained(tmp_path / "huggingface").image_std) == [0.25] * 3
     weights = read_weights(tmp_path / "official")
-    assert (weights.stats, weights.classes) == (((0.5,) * 3, (0.25,) * 3), ("cat", "dog", "newt"))
-    with pytest.raises(UserError, match=r"normalised with mean \(0.5"):
-        weights.check_usable("x")
+    assert weights.form == ImageFormat("uint8", (127.5,) * 3, (63.75,) * 3)
+    assert weights.classes == ("cat", "dog", "newt")
     assert "are not in such a file" in convert(tmp_path / "ours", tmp_path / "x.pt", to="official")
     assert model.image_size == (64, 96)
+
+
+def test_the_images_of_the_source_are_kept_in_their_own_units(tmp_path, export_classifier):
+    form = ImageFormat("uint16", (1510.5, 380.25), (300.0, 41.0), channels=(4, 2))
+    export_classifier(in_chans=2, form=form)
+    for source, to in (("ours", "timm"), ("timm", "huggingface"), ("huggingface", "official")):
+        convert(tmp_path / source, tmp_path / to, to=to)
+        assert read_weights(tmp_path / to).form == form
+    config = json.loads((tmp_path / "official" / "config.json").read_text())
+    assert (config["in_chans"], config["mean"], config["std"]) == (2, [1510.5, 380.25], [300, 41])
+    assert json.loads((tmp_path / "timm" / "config.json").read_text())["pretrained_cfg"]["mean"] == [1510.5, 380.25]
+    processor = json.loads((tmp_path / "huggingface" / "preprocessor_config.json").read_text())
+    assert (processor["image_std"], processor["rescale_factor"]) == ([300, 41], 1)
+
+
+def test_statistics_of_another_number_of_channels_are_left_out(tmp_path, export_encoder):
+    export_encoder()
+    path = tmp_path / "ours" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"mean": [1.0], "std": [1.0]}))
+    weights = read_weights(tmp_path / "ours")
+    assert weights.form == ImageFormat.imagenet()
+    assert "left out the statistics: 1 channels have one, the stem takes 3" in weights.notes
+
+
+def test_configs_of_earlier_versions_have_values_between_0_and_1(tmp_path, export_encoder):
+    export_encoder()
+    path = tmp_path / "ours" / "config.json"
+    config = json.loads(path.read_text())
+    del config["dtype"]
+    path.write_text(json.dumps(config | {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}))
+    assert read_weights(tmp_path / "ours").known_form == ImageFormat.imagenet()
 
 
 def test_headless_sources(tmp_path, export_encoder, export_classifier):

@@ -7,6 +7,7 @@ from typing import NoReturn
 
 from PIL import Image
 
+from sparse_fcmae.data.decoders import NOT_PILLOWS
 from sparse_fcmae.data.sources.files import ImageFiles, printable
 from sparse_fcmae.runtime.errors import UserError
 
@@ -57,11 +58,12 @@ def check_folder(root: str | os.PathLike) -> None:
 
 
 def image_extensions() -> set[str]:
-    """The extensions, such as ".jpg", of the formats that Pillow can decode."""
+    """The extensions, such as ".jpg", of the formats that can be read."""
     Image.preinit()  # registers the common formats first, or every JPEG would be tried as a dozen others before
     Image.init()
     formats = set(Image.OPEN) - NOT_IMAGES
-    return {extension for extension, name in Image.registered_extensions().items() if name in formats}
+    known = {extension for extension, name in Image.registered_extensions().items() if name in formats}
+    return known.union(NOT_PILLOWS)
 
 
 def walk(root: str | os.PathLike, without: str | os.PathLike | None) -> Iterator[tuple[str, list[str]]]:

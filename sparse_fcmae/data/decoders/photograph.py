@@ -1,22 +1,25 @@
-"""From an image's file to its pixels: 8 bits, upright, RGB or greyscale, and at a reduced scale where that will do."""
+"""Photographs: 8 bits, upright, RGB or greyscale, read by Pillow, and at a reduced scale where that will do."""
 
 import math
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
 
-from sparse_fcmae.data.config import MAX_MEGAPIXELS
+from sparse_fcmae.data.decoders.image import ArrayImage, Box, OpenImage, Reading
 
 REDUCIBLE = ("JPEG", "MPO")  # formats that can be decoded at 1/2, 1/4 or 1/8 of their sides
 ORIENTATION = 0x0112  # the EXIF tag
 TURNED = (5, 6, 7, 8)  # its values for which rows become columns
 MIRRORED_COLUMNS, MIRRORED_ROWS = (2, 3, 6, 7), (3, 4, 7, 8)  # and for which columns or rows come in reverse
 
-File = BinaryIO | str | os.PathLike | Image.Image  # an image that can be opened, or one that is open
+GREY = ("1", "L", "LA", "La")  # modes that hold no colour
+FINER = 2  # a crop decoded at a reduced scale has at least this many times the view's pixels a side: fewer would show
 
 
 class Decoded(NamedTuple):
@@ -50,21 +53,62 @@ def of_any_size() -> Iterator[None]:
         Image.MAX_IMAGE_PIXELS = before
 
 
-@of_any_size()
-def open_image(file: File, max_megapixels: float = MAX_MEGAPIXELS) -> Image.Image:
-    """An image whose size is known and whose pixels are not, unless its format has to be decoded at once.
+class Photograph(OpenImage):
+    """An image of 8 bits that Pillow has open."""
 
-    Raises OSError for what is no image, and for an image of more than `max_megapixels`.
-    """
+    is_photograph = True
+    dtype = "uint8"
+
+    def __init__(self, image: Image.Image, reading: Reading) -> None:
+        reading.check_size(*image.size)
+        if image.format not in REDUCIBLE:  # turned at once, as some formats' readers turn themselves when they decode
+            ImageOps.exif_transpose(image, in_place=True)
+        self.image, self.reading, self.size = image, reading, upright_size(image)
+        self.in_chans = 1 if image.mode in GREY else 3
+
+    @of_any_size()
+    def resized_crop(self, box: Box, size: tuple[int, int]) -> Tensor:
+        """Resampling is bicubic with antialiasing. Torch does it where it can, in a fifth of Pillow's time."""
+        reading = self.reading
+        if reading.dtype != self.dtype:
+            raise OSError(f"has {self.dtype} values, not {reading.dtype} as the others")
+        in_chans = 3 if reading.channels else reading.in_chans
+        if in_chans not in (1, 3):
+            raise OSError(f"has {self.in_chans} channels, not {in_chans} as the others")
+        height, width = size
+        shrink = min((box[2] - box[0]) / width, (box[3] - box[1]) / height)
+        decoded = decode(self.image, in_chans, shrink / FINER)
+        if decoded.scale == 1:
+            crop = to_tensor(decoded.image.crop(box))[None].movedim(-1, 1)  # still channels last in memory
+            pixels = F.interpolate(crop, size, mode="bicubic", antialias=True)[0].movedim(0, -1).contiguous()
+        else:  # the box lies between pixels, which only Pillow allows
+            resized = decoded.image.resize((width, height), Image.Resampling.BICUBIC, box=decoded.place(box))
+            pixels = to_tensor(resized)
+        return torch.from_numpy(reading.selected(pixels.numpy())) if reading.channels else pixels
+
+
+@of_any_size()
+def opened(file: BinaryIO) -> Image.Image:
+    """An image that Pillow knows. Raises OSError for what is none."""
     try:
-        image = file if isinstance(file, Image.Image) else Image.open(file)
+        return Image.open(file)
     except UnidentifiedImageError:  # its message shows Python's name for an open file
         raise UnidentifiedImageError("no image of a known format") from None
-    if (megapixels := image.width * image.height / 1e6) > max_megapixels:
-        raise OSError(f"it has {megapixels:.4g} megapixels, more than the {max_megapixels:.4g} of --max-megapixels")
-    if image.format not in REDUCIBLE:  # turned at once, as some formats' readers turn by themselves when they decode
-        ImageOps.exif_transpose(image, in_place=True)
-    return image
+
+
+def open_image(file: BinaryIO, reading: Reading) -> OpenImage:
+    """The image in a file of any format that Pillow knows. Raises OSError for what is none."""
+    return from_pillow(opened(file), reading)
+
+
+@of_any_size()
+def from_pillow(image: Image.Image, reading: Reading) -> OpenImage:
+    """A photograph, or where the mode has more than 8 bits an image whose values are kept."""
+    if not image.mode.startswith(("I", "F")):
+        return Photograph(image, reading)
+    reading.check_size(*image.size)
+    values = np.asarray(ImageOps.exif_transpose(image))
+    return ArrayImage(values[..., None], reading)
 
 
 def upright_size(image: Image.Image) -> tuple[int, int]:
@@ -99,23 +143,20 @@ def _reduce(image: Image.Image, shrink: float) -> float:
 
 
 def to_eight_bits(image: Image.Image, in_chans: int) -> Image.Image:
-    """RGB (3 channels) or greyscale (1) of an image in any mode.
+    """RGB (3 channels) or greyscale (1) of an image in any mode of 8 bits.
 
-    Transparent pixels become white. Integers of two bytes lose the lower one. Floating-point values are stretched, so
-    that the least becomes 0 and the greatest 255.
+    Transparent pixels become white.
     """
-    if image.mode.startswith("I"):
-        values = np.asarray(image).clip(0, 65535)
-        two_bytes = image.mode != "I" or values.max() > 255
-        image = Image.fromarray((values >> 8 if two_bytes else values).astype(np.uint8))
-    elif image.mode == "F":
-        values = np.nan_to_num(np.asarray(image))
-        low, span = values.min(), max(float(np.ptp(values)), 1e-12)
-        image = Image.fromarray(((values - low) * (255 / span)).round().astype(np.uint8))
-    elif image.mode == "La":
+    if image.mode == "La":
         image = image.convert("LA")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     mode = "L" if in_chans == 1 else "RGB"
     return image if image.mode == mode else image.convert(mode)
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """The pixels of an image of 8 bits: uint8 [height, width, channels]."""
+    array = np.array(image)  # a copy, as torch wants what it may write to
+    return torch.from_numpy(array.reshape(*array.shape[:2], -1))

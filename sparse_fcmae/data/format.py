@@ -1,0 +1,111 @@
+"""How the images of a data set are stored and normalised: one rule for all of them, never one a file."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+BYTE = 255  # the greatest value of a uint8
+FLOATS = ("float16", "float32")
+DTYPES = ("uint8", "uint16", "int16", "int32", *FLOATS)  # in which values travel to the device
+IMAGENET_MEAN, IMAGENET_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # of values from 0 to 255
+
+
+@dataclass(frozen=True)
+class ImageFormat:
+    """What a model takes.
+
+    dtype: of the values, one of DTYPES. mean, std: what each channel is normalised with, in the values' own units.
+    channels: which of a file's channels are read, counted from 1, None for all.
+    """
+
+    dtype: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    channels: tuple[int, ...] | None = field(default=None, kw_only=True)
+
+    @classmethod
+    def imagenet(cls, in_chans: int = 3) -> "ImageFormat":
+        """8 bits and ImageNet's statistics, for any number of channels but 3 the means of these over its channels."""
+        if in_chans == 3:
+            return cls("uint8", IMAGENET_MEAN, IMAGENET_STD)
+        mean, std = (sum(values) / 3 for values in (IMAGENET_MEAN, IMAGENET_STD))
+        return cls("uint8", (mean,) * in_chans, (std,) * in_chans)
+
+    @classmethod
+    def of_json(cls, entries: Mapping[str, Any]) -> "ImageFormat":
+        """What `as_json` gave. Raises KeyError, TypeError or ValueError for anything else."""
+        mean, std = (tuple(map(float, entries[name])) for name in ("mean", "std"))
+        if entries["dtype"] not in DTYPES or not len(mean) == len(std) > 0 or min(std) <= 0:
+            raise ValueError(f"no image format: {dict(entries)}")
+        channels = entries.get("channels")
+        return cls(entries["dtype"], mean, std, channels=tuple(map(int, channels)) if channels else None)
+
+    def as_json(self) -> dict[str, Any]:
+        """The fields, for a JSON file; without `channels` where all are read."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+    @property
+    def in_chans(self) -> int:
+        """The number of channels."""
+        return len(self.mean)
+
+    @property
+    def is_photograph(self) -> bool:
+        """Whether images can be shown, and augmented, as 8-bit colour or greyscale."""
+        return self.dtype == "uint8" and self.in_chans in (1, 3)
+
+    @property
+    def unit(self) -> float:
+        """By what other libraries divide values before they normalise them: 255 for uint8, else 1."""
+        return BYTE if self.dtype == "uint8" else 1
+
+    @property
+    def in_units(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and deviation of values that have been divided by `unit`."""
+        mean, std = (tuple(round(value / self.unit, 9) for value in values) for values in (self.mean, self.std))
+        return mean, std
+
+    def normalise(self, pixels: Tensor) -> Tensor:
+        """[B, H, W, C] of `dtype` -> float32 [B, C, H, W], normalised, on the same device.
+
+        A missing value, NaN, becomes 0, its channel's mean.
+        """
+        mean, std = _rows(self, pixels.device, pixels.shape[-2])
+        rows = pixels.flatten(2).float()  # in whole rows, as CPUs are slow at broadcasting along three channels
+        if rows.data_ptr() == pixels.data_ptr():  # float32 already
+            rows = rows.clone()
+        rows = rows.sub_(mean).div_(std)
+        if self.dtype in FLOATS:
+            rows.nan_to_num_(nan=0.0)
+        return rows.view(pixels.shape).permute(0, 3, 1, 2)
+
+    def recorded(self, pixels: Tensor) -> Tensor | None:
+        """Where [B, H, W, C] has values: bool [B, C, H, W], or None where none can be missing."""
+        return pixels.isfinite().permute(0, 3, 1, 2) if self.dtype in FLOATS else None
+
+    def restore(self, images: Tensor) -> Tensor:
+        """The inverse of `normalise`, but for the dtype: float32 [B, C, H, W] -> float32 [B, C, H, W]."""
+        mean, std = (torch.tensor(values, device=images.device)[:, None, None] for values in (self.mean, self.std))
+        return images * std + mean
+
+
+def of_units(mean: Sequence[float], std: Sequence[float]) -> ImageFormat:
+    """The format of 8-bit images that are divided by 255 and then normalised with these, as other libraries do."""
+    return ImageFormat("uint8", *(tuple(round(BYTE * float(value), 9) for value in values) for values in (mean, std)))
+
+
+@cache
+def _rows(form: ImageFormat, device: torch.device, width: int) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of a row of pixels, float32 [width * channels]. Made once, as making them waits for a GPU.
+
+    The product is that of float32 numbers, as it always was: so runs go on to the same bits.
+    """
+    mean, std = (
+        form.unit * torch.tensor([value / form.unit for value in values], device=device).repeat(width)
+        for values in (form.mean, form.std)
+    )
+    return mean, std

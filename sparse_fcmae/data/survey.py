@@ -1,0 +1,203 @@
+"""What the images of a source are: dtype, channels and statistics, found out on a sample before a model is made."""
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from sparse_fcmae.data.config import FormatConfig
+from sparse_fcmae.data.decoders import open_image
+from sparse_fcmae.data.decoders.image import MissingLibrary, OpenImage, Reading, reading_of
+from sparse_fcmae.data.format import FLOATS, ImageFormat
+from sparse_fcmae.data.sources import ImageSource
+from sparse_fcmae.runtime.errors import UserError
+from sparse_fcmae.runtime.files import one_line
+from sparse_fcmae.runtime.options import listed
+from sparse_fcmae.runtime.streams import Stream, numpy_generator
+
+LOOKED_AT, MEASURED = 64, 256  # images that are opened, and those that are decoded for statistics
+BOX_SIDE, VALUES = 1024, 1 << 16  # pixels a side of the box that is measured of an image, and of these at most
+TAILS = (0.0005, 0.9995)  # quantiles beyond which a value counts as these
+SATURATED = 0.01  # fraction of values at the greatest one from which on that is said
+
+
+class Kind(NamedTuple):
+    """What an image is. channels: a photograph's are 3, be it grey or not, as it can be read as either."""
+
+    dtype: str
+    channels: int
+    photograph: bool
+
+    def __str__(self) -> str:
+        if self.photograph:
+            return "photographs of 8 bits"
+        return f"of {self.channels} channel{'s' if self.channels > 1 else ''} of {self.dtype}"
+
+
+def survey(
+    source: ImageSource, config: FormatConfig, seed: int, weights: ImageFormat | None = None
+) -> tuple[ImageFormat, list[str]]:
+    """The format of a source's images, and what there is to say about them, a line each.
+
+    Where images differ, most of them decide, and the others are unreadable in training. weights: the images that the
+    model's first weights take; where these are the same, so are the statistics. Raises UserError where no image can be
+    read, where a library is missing for them, and for options that do not suit the images.
+    """
+    reading = asked_reading(config)
+    kind, grey, notes = _kind(source, reading)
+    form = _without_statistics(kind, grey, reading, config.in_chans, weights)
+    if config.mean or config.std:
+        mean, std = (_numbers(config, name, form.in_chans) for name in ("mean", "std"))
+        return replace(form, mean=mean, std=std), notes
+    if weights and not config.stats and (weights.dtype, weights.in_chans) == (form.dtype, form.in_chans):
+        return replace(weights, channels=form.channels), [*notes, "normalised as the images of these weights"]
+    in_colour = kind.photograph and form.in_chans == 3 and not form.channels
+    if (config.stats or ("imagenet" if in_colour else "data")) == "imagenet":
+        if form.dtype != "uint8":
+            raise UserError(
+                f"`stats` imagenet is of 8-bit images: these have {form.dtype} values, so give `stats=data`"
+            )
+        return replace(ImageFormat.imagenet(form.in_chans), channels=form.channels), notes
+    measured, remarks = measure(source, form, reading_of(form, **reading_options(config)), seed)
+    return measured, notes + remarks
+
+
+def asked_reading(config: FormatConfig) -> Reading:
+    """What the options alone say of the reading. Raises UserError for channels that can't be."""
+    channels = tuple(listed("channels", config.channels, int)) if config.channels else None
+    if channels and min(channels) < 1:
+        raise UserError(f"`channels` {config.channels}: they are counted from 1")
+    return Reading(channels=channels, **reading_options(config))
+
+
+def reading_options(config: FormatConfig) -> dict[str, Any]:
+    """The fields of a reading that options give and a format does not have."""
+    return {"pages": config.pages, "nodata": config.nodata, "max_megapixels": config.max_megapixels}
+
+
+def measure(source: ImageSource, form: ImageFormat, reading: Reading, seed: int) -> tuple[ImageFormat, list[str]]:
+    """A format with the mean and deviation of each channel of a sample, and what is to be said about the values.
+
+    Of each image in the sample up to VALUES pixels of a random box count. Values beyond the quantiles TAILS of their
+    channel count as these. Raises UserError where all values of the sample are the same.
+    """
+    rng, sample, broken = numpy_generator(seed, Stream.SURVEY), [], []
+    for index in tqdm(_spread(source, MEASURED), desc="measuring", unit="image", leave=False, dynamic_ncols=True):
+        found = _look(source, index, lambda file: _values(open_image(file, reading), rng))
+        if isinstance(found, Exception):
+            broken.append(f"{source.name(index)}: {one_line(found)}")
+        else:
+            sample.append(found)
+    if not sample:
+        raise UserError(f"{source}: no image of the sample could be measured: {broken[0]}")
+    columns = np.concatenate(sample).T  # [C, values]
+    known = [column[np.isfinite(column)].astype(np.float64) for column in columns]
+    if empty := [str(number) for number, column in enumerate(known, 1) if not len(column)]:
+        raise UserError(f"{source}: channel {', '.join(empty)} has no value in the {len(sample)} images measured")
+    clipped = [np.clip(column, *np.quantile(column, TAILS)) for column in known]
+    mean, std = (tuple(float(f"{f(column):.7g}") for column in clipped) for f in (np.mean, np.std))
+    if not any(std):
+        raise UserError(f"{source}: all values of the {len(sample)} images measured are {mean[0]:g}: nothing to learn")
+    missing = 1 - sum(map(len, known)) / columns.size
+    return replace(form, mean=mean, std=tuple(value or 1.0 for value in std)), _remarks(form, known, mean, std, missing)
+
+
+def _kind(source: ImageSource, reading: Reading) -> tuple[Kind, bool, list[str]]:
+    """What most images looked at are, whether all these are grey photographs, and a line on each that is not like them.
+
+    Raises UserError where most can't be opened for want of a library, or none at all.
+    """
+    kinds: Counter[Kind] = Counter()
+    examples: dict[Kind, str] = {}
+    problems: Counter[str] = Counter()
+    broken, grey, indices = [], True, _spread(source, LOOKED_AT)
+    for index in indices:
+        image = _look(source, index, lambda file: open_image(file, reading))
+        if isinstance(image, MissingLibrary):
+            problems[str(image).replace("needs", "need")] += 1
+        elif isinstance(image, Exception):
+            broken.append(f"{source.name(index)}: {one_line(image)}")
+        else:
+            as_colour = image.is_photograph or (image.dtype, image.in_chans) == ("uint8", 3)
+            kind = Kind(image.dtype, 3 if as_colour else image.in_chans, as_colour)
+            kinds[kind] += 1
+            examples.setdefault(kind, source.name(index))
+            grey &= not image.is_photograph or image.in_chans == 1
+    lines = [f"{count} of the {len(indices)} images looked at {problem}" for problem, count in problems.items()]
+    if problems.total() > kinds.total():
+        raise UserError(f"{source}: {lines[0]}")
+    if not kinds:
+        raise UserError(f"{source}: none of the {len(indices)} images looked at can be read: {broken[0]}")
+    (chosen, _), *others = kinds.most_common()
+    for kind, count in others:
+        lines.append(f"{count} of the {len(indices)} images looked at are {kind}, such as {examples[kind]}")
+    return chosen, grey, [f"{line}: they count as unreadable, as most are {chosen}" for line in lines]
+
+
+def _without_statistics(
+    kind: Kind, grey: bool, reading: Reading, in_chans: int | None, weights: ImageFormat | None
+) -> ImageFormat:
+    """The format of images of a kind, with a mean and a deviation that stand for those still to be found."""
+    found = len(reading.channels) if reading.channels else 1 if kind.photograph and grey else kind.channels
+    choices = {1, 3} if kind.photograph and not reading.channels else {found}
+    if in_chans is not None and in_chans not in choices:
+        what = f"the options select {found}" if reading.channels else f"the images have {found}"
+        raise UserError(f"`in_chans` {in_chans}: {what}, so leave it out")
+    if in_chans is None and weights and weights.in_chans in choices:
+        in_chans = weights.in_chans
+    channels = in_chans or found
+    return ImageFormat(kind.dtype, (0.0,) * channels, (1.0,) * channels, channels=reading.channels)
+
+
+def _look(source: ImageSource, index: int, look: Callable) -> Any:
+    """What is found out about an image, or the exception that it could not be read by. Training names such an image."""
+    try:
+        with source.open(index) as file:
+            return look(file)
+    except Exception as error:  # decoders raise nearly anything on a broken file
+        return error
+
+
+def _spread(source: ImageSource, count: int) -> list[int]:
+    """Up to so many images, spread evenly."""
+    return np.unique(np.linspace(0, len(source) - 1, count).astype(int)).tolist()
+
+
+def _values(image: OpenImage, rng: np.random.Generator) -> np.ndarray:
+    """[values, C] of a random box of an image, as they are stored."""
+    width, height = image.size
+    w, h = min(width, BOX_SIDE), min(height, BOX_SIDE)
+    left, top = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
+    rows = image.resized_crop((left, top, left + w, top + h), (h, w)).flatten(0, 1).numpy()
+    return rows[rng.permutation(len(rows))[:VALUES]]
+
+
+def _numbers(config: FormatConfig, name: str, channels: int) -> tuple[float, ...]:
+    """The numbers of `mean` or `std`. Raises UserError unless there is one a channel, and for deviations of 0."""
+    text = getattr(config, name)
+    values = tuple(listed(name, text, float)) if text else ()
+    if len(values) != channels or not np.isfinite(values).all() or (name == "std" and min(values) <= 0):
+        what = "a positive number" if name == "std" else "a number"
+        raise UserError(f"`{name}` {text}: give {what} for each of the {channels} channels, with commas between them")
+    return values
+
+
+def _remarks(
+    form: ImageFormat, known: list[np.ndarray], mean: tuple[float, ...], std: tuple[float, ...], missing: float
+) -> list[str]:
+    """The range and the statistics of each channel, and what may be wrong with its values, a line each."""
+    lines = [f"the images are {Kind(form.dtype, form.in_chans, False)}, normalised with their own statistics"]
+    for number, (column, m, s) in enumerate(zip(known, mean, std, strict=True), 1):
+        low, high = column.min(), column.max()
+        line = f"channel {number}: values from {low:.6g} to {high:.6g}, mean {m:.6g}, deviation {s:.6g}"
+        if not s:
+            line += "; it is constant, so it holds nothing to learn"
+        elif (share := float((column == high).mean())) > SATURATED:
+            line += f"; {share:.0%} of them are the greatest: is it saturated?"
+        lines.append(line)
+    if form.dtype in FLOATS and missing:
+        lines.append(f"{missing:.2%} of the values are missing: they count neither in the statistics nor in the loss")
+    return lines

@@ -1,0 +1,210 @@
+"""That values arrive as they are stored, from every kind of file: against numpy, tifffile and imagecodecs."""
+
+import io
+import sys
+
+import imagecodecs
+import numpy as np
+import pytest
+import tifffile
+import torch
+from PIL import Image
+
+from sparse_fcmae.data.decoders import open_image
+from sparse_fcmae.data.decoders.image import Reading, resampled
+
+TWELVE_BITS = (np.arange(16384) % 4096).astype(np.uint16).reshape(128, 128)
+
+
+def read(path, reading, box=None):
+    """An image, or a box of it, at its own resolution."""
+    image = open_image(path, reading)
+    box = box or (0, 0, *image.size)
+    return image.resized_crop(box, (box[3] - box[1], box[2] - box[0])).numpy()
+
+
+@pytest.mark.parametrize("offset", [0, 32768])
+@pytest.mark.parametrize("kind", ["png", "none", "lzw", "zstd", "deflate", "bigtiff", "tiled", "big-endian", "npy"])
+def test_sixteen_bits_keep_all_levels(tmp_path, kind, offset):
+    values, path = TWELVE_BITS + np.uint16(offset), tmp_path / f"x.{kind}"
+    if kind == "png":
+        Image.fromarray(values).save(path, format="PNG")
+    elif kind == "npy":
+        np.save(path, values)
+        path = path if path.exists() else tmp_path / "x.npy.npy"
+    else:
+        options = {"bigtiff": {"bigtiff": True}, "tiled": {"tile": (32, 48)}, "big-endian": {"byteorder": ">"}}
+        chosen = options.get(kind, {"compression": kind if kind != "none" else None})
+        tifffile.imwrite(path, values, **chosen)
+    found = read(path, Reading(1, "uint16"))
+    assert found.dtype == np.uint16
+    assert np.array_equal(found[..., 0], values)
+    assert len(np.unique(found)) == 4096
+    assert np.array_equal(read(path, Reading(1, "uint16"), (3, 5, 40, 100))[..., 0], values[5:100, 3:40])
+
+
+@pytest.mark.parametrize("dtype", ["int16", "int32", "float16", "float32", "float64"])
+def test_signed_and_floating_values_are_kept(tmp_path, dtype):
+    values = np.array([[-1000, 40, 1000], [0, 7, -3]], dtype)
+    tifffile.imwrite(tmp_path / "x.tif", values)
+    np.save(tmp_path / "x.npy", values)
+    expected = values.astype("float32") if dtype == "float64" else values
+    for suffix in ("tif", "npy"):
+        found = read(tmp_path / f"x.{suffix}", Reading(1, expected.dtype.name))
+        assert found.dtype == expected.dtype
+        assert np.array_equal(found[..., 0], expected)
+
+
+@pytest.mark.parametrize("options", [{"compression": "deflate"}, {}, {"planarconfig": "contig"}])
+def test_thirteen_channels_in_their_order(tmp_path, options):
+    planes = np.random.default_rng(0).integers(0, 60000, (13, 20, 30)).astype(np.uint16)
+    given = np.moveaxis(planes, 0, -1) if options.get("planarconfig") == "contig" else planes
+    layout = {"planarconfig": "separate"} | options | {"photometric": "minisblack"}
+    tifffile.imwrite(tmp_path / "x.tif", given, **layout)
+    np.save(tmp_path / "first.npy", planes)
+    np.save(tmp_path / "last.npy", np.moveaxis(planes, 0, -1))
+    for name in ("x.tif", "first.npy", "last.npy"):
+        assert np.array_equal(read(tmp_path / name, Reading(13, "uint16")), np.moveaxis(planes, 0, -1)), name
+        some = read(tmp_path / name, Reading(3, "uint16", channels=(8, 1, 13)))
+        assert np.array_equal(some, np.moveaxis(planes[[7, 0, 12]], 0, -1)), name
+    with pytest.raises(OSError, match="has 13 channels, not 3 as the others"):
+        read(tmp_path / "x.tif", Reading(3, "uint16"))
+    with pytest.raises(OSError, match="has 13 channels, not 14"):
+        read(tmp_path / "x.tif", Reading(1, "uint16", channels=(14,)))
+
+
+@pytest.mark.parametrize("planar", [False, True])
+def test_sixteen_bit_colour(tmp_path, planar):
+    colour = np.random.default_rng(1).integers(0, 65536, (24, 17, 3)).astype(np.uint16)
+    stored = np.moveaxis(colour, -1, 0) if planar else colour
+    tifffile.imwrite(tmp_path / "x.tif", stored, photometric="rgb", planarconfig="separate" if planar else "contig")
+    assert np.array_equal(read(tmp_path / "x.tif", Reading(3, "uint16")), colour)
+    (tmp_path / "x.png").write_bytes(imagecodecs.png_encode(colour))
+    assert np.array_equal(read(tmp_path / "x.png", Reading(3, "uint16")), colour)
+    (tmp_path / "x.png").write_bytes(imagecodecs.png_encode(colour)[:300])
+    with pytest.raises(OSError, match="a damaged PNG"):
+        read(tmp_path / "x.png", Reading(3, "uint16"))
+
+
+def test_pages_are_never_silently_the_first(tmp_path):
+    stack = np.random.default_rng(2).integers(0, 4096, (6, 20, 30)).astype(np.uint16)
+    tifffile.imwrite(tmp_path / "x.tif", stack, photometric="minisblack", metadata={"axes": "ZYX"})
+    with pytest.raises(OSError, match=r"has 6 pages \(axes ZYX\): --pages says what they are, channels or max"):
+        open_image(tmp_path / "x.tif", Reading(1, "uint16"))
+    found = read(tmp_path / "x.tif", Reading(6, "uint16", pages="channels"))
+    assert np.array_equal(found, np.moveaxis(stack, 0, -1))
+    found = read(tmp_path / "x.tif", Reading(1, "uint16", pages="max"))
+    assert np.array_equal(found[..., 0], stack.max(0))
+    times = np.stack([stack, stack[::-1]])  # six pages of two channels
+    tifffile.imwrite(tmp_path / "y.tif", times, photometric="minisblack", metadata={"axes": "CZYX"}, ome=True)
+    found = read(tmp_path / "y.tif", Reading(12, "uint16", pages="channels"))
+    pages = times.transpose(1, 0, 2, 3).reshape(12, 20, 30)
+    assert np.array_equal(found, np.moveaxis(pages, 0, -1))
+    found = read(tmp_path / "y.tif", Reading(2, "uint16", pages="max"))
+    assert np.array_equal(found, np.moveaxis(times.max(1), 0, -1))
+
+
+def test_photographs_of_several_pages(tmp_path):
+    pages = [Image.new("RGB", (8, 8), (60 * i, 0, 0)) for i in range(3)]
+    pages[0].save(tmp_path / "x.tif", save_all=True, append_images=pages[1:])
+    with pytest.raises(OSError, match=r"3 pages|holds 3 images"):
+        open_image(tmp_path / "x.tif", Reading())
+
+
+def test_missing_values(tmp_path):
+    values = np.random.default_rng(3).normal(1500, 300, (40, 60)).astype(np.float32)
+    values[3, 4], values[5, 6], values[:, 50:] = np.inf, np.nan, -9999
+    tifffile.imwrite(tmp_path / "plain.tif", values)
+    tag = [(42113, "s", 0, "-9999", True)]
+    tifffile.imwrite(tmp_path / "nodata.tif", values, extratags=tag)
+    for path, reading in (
+        (tmp_path / "plain.tif", Reading(1, "float32", nodata=-9999)),
+        (tmp_path / "nodata.tif", Reading(1, "float32")),
+    ):
+        found = read(path, reading)[..., 0]
+        absent = ~np.isfinite(values) | (values == -9999)
+        assert np.array_equal(np.isnan(found), absent)
+        assert np.array_equal(found[~absent], values[~absent])
+    whole = np.arange(2400, dtype=np.uint16).reshape(40, 60)
+    tifffile.imwrite(tmp_path / "whole.tif", whole, extratags=[(42113, "s", 0, "0", True)])
+    image = open_image(tmp_path / "whole.tif", Reading(1, "float32"))
+    assert image.dtype == "float32"
+    found = read(tmp_path / "whole.tif", Reading(1, "float32"))[..., 0]
+    assert np.array_equal(np.nan_to_num(found), whole)
+    assert np.isnan(found).sum() == 1
+    tifffile.imwrite(tmp_path / "none.tif", whole)  # without missing values, among images that have some
+    assert np.array_equal(read(tmp_path / "none.tif", Reading(1, "float32"))[..., 0], whole)
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "int16", "int32", "float16", "float32"])
+def test_resizing_is_that_of_torch_in_float64(dtype):
+    rng = np.random.default_rng(4)
+    crop = (rng.random((37, 53, 2)) * 3000 + 100).astype(dtype)
+    exact = torch.from_numpy(crop.astype(np.float64)).movedim(-1, 0)[None]
+    exact = torch.nn.functional.interpolate(exact, (16, 24), mode="bicubic", antialias=True)[0].movedim(0, -1).numpy()
+    found = resampled(crop, (16, 24)).numpy()
+    assert found.dtype == crop.dtype
+    error = np.abs(found.astype(np.float64) - exact).max()
+    assert error <= {"float16": 2, "float32": 1e-2}.get(dtype, 0.51)
+    large = np.full((8, 8, 1), 2**30 + 1, np.int32)
+    assert (resampled(large, (4, 4)) == 2**30 + 1).all()
+
+
+def test_resizing_leaves_missing_values_out():
+    crop = np.full((32, 32, 1), 7.0, np.float32)
+    crop[:, :16] = np.nan
+    found = resampled(crop, (8, 8))[..., 0]
+    assert torch.isnan(found[:, :3]).all()
+    torch.testing.assert_close(found[:, 5:], torch.full((8, 3), 7.0))
+    assert torch.isnan(resampled(np.full((8, 8, 1), np.nan, np.float32), (4, 4))).all()
+
+
+def test_what_does_not_fit_is_said(tmp_path):
+    np.save(tmp_path / "x.npy", np.zeros((8, 8), np.uint16))
+    with pytest.raises(OSError, match="has uint16 values, not uint8 as the others"):
+        read(tmp_path / "x.npy", Reading())
+    np.save(tmp_path / "x.npy", np.zeros((8, 8), np.int64))
+    with pytest.raises(OSError, match="has int64 values: save it as one of uint8, uint16"):
+        read(tmp_path / "x.npy", Reading())
+    np.save(tmp_path / "x.npy", np.zeros((2, 3, 8, 8), np.uint8))
+    with pytest.raises(OSError, match=r"has 4 axes \[2, 3, 8, 8\]"):
+        read(tmp_path / "x.npy", Reading())
+    np.save(tmp_path / "x.npy", np.array([{}], object), allow_pickle=True)
+    with pytest.raises(OSError, match="no array that can be read"):
+        read(tmp_path / "x.npy", Reading())
+    np.save(tmp_path / "x.npy", np.zeros((200, 300), np.uint8))
+    (tmp_path / "x.npy").write_bytes((tmp_path / "x.npy").read_bytes()[:1000])
+    for file in (tmp_path / "x.npy", (tmp_path / "x.npy").open("rb")):
+        with pytest.raises(OSError, match="no array that can be read"):
+            read(file, Reading(1))
+    np.save(tmp_path / "x.npy", np.zeros((200, 300), np.uint8))
+    with pytest.raises(OSError, match=r"more than the 0.01 of --max-megapixels"):
+        read(tmp_path / "x.npy", Reading(1, max_megapixels=0.01))
+    tifffile.imwrite(tmp_path / "x.tif", TWELVE_BITS)
+    (tmp_path / "x.tif").write_bytes((tmp_path / "x.tif").read_bytes()[:900])
+    with pytest.raises(OSError, match=r".+"):
+        read(tmp_path / "x.tif", Reading(1, "uint16"))
+    with pytest.raises(OSError, match="has 3 channels, not 5 as the others"):
+        read(Image.new("RGB", (8, 8)), Reading(5))
+    with pytest.raises(OSError, match="has uint8 values, not uint16 as the others"):
+        read(Image.new("RGB", (8, 8)), Reading(3, "uint16"))
+
+
+@pytest.mark.parametrize(("name", "needed"), [("x.tif", "tifffile"), ("x.png", "imagecodecs")])
+def test_a_missing_library_is_named(tmp_path, monkeypatch, name, needed):
+    tifffile.imwrite(tmp_path / "x.tif", TWELVE_BITS)
+    (tmp_path / "x.png").write_bytes(imagecodecs.png_encode(np.zeros((8, 8, 3), np.uint16)))
+    monkeypatch.setitem(sys.modules, needed, None)
+    with pytest.raises(OSError, match=rf"needs {needed}: pip install tifffile imagecodecs \(the extra microscopy\)"):
+        open_image(tmp_path / name, Reading())
+
+
+def test_arrays_are_mapped_not_read(tmp_path):
+    np.save(tmp_path / "x.npy", np.arange(10000, dtype=np.uint16).reshape(100, 100))
+    with (tmp_path / "x.npy").open("rb") as file:
+        image = open_image(file, Reading(1, "uint16"))
+    assert isinstance(image.values, np.memmap)
+    assert image.resized_crop((1, 2, 3, 4), (2, 2)).flatten().tolist() == [201, 202, 301, 302]  # the file is closed
+    np.save(buffer := io.BytesIO(), np.ones((4, 4), np.uint8))
+    buffer.seek(0)
+    assert open_image(buffer, Reading(1)).size == (4, 4)

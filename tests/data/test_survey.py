@@ -1,0 +1,146 @@
+import sys
+
+import numpy as np
+import pytest
+import tifffile
+from PIL import Image
+
+from sparse_fcmae import UserError
+from sparse_fcmae.data.config import FormatConfig
+from sparse_fcmae.data.format import ImageFormat
+from sparse_fcmae.data.sources.folder import ImageFolder
+from sparse_fcmae.data.survey import survey
+
+
+def survey_of(folder, weights=None, **options):
+    return survey(ImageFolder(folder), FormatConfig(**options), 0, weights)
+
+
+def arrays(folder, values):
+    folder.mkdir(exist_ok=True)
+    for number, array in enumerate(values):
+        np.save(folder / f"{number:03}.npy", array)
+    return folder
+
+
+def test_photographs_are_normalised_as_imagenet(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    Image.new("L", (8, 8)).save(tmp_path / "b.png")
+    assert survey_of(tmp_path) == (ImageFormat.imagenet(), [])
+    assert survey_of(tmp_path, in_chans=1, stats="imagenet")[0] == ImageFormat.imagenet(1)
+    assert survey_of(tmp_path, weights=ImageFormat.imagenet(1))[0] == ImageFormat.imagenet(1)
+    form, _ = survey_of(tmp_path, mean="1,2,3", std="4,5,6")
+    assert form == ImageFormat("uint8", (1, 2, 3), (4, 5, 6))
+
+
+def test_grey_photographs_have_one_channel_and_their_own_statistics(tmp_path):
+    pixels = np.random.default_rng(0).integers(20, 90, (6, 32, 32)).astype(np.uint8)
+    for number, image in enumerate(pixels):
+        Image.fromarray(image).save(tmp_path / f"{number}.png")
+    form, notes = survey_of(tmp_path)
+    assert (form.dtype, form.in_chans) == ("uint8", 1)
+    assert form.mean[0] == pytest.approx(pixels.mean(), abs=0.05)
+    assert form.std[0] == pytest.approx(pixels.std(), abs=0.05)
+    assert "channel 1: values from 20 to 89" in notes[1]
+    assert survey_of(tmp_path, in_chans=3)[0] == ImageFormat.imagenet()
+
+
+def test_statistics_of_each_channel_are_robust(tmp_path):
+    rng = np.random.default_rng(1)
+    images = rng.normal([1500, 0.01], [300, 0.002], (20, 64, 64, 2)).astype(np.float32)
+    spoilt = images.copy()
+    spoilt[3, 5, 5, 0], spoilt[4, 1, 1, 1], spoilt[5, :, 60:] = np.inf, np.nan, -9999
+    spoilt[7, 7, 7, 0] = 1e30
+    form, notes = survey_of(arrays(tmp_path / "x", spoilt), nodata=-9999)
+    assert form.dtype == "float32"
+    assert form.mean == pytest.approx((1500, 0.01), rel=0.01)
+    assert form.std == pytest.approx((300, 0.002), rel=0.02)
+    assert any("% of the values are missing" in note for note in notes)
+    assert survey_of(tmp_path / "x", nodata=-9999) == (form, notes)  # the same again
+
+
+def test_files_of_different_deviation_stay_apart(tmp_path):
+    rng = np.random.default_rng(2)
+    images = [rng.normal(0, deviation, (64, 64)).astype(np.float32) for deviation in (0.01, 0.1)]
+    form, _ = survey_of(arrays(tmp_path / "x", images))
+    together = np.concatenate([image.ravel() for image in images])
+    assert form.std[0] == pytest.approx(together.std(), rel=0.02)
+
+
+def test_channels_are_selected(tmp_path):
+    images = np.random.default_rng(3).normal(np.arange(13) * 10, 1, (8, 32, 32, 13)).astype(np.float32)
+    folder = arrays(tmp_path / "x", images)
+    assert survey_of(folder)[0].in_chans == 13
+    form, _ = survey_of(folder, channels="4,3,2")
+    assert form.channels == (4, 3, 2)
+    assert form.mean == pytest.approx((30, 20, 10), abs=0.1)
+    with pytest.raises(UserError, match="`in_chans` 5: the images have 13, so leave it out"):
+        survey_of(folder, in_chans=5)
+    with pytest.raises(UserError, match="`in_chans` 5: the options select 3, so leave it out"):
+        survey_of(folder, channels="4,3,2", in_chans=5)
+    with pytest.raises(UserError, match="`channels` 0,1: they are counted from 1"):
+        survey_of(folder, channels="0,1")
+    with pytest.raises(UserError, match=r"no image of the sample could be measured.*has 13 channels, not 14"):
+        survey_of(folder, channels="14")
+
+
+def test_most_images_decide_and_the_others_are_said(tmp_path):
+    folder = arrays(tmp_path / "x", np.random.default_rng(4).integers(0, 4096, (5, 16, 16)).astype(np.uint16))
+    Image.new("RGB", (8, 8)).save(folder / "photo.png")
+    (folder / "broken.npy").write_text("x")
+    form, notes = survey_of(folder)
+    assert (form.dtype, form.in_chans) == ("uint16", 1)
+    assert notes[0] == (
+        "1 of the 7 images looked at are photographs of 8 bits, such as photo.png: they count as unreadable, as most "
+        "are of 1 channel of uint16"
+    )
+
+
+def test_what_stands_out_is_said(tmp_path):
+    images = np.random.default_rng(5).integers(0, 4096, (5, 32, 32, 3)).astype(np.uint16)
+    images[..., 1] = 7
+    images[..., 2] = images[..., 2].clip(0, 2000)
+    form, notes = survey_of(arrays(tmp_path / "x", images))
+    assert form.std[1] == 1
+    assert "the images are of 3 channels of uint16, normalised with their own statistics" in notes
+    assert any("channel 2: " in note and "it is constant" in note for note in notes)
+    assert any("channel 3: " in note and "51% of them are the greatest" in note for note in notes)
+
+
+def test_mistakes(tmp_path, monkeypatch):
+    folder = arrays(tmp_path / "x", np.full((3, 16, 16), 7, np.int16))
+    with pytest.raises(UserError, match="all values of the 3 images measured are 7: nothing to learn"):
+        survey_of(folder)
+    with pytest.raises(UserError, match="`stats` imagenet is of 8-bit images: these have int16 values"):
+        survey_of(folder, stats="imagenet")
+    for options, message in (
+        ({"mean": "1,2", "std": "1"}, "`mean` 1,2: give a number for each of the 1 channels"),
+        ({"mean": "1"}, "`std` None: give a positive number"),
+        ({"mean": "1", "std": "0"}, "`std` 0: give a positive number"),
+        ({"mean": "1", "std": "nan"}, "`std` nan: give a positive number"),
+    ):
+        with pytest.raises(UserError, match=message):
+            survey_of(folder, **options)
+    nothing = arrays(tmp_path / "y", np.full((2, 8, 8), np.nan, np.float32))
+    with pytest.raises(UserError, match="channel 1 has no value in the 2 images measured"):
+        survey_of(nothing)
+    (tmp_path / "z").mkdir()
+    (tmp_path / "z" / "x.png").write_text("x")
+    with pytest.raises(UserError, match=r"none of the 1 images looked at can be read: x.png: no image of a known"):
+        survey_of(tmp_path / "z")
+    stack = np.zeros((6, 8, 8), np.uint16)
+    tifffile.imwrite(tmp_path / "z" / "x.tif", stack, photometric="minisblack")
+    (tmp_path / "z" / "x.png").unlink()
+    with pytest.raises(UserError, match=r"has 6 pages .*--pages says what they are"):
+        survey_of(tmp_path / "z")
+    monkeypatch.setitem(sys.modules, "tifffile", None)
+    with pytest.raises(UserError, match=r"1 of the 1 images looked at need tifffile: pip install tifffile imagecodecs"):
+        survey_of(tmp_path / "z")
+
+
+def test_weights_that_take_the_same_images_keep_their_statistics(tmp_path):
+    folder = arrays(tmp_path / "x", np.random.default_rng(6).integers(0, 4096, (5, 16, 16)).astype(np.uint16))
+    weights = ImageFormat("uint16", (1000.0,), (300.0,))
+    assert survey_of(folder, weights)[0] == weights
+    assert survey_of(folder, weights, stats="data")[0] != weights
+    assert survey_of(folder, ImageFormat.imagenet())[0].dtype == "uint16"

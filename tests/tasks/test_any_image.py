@@ -1,0 +1,139 @@
+"""Images that are no photographs, from their files to exported weights and back."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from helpers import relative_error
+from PIL import Image
+from safetensors.torch import load_file
+from timm.models import adapt_input_conv
+
+from sparse_fcmae import UserError, convert, evaluate, finetune, load_encoder, load_transform, pretrain
+from sparse_fcmae.cli import main
+from sparse_fcmae.data.format import ImageFormat
+from sparse_fcmae.tasks.build import stem_for
+from sparse_fcmae.weights.read import read_weights
+
+SMALL = {
+    "image_size": 32,
+    "stem_stride": 1,
+    "batch_size": 8,
+    "epochs": 2,
+    "num_workers": 1,
+    "dtype": "fp32",
+    "lr": 1e-3,
+}
+CHANNELS = 5
+
+
+def scenes(folder, count=12, dtype=np.uint16, channels=CHANNELS):
+    """Arrays in two class folders, in train and val; those of the second class are brighter in the last channel."""
+    rng = np.random.default_rng(0)
+    for split in ("train", "val"):
+        for label, name in enumerate(("field", "forest")):
+            (folder / split / name).mkdir(parents=True)
+            for number in range(count):
+                values = rng.normal(np.arange(channels) * 1000 + 3000, 400, (40, 48, channels))
+                values[..., -1] += 3000 * label
+                np.save(folder / split / name / f"{number}.npy", values.astype(dtype))
+    return folder
+
+
+def test_five_channels_from_pretraining_to_evaluation(tmp_path):
+    data = scenes(tmp_path / "data")
+    pretrain(data=data / "train", out=tmp_path / "run", **SMALL, rotate=True)
+    config = json.loads((tmp_path / "run" / "exported" / "config.json").read_text())
+    values = np.stack([np.load(path) for path in (data / "train").glob("*/*.npy")]).astype(float)
+    assert (config["dtype"], config["in_chans"]) == ("uint16", CHANNELS)
+    assert config["mean"] == pytest.approx(values.mean((0, 1, 2)), rel=1e-3)
+    assert config["std"] == pytest.approx(values.std((0, 1, 2)), rel=5e-3)
+    form = ImageFormat.of_json(config)
+    (checkpoint,) = (tmp_path / "run" / "checkpoints").glob("step-*")
+    assert read_weights(checkpoint).form == form
+    assert "the images are of 5 channels of uint16" in (tmp_path / "run" / "train.log").read_text()
+
+    for to in ("timm", "huggingface"):
+        convert(tmp_path / "run", tmp_path / to, to=to)
+    tuning = SMALL | {"epochs": 30, "batch_size": 8, "drop_path": 0.0, "rand_augment": 9.0}
+    del tuning["stem_stride"]
+    finetune(data=data, init=tmp_path / "huggingface", out=tmp_path / "tuned", preset="atto", eval_every=30, **tuning)
+    assert "RandAugment is left out" in (tmp_path / "tuned" / "train.log").read_text()
+    assert read_weights(tmp_path / "tuned").form == form
+    assert evaluate(data=data, init=tmp_path / "tuned")["top1"] > 0.9
+    assert evaluate(data=data, init=tmp_path / "timm", knn=True)["images"] == 24
+
+    path = data / "val" / "field" / "3.npy"
+    image = load_transform(tmp_path / "run", crop_fraction=0.8)(path)
+    expected = np.load(path)[4:36, 8:40].astype(np.float32)
+    expected = torch.from_numpy((expected - config["mean"]) / config["std"]).movedim(-1, 0).float()
+    assert relative_error(image, expected) < 1e-5
+    assert load_encoder(tmp_path / "run")(image[None]).shape == (1, 320, 4, 4)
+    Image.new("RGB", (64, 64)).save(tmp_path / "photo.png")
+    with pytest.raises(OSError, match="has uint8 values, not uint16"):
+        load_transform(tmp_path / "run")(tmp_path / "photo.png")
+
+
+def test_an_interrupted_run_goes_on_with_its_own_statistics(tmp_path):
+    data = scenes(tmp_path / "data", 6, np.float32)
+    for path in list(data.glob("train/*/*.npy"))[:5]:
+        values = np.load(path)
+        values[:20, :20], values[30, 30, 1], values[31, 31, 2] = np.nan, np.inf, -9999
+        np.save(path, values)
+    options = SMALL | {"epochs": 4, "batch_size": 4, "save_every": 5, "log_every": 1, "nodata": -9999}
+    pretrain(data=data / "train", out=tmp_path / "whole", **options)
+    pretrain(data=data / "train", out=tmp_path / "part", **options)
+    latest = tmp_path / "part" / "checkpoints" / "latest"
+    latest.write_text("step-00000005")
+    for path in (data / "train").glob("*/*.npy"):  # were these measured again, the statistics would be others
+        np.save(path, np.load(path))
+    pretrain(out=tmp_path / "part", resume=True)
+    whole, part = (load_file(tmp_path / run / "exported" / "model.safetensors") for run in ("whole", "part"))
+    assert all(torch.equal(whole[key], part[key]) for key in whole)
+    assert "% of the values are missing" in (tmp_path / "whole" / "train.log").read_text()
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
+    assert all(np.isfinite(losses))
+    with pytest.raises(UserError, match="`nodata` is 0"):
+        pretrain(out=tmp_path / "part", resume=True, nodata=0.0)
+
+
+@pytest.mark.parametrize(("channels", "word"), [(1, "summed for 1"), (5, "repeated and scaled for 5")])
+def test_weights_of_other_channels_are_taken(tmp_path, pictures, channels, word):
+    pretrain(data=pictures, out=tmp_path / "colour", **SMALL)
+    data = scenes(tmp_path / "data", 6, channels=channels)
+    options = {name: value for name, value in SMALL.items() if name != "stem_stride"}
+    pretrain(data=data / "train", out=tmp_path / "run", init=tmp_path / "colour", **options)
+    log = (tmp_path / "run" / "train.log").read_text()
+    assert f"the stem's weights of 3 channels are {word}" in log
+    assert "new decoder" in log
+    assert read_weights(tmp_path / "run").form.in_chans == channels
+
+
+@pytest.mark.parametrize("in_chans", [1, 2, 4, 7])
+def test_a_stem_is_adapted_as_timm_does(in_chans):
+    stem = torch.randn(8, 3, 4, 4)
+    assert torch.equal(stem_for(stem, in_chans), adapt_input_conv(in_chans, stem.clone()))
+
+
+def test_mistakes_are_one_line_and_leave_nothing(tmp_path, capsys):
+    data = scenes(tmp_path / "data", 3)
+    constant = tmp_path / "constant"
+    constant.mkdir()
+    np.save(constant / "x.npy", np.full((32, 32), 9, np.uint16))
+
+    def fails(folder, *flags):
+        with pytest.raises(SystemExit) as stop:
+            main(["pretrain", "--data", str(folder), "--out", str(tmp_path / "run"), *flags])
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert stop.value.code == 2
+        assert not (tmp_path / "run").exists()
+        return error
+
+    assert "all values of the 1 images measured are 9: nothing to learn" in fails(constant)
+    assert "--in-chans 3: the images have 5, so leave it out" in fails(data, "--in-chans", "3")
+    assert "--channels 0: they are counted from 1" in fails(data, "--channels", "0")
+    assert "--channels x: give numbers" in fails(data, "--channels", "x")
+    assert "--mean 1,2: give a number for each of the 5 channels" in fails(data, "--mean", "1,2", "--std", "1,2")
+    assert "--stats imagenet is of 8-bit images" in fails(data, "--stats", "imagenet")
+    assert "invalid choice: 'all'" in fails(data, "--pages", "all")
