@@ -6,6 +6,7 @@ from sparse_fcmae.runtime.errors import UserError
 from sparse_fcmae.runtime.options import listed, option
 
 MAX_MEGAPIXELS = 1000.0  # takes 3 GB of memory in colour
+NATIVE_SCALE = 1.0, 1.0
 RATIOS = 3 / 4, 4 / 3  # of a random crop's width to its height, as in the paper's recipe
 
 
@@ -52,18 +53,32 @@ class ViewConfig(FormatConfig):
     crop_ratio: str | None = option(
         None, help="least and greatest width of a random crop by its height, as 0.5,2 [3/4 and 4/3]"
     )
+    crop: str = option(
+        "resized",
+        help="resized: a random part of the image, whatever its size; native: a window at the image's own resolution",
+        choices=("resized", "native"),
+    )
+    scale: str | None = option(
+        None, help="least and greatest side of a native window, by that of the model's image, as 0.5,2 [1,1]"
+    )
+    min_valid: float = option(
+        0.0, help="redraw native windows with a smaller fraction of values", at_least=0, at_most=1
+    )
+    min_std: float = option(
+        0.0, help="redraw native windows with a smaller deviation, by that of the data set, as 0.1", at_least=0
+    )
     hflip: bool = option(True, help="flip half of the crops horizontally")
     rotate: bool = option(
         False, help="turn crops by random quarter turns and flip them both ways, for images without an upright position"
     )
 
 
-def ratios_of(crop_ratio: str | None) -> tuple[float, float]:
-    """The least and the greatest ratio that the option means. Raises UserError where it is not two such numbers."""
-    if crop_ratio is None:
-        return RATIOS
-    low, *rest = listed("crop_ratio", crop_ratio, float)
+def range_of(name: str, text: str | None, default: tuple[float, float]) -> tuple[float, float]:
+    """The least and the greatest number that an option means. Raises UserError where it is not two positive ones."""
+    if text is None:
+        return default
+    low, *rest = listed(name, text, float)
     high = rest[0] if rest else low
     if len(rest) > 1 or not 0 < low <= high < float("inf"):
-        raise UserError(f"`crop_ratio` {crop_ratio}: give two positive numbers, the smaller first, as 0.5,2")
+        raise UserError(f"`{name}` {text}: give two positive numbers, the smaller first, as 0.5,2")
     return low, high

@@ -12,11 +12,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from sparse_fcmae.data.config import RATIOS
+from sparse_fcmae.data.config import NATIVE_SCALE, RATIOS
 from sparse_fcmae.data.decoders import File, open_image
 from sparse_fcmae.data.decoders.image import PHOTOGRAPHS, Box, Reading
 from sparse_fcmae.data.decoders.photograph import to_tensor
 
+TRIES = 10  # windows that are drawn in search of one that shows enough
 Augment = Callable[[Image.Image, np.random.Generator], Image.Image]
 
 
@@ -46,11 +47,51 @@ class RandomView:
             size, ratios = size[::-1], (1 / ratios[1], 1 / ratios[0])
         box = random_crop_box(*image.size, rng, (self.min_area, 1.0), ratios)
         flipped = rng.random() < 0.5 and (self.hflip or self.rotate)
-        pixels = image.resized_crop(box, size)
-        if self.augment:
-            pixels = to_tensor(self.augment(Image.fromarray(pixels.squeeze(-1).numpy()), rng))
-        array = pixels.numpy()[:, ::-1] if flipped else pixels.numpy()  # as torch can't turn all dtypes
-        return torch.from_numpy(np.ascontiguousarray(np.rot90(array, quarter_turns)))
+        return turned(image.resized_crop(box, size), self.augment, rng, flipped, quarter_turns)
+
+
+@dataclass(frozen=True)
+class NativeView:
+    """A random window at the image's own resolution, or around it.
+
+    size: (height, width) in pixels. reading: as what images are read. scale: the least and the greatest side of a
+    window by the size, of which the logarithm is uniform; at 1 pixels are not resampled. min_valid, min_std: a window
+    with a smaller fraction of values, or a smaller deviation by that of the data set, `std`, is drawn again, TRIES
+    times at most. augment, hflip and rotate: as in `RandomView`. All is drawn from the generator that the view is
+    called with.
+    """
+
+    size: tuple[int, int]
+    reading: Reading = PHOTOGRAPHS
+    scale: tuple[float, float] = NATIVE_SCALE
+    min_valid: float = 0.0
+    min_std: float = 0.0
+    std: tuple[float, ...] = ()
+    augment: Augment | None = None
+    hflip: bool = True
+    rotate: bool = False
+
+    def __call__(self, file: File, rng: np.random.Generator) -> Tensor:
+        image = open_image(file, self.reading)
+        quarter_turns = int(rng.integers(4)) if self.rotate else 0
+        size = self.size[::-1] if quarter_turns % 2 else self.size
+        flipped = rng.random() < 0.5 and (self.hflip or self.rotate)
+        for _ in range(TRIES):
+            pixels = image.resized_crop(random_window(*image.size, size, rng, self.scale), size)
+            if self._shows_enough(pixels):
+                break
+        return turned(pixels, self.augment, rng, flipped, quarter_turns)
+
+    def _shows_enough(self, pixels: Tensor) -> bool:
+        if not (self.min_valid or self.min_std):
+            return True
+        values = pixels.flatten(0, 1).double()
+        there = values.isfinite()
+        if not there.any() or there.double().mean() < self.min_valid:
+            return False
+        mean = values.nan_to_num(0).sum(0) / there.sum(0).clamp_min(1)
+        variance = ((values - mean).square().nan_to_num(0)).sum(0) / there.sum(0).clamp_min(1)
+        return bool((variance.sqrt() / torch.tensor(self.std)).mean() >= self.min_std)
 
 
 @dataclass(frozen=True)
@@ -58,15 +99,21 @@ class CentreView:
     """A centred crop.
 
     size: (height, width) in pixels. reading: as what images are read. crop_fraction: the sides of the crop relative to
-    the largest one that the image has of this shape.
+    the largest one that the image has of this shape. native: the crop has the view's size instead, in the image's own
+    resolution.
     """
 
     size: tuple[int, int]
     reading: Reading = PHOTOGRAPHS
     crop_fraction: float = 1.0
+    native: bool = False
 
     def __call__(self, file: File) -> Tensor:
         image, (height, width) = open_image(file, self.reading), self.size
+        if self.native:
+            check_window(*image.size, height, width)
+            left, top = (image.size[0] - width) // 2, (image.size[1] - height) // 2
+            return image.resized_crop((left, top, left + width, top + height), self.size)
         return image.resized_crop(centre_crop_box(*image.size, width / height, self.crop_fraction), self.size)
 
 
@@ -98,6 +145,38 @@ def random_crop_box(
     w, h = max(1, min(width, round(height * high))), max(1, min(height, round(width / low)))
     left, top = (width - w) // 2, (height - h) // 2
     return left, top, left + w, top + h
+
+
+def turned(
+    pixels: Tensor, augment: Augment | None, rng: np.random.Generator, flipped: bool, quarter_turns: int
+) -> Tensor:
+    """A crop augmented, flipped horizontally and turned."""
+    if augment:
+        pixels = to_tensor(augment(Image.fromarray(pixels.squeeze(-1).numpy()), rng))
+    array = pixels.numpy()[:, ::-1] if flipped else pixels.numpy()  # as torch can't turn all dtypes
+    return torch.from_numpy(np.ascontiguousarray(np.rot90(array, quarter_turns)))
+
+
+def random_window(
+    width: int, height: int, size: tuple[int, int], rng: np.random.Generator, scale: tuple[float, float]
+) -> Box:
+    """The box of a window whose sides are those of `size` (height, width) times a random scale.
+
+    Raises OSError for an image that is smaller than the least window.
+    """
+    low, high = scale
+    check_window(width, height, round(low * size[0]), round(low * size[1]))
+    largest = min(high, width / size[1], height / size[0])
+    factor = math.exp(rng.uniform(math.log(low), math.log(max(low, largest)))) if high > low else low
+    w, h = min(width, round(factor * size[1])), min(height, round(factor * size[0]))
+    left, top = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
+    return left, top, left + w, top + h
+
+
+def check_window(width: int, height: int, window_height: int, window_width: int) -> None:
+    """Raises OSError for an image that is smaller than a window."""
+    if width < window_width or height < window_height:
+        raise OSError(f"has {height}x{width} pixels, fewer than a native window of {window_height}x{window_width}")
 
 
 def centre_crop_box(width: int, height: int, aspect: float, crop_fraction: float = 1.0) -> Box:

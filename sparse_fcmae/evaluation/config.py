@@ -27,6 +27,11 @@ class EvaluateConfig(ReadingConfig, ComputeConfig):
     image_size: str | int | tuple[int, int] | None = option(
         None, help="pixels, as 224 or, height first, 224x320 [the weights']"
     )
+    crop: str = option(
+        "resized",
+        help="resized: the centre of the image; native: a window there at the image's own resolution",
+        choices=("resized", "native"),
+    )
     crop_fraction: float | None = option(
         None,
         help="fraction of the sides that is evaluated [0.875; 1 up to 64 pixels, from 384 on, and on ImageNet-C]",

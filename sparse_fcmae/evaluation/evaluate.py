@@ -89,6 +89,7 @@ def view_of(config: EvaluateConfig, weights: Weights) -> EvaluationView:
         bf16=choose_dtype(config.dtype, device, config.backend) == torch.bfloat16,
         batch_size=config.batch_size,
         num_workers=loader_processes(device, config.num_workers),
+        native=config.crop == "native",
     )
 
 

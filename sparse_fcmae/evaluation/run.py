@@ -21,7 +21,7 @@ class EvaluationView:
     """What a model sees of every image, and what runs it.
 
     size: (height, width) in pixels. form: what the model takes. reading: as what images are read for that.
-    crop_fraction: as in `CentreView`. device: the model's. bf16: whether it computes in bfloat16, by autocast.
+    crop_fraction, native: as in `CentreView`. device: the model's. bf16: whether it computes in bfloat16, by autocast.
     batch_size: images at once. num_workers: processes that load images, 0 for none but the calling one.
     """
 
@@ -33,6 +33,7 @@ class EvaluationView:
     bf16: bool = False
     batch_size: int = 64
     num_workers: int = 0
+    native: bool = False
 
 
 @torch.no_grad()
@@ -45,7 +46,7 @@ def run_model(
     unreadable images, which are left out. description: the text of a progress bar, which the source's notes precede;
     None for neither bar nor notes. Raises UserError where no image is readable.
     """
-    dataset = EvaluationImages(source, CentreView(view.size, view.reading, view.crop_fraction))
+    dataset = EvaluationImages(source, CentreView(view.size, view.reading, view.crop_fraction, view.native))
     batches = [part.tolist() for part in torch.arange(len(source)).split(view.batch_size)]
     loader = make_loader(dataset, batches, view.num_workers, pin_memory=view.device.type == "cuda")
     outputs, index, bad = [], [], []

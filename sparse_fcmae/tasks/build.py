@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from sparse_fcmae.data.config import ratios_of
+from sparse_fcmae.data.config import NATIVE_SCALE, RATIOS, range_of
 from sparse_fcmae.data.decoders.image import reading_of
 from sparse_fcmae.data.format import ImageFormat
 from sparse_fcmae.data.sources import ImageSource, LabelledSource
 from sparse_fcmae.data.survey import reading_options, survey
-from sparse_fcmae.data.views import Augment, RandomView, default_crop_fraction
+from sparse_fcmae.data.views import Augment, NativeView, RandomView, default_crop_fraction
 from sparse_fcmae.evaluation.run import EvaluationView
 from sparse_fcmae.model.classifier import Classifier
 from sparse_fcmae.model.fcmae import FCMAE
@@ -150,17 +150,16 @@ def moving_average(model: nn.Module, decay: float) -> AveragedModel:
 
 def training_view(
     config: RunConfig, size: tuple[int, int], form: ImageFormat, augment: Augment | None = None
-) -> RandomView:
-    """How a run of this config looks at images that it is trained on. Raises UserError for impossible ratios."""
-    return RandomView(
-        size,
-        reading_of(form, **reading_options(config)),
-        min_area=config.min_crop,
-        augment=augment,
-        ratios=ratios_of(config.crop_ratio),
-        hflip=config.hflip,
-        rotate=config.rotate,
-    )
+) -> RandomView | NativeView:
+    """How a run of this config looks at images that it is trained on. Raises UserError for impossible ranges."""
+    reading, turns = reading_of(form, **reading_options(config)), {"hflip": config.hflip, "rotate": config.rotate}
+    scale, ratios = range_of("scale", config.scale, NATIVE_SCALE), range_of("crop_ratio", config.crop_ratio, RATIOS)
+    if config.crop == "native":
+        enough = {"min_valid": config.min_valid, "min_std": config.min_std, "std": form.std}
+        return NativeView(size, reading, scale, augment=augment, **enough, **turns)
+    if given := [name for name in ("scale", "min_valid", "min_std") if getattr(config, name)]:
+        raise UserError(f"`{given[0]}` goes with `crop=native` alone")
+    return RandomView(size, reading, config.min_crop, augment, ratios, **turns)
 
 
 def evaluation_view(
@@ -176,4 +175,5 @@ def evaluation_view(
         bf16=config.dtype == "bf16",
         batch_size=config.micro_batch_size,
         num_workers=loader_processes(device, config.num_workers),
+        native=config.crop == "native",
     )

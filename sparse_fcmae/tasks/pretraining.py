@@ -9,10 +9,9 @@ from torch import Tensor, nn
 
 from sparse_fcmae.backends import choose_dtype, resolve_backend
 from sparse_fcmae.data.batches import Batch, TrainingImages
-from sparse_fcmae.data.decoders.image import reading_of
 from sparse_fcmae.data.format import ImageFormat
 from sparse_fcmae.data.sources.opening import open_images
-from sparse_fcmae.data.survey import reading_options
+from sparse_fcmae.data.sources.windows import Windows
 from sparse_fcmae.data.views import CentreView
 from sparse_fcmae.evaluation.probes import KNNMonitor
 from sparse_fcmae.evaluation.reconstruct import reconstruct, sample_images, save_picture
@@ -78,6 +77,9 @@ class Pretraining(Task):
         self.source = open_images(config.data, without=config.out)
         self.form, found = format_of_run(config, self.source)
         config = replace(config, in_chans=self.form.in_chans)
+        self.training_view = training_view(config, self.size, self.form)
+        if config.crop == "native":
+            self.source = Windows(self.source, self.size, self.training_view.reading, config.max_bad_images)
         config, recipe = pretraining_recipe(config, len(self.source), ranks.world)
         dtype = choose_dtype(config.dtype, ranks.device, config.backend)
         self.config = config = replace(config, dtype="bf16" if dtype == torch.bfloat16 else "fp32")
@@ -93,8 +95,7 @@ class Pretraining(Task):
         view = evaluation_view(config, self.size, self.form, ranks.device)
         self.monitor = KNNMonitor(config.knn, view, ranks) if config.knn else None
         self.evaluates = self.evaluates_untrained = self.monitor is not None
-        self.training_view = training_view(config, self.size, self.form)
-        whole = CentreView(self.size, reading_of(self.form, **reading_options(config)))
+        whole = CentreView(self.size, self.training_view.reading, native=config.crop == "native")
         samples = sample_images(self.source, SAMPLES if ranks.main else 0, whole)
         self.samples = samples.to(ranks.device)
         if not (config.resume or config.init):

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 from helpers import relative_error
 from PIL import Image
@@ -137,3 +138,29 @@ def test_mistakes_are_one_line_and_leave_nothing(tmp_path, capsys):
     assert "--mean 1,2: give a number for each of the 5 channels" in fails(data, "--mean", "1,2", "--std", "1,2")
     assert "--stats imagenet is of 8-bit images" in fails(data, "--stats", "imagenet")
     assert "invalid choice: 'all'" in fails(data, "--pages", "all")
+
+
+def test_native_windows(tmp_path, capsys):
+    """Few large images are an epoch of many windows; an interrupted run goes on with the same ones."""
+    (tmp_path / "data").mkdir()
+    rng = np.random.default_rng(1)
+    for number in range(3):
+        tiles = {"tile": (64, 64), "compression": "deflate"}
+        tifffile.imwrite(
+            tmp_path / "data" / f"{number}.tif", rng.integers(0, 4096, (200, 330)).astype(np.uint16), **tiles
+        )
+    options = SMALL | {"batch_size": 32, "epochs": 2, "save_every": 3, "crop": "native", "rotate": True}
+    pretrain(data=tmp_path / "data", out=tmp_path / "whole", **options)
+    log = (tmp_path / "whole" / "train.log").read_text()
+    assert "192 windows of 32x32 pixels in 3 images" in log
+    assert "192 images, 32 a step, 6 steps an epoch" in log
+    pretrain(data=tmp_path / "data", out=tmp_path / "part", **options)
+    (tmp_path / "part" / "checkpoints" / "latest").write_text("step-00000006")
+    pretrain(out=tmp_path / "part", resume=True, num_workers=2)
+    whole, part = (load_file(tmp_path / run / "exported" / "model.safetensors") for run in ("whole", "part"))
+    assert all(torch.equal(whole[key], part[key]) for key in whole)
+    for flag, value in (("scale", "1,2"), ("min-valid", "0.5"), ("min-std", "0.5")):
+        with pytest.raises(SystemExit) as stop:
+            main(["pretrain", "--data", str(tmp_path / "data"), "--out", str(tmp_path / "x"), f"--{flag}", value])
+        assert stop.value.code == 2
+        assert f"--{flag} goes with --crop native alone" in capsys.readouterr().err

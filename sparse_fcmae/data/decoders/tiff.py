@@ -1,5 +1,6 @@
 """TIFF files: by Pillow those that are photographs of one page, all others by tifffile, with their values kept."""
 
+import io
 import logging
 import math
 from typing import Any, BinaryIO
@@ -31,8 +32,7 @@ def open_image(file: BinaryIO, reading: Reading) -> OpenImage:
     tifffile = library("tifffile", "microscopy")
     logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # what is wrong with a file is raised or does not matter
     try:
-        with tifffile.TiffFile(file) as tiff:
-            return _image_of(tiff, reading)
+        return _image_of(tifffile.TiffFile(file), file, reading)
     except (tifffile.TiffFileError, ValueError, IndexError, KeyError) as error:
         if "imagecodecs" in str(error):
             library("imagecodecs", "microscopy")
@@ -52,7 +52,7 @@ def _opened_by_pillow(file: BinaryIO) -> Image.Image | None:
     return image if max(bits) <= 8 and len(bits) in (1, 3, 4) and interleaved and whole else None
 
 
-def _image_of(tiff: Any, reading: Reading) -> OpenImage:
+def _image_of(tiff: Any, file: BinaryIO, reading: Reading) -> OpenImage:
     """The image in the first series of an open file. Raises OSError where there are others as large."""
     series = tiff.series[0]
     others = [s for s in tiff.series[1:] if math.prod(s.shape) >= math.prod(series.shape)]
@@ -70,11 +70,66 @@ def _image_of(tiff: Any, reading: Reading) -> OpenImage:
     count = math.prod(sizes[letter] for letter in pages)
     if count > 1 and reading.pages is None:
         raise OSError(f"has {count} pages (axes {letters}): --pages says what they are, channels or max")
-    values = series.asarray().reshape(list(sizes.values()))
+    tag = tiff.pages[0].tags.get(NODATA)
+    missing = None if tag is None else float(str(tag.value).strip("\0 "))
+    page, alone = series.keyframe, count == len(series.pages) == 1
+    if alone and page.is_final and isinstance(file, io.BufferedReader):  # the values lie in a file as they are
+        stored = np.dtype(tiff.byteorder + page.dtype.char)
+        values = np.memmap(file, stored, "r", page.dataoffsets[0], page.shape)
+    elif alone and TiffPage.can_read(page):
+        return ArrayImage(TiffPage(page), reading, missing)
+    else:
+        values = series.asarray()
+    values = values.reshape(list(sizes.values()))
     order = [letters.index(letter) for letter in (*pages, "Y", "X", *(c for c in letters if c in CHANNELS))]
     values = values.transpose(order).reshape(count, sizes["Y"], sizes["X"], -1)
     if reading.pages == "max":
         values = values.max(0)
     values = np.moveaxis(values, 0, -2).reshape(sizes["Y"], sizes["X"], -1) if values.ndim == 4 else values
-    tag = tiff.pages[0].tags.get(NODATA)
-    return ArrayImage(values, reading, None if tag is None else float(str(tag.value).strip("\0 ")))
+    return ArrayImage(values, reading, missing)
+
+
+class TiffPage:
+    """A page of an open file as an array [H, W, C]. A slice decodes only the tiles or strips that it needs."""
+
+    def __init__(self, page: Any) -> None:
+        self.page, self.dtype = page, page.dtype
+        self.planes, _, height, width, self.interleaved = page.shaped
+        self.shape = height, width, self.planes * self.interleaved
+        self.side = (page.tilelength, page.tilewidth) if page.is_tiled else (page.rowsperstrip, width)
+
+    @staticmethod
+    def can_read(page: Any) -> bool:
+        """Whether a page lies in tiles or strips of one depth, as nearly all do."""
+        return page.imagedepth == 1 and bool(page.is_tiled or page.rowsperstrip)
+
+    def __getitem__(self, place: tuple[slice, slice]) -> np.ndarray:
+        (top, bottom), (left, right) = ((s.start, s.stop) for s in place)
+        (tall, wide), (height, width, _) = self.side, self.shape
+        down, across = -(-height // tall), -(-width // wide)
+        found = np.zeros((self.planes, bottom - top, right - left, self.interleaved), self.dtype)
+        for plane in range(self.planes):
+            for row in range(top // tall, -(-bottom // tall)):
+                for column in range(left // wide, -(-right // wide)):
+                    tile = self._tile((plane * down + row) * across + column)
+                    y, x = row * tall, column * wide
+                    up, to_left = max(top, y), max(left, x)
+                    part = tile[up - y : bottom - y, to_left - x : right - x]
+                    rows, columns, _ = part.shape
+                    found[plane, up - top : up - top + rows, to_left - left : to_left - left + columns] = part
+        return np.moveaxis(found, 0, -2).reshape(*found.shape[1:3], -1)
+
+    def _tile(self, number: int) -> np.ndarray:
+        """A tile or strip [rows, columns, C], without what reaches beyond the image; one that is left out is empty."""
+        page, handle = self.page, self.page.parent.filehandle
+        handle.seek(page.dataoffsets[number])
+        data = handle.read(page.databytecounts[number]) or None
+        try:
+            values, _, (_, rows, columns, _) = page.decode(data, number, jpegtables=page.jpegtables)
+        except Exception as error:  # each codec has exceptions of its own
+            if "imagecodecs" in str(error):
+                library("imagecodecs", "microscopy")
+            raise OSError(f"a damaged TIFF: {error}") from None
+        if values is None:
+            return np.full((rows, columns, self.interleaved), page.nodata, self.dtype)
+        return values[0, :rows, :columns]

@@ -43,6 +43,37 @@ def test_sixteen_bits_keep_all_levels(tmp_path, kind, offset):
     assert np.array_equal(read(path, Reading(1, "uint16"), (3, 5, 40, 100))[..., 0], values[5:100, 3:40])
 
 
+@pytest.mark.parametrize("planar", [False, True])
+@pytest.mark.parametrize(
+    "layout",
+    [{"tile": (32, 48)}, {"rowsperstrip": 7}, {"rowsperstrip": 7, "compression": "lzw"}, {}, {"bigtiff": True}],
+)
+def test_boxes_of_a_tiff_are_those_of_the_whole(tmp_path, layout, planar):
+    """Each box decodes its own tiles or strips, from a file, and from bytes that can't be mapped."""
+    values = np.random.default_rng(5).integers(0, 65536, (3, 100, 130)).astype(np.uint16)
+    stored = values if planar else np.moveaxis(values, 0, -1)
+    layout = {"compression": "deflate"} | layout if "tile" in layout else layout
+    order = {"photometric": "rgb", "planarconfig": "separate" if planar else "contig"}
+    tifffile.imwrite(tmp_path / "x.tif", stored, **order, **layout)
+    rng = np.random.default_rng(6)
+    for _ in range(40):
+        left, right = sorted(rng.choice(131, 2, replace=False).tolist())
+        top, bottom = sorted(rng.choice(101, 2, replace=False).tolist())
+        expected = np.moveaxis(values[:, top:bottom, left:right], 0, -1)
+        with (tmp_path / "x.tif").open("rb") as file:
+            assert np.array_equal(read(file, Reading(3, "uint16"), (left, top, right, bottom)), expected)
+        assert np.array_equal(read(tmp_path / "x.tif", Reading(3, "uint16"), (left, top, right, bottom)), expected)
+
+
+def test_only_the_tiles_of_a_box_are_decoded(tmp_path, monkeypatch):
+    tifffile.imwrite(tmp_path / "x.tif", TWELVE_BITS, tile=(16, 16), compression="deflate")
+    image, decoded = open_image(tmp_path / "x.tif", Reading(1, "uint16")), []
+    tile = image.values._tile
+    monkeypatch.setattr(image.values, "_tile", lambda number: decoded.append(number) or tile(number))
+    image.resized_crop((17, 33, 49, 47), (14, 32))
+    assert decoded == [17, 18, 19]
+
+
 @pytest.mark.parametrize("dtype", ["int16", "int32", "float16", "float32", "float64"])
 def test_signed_and_floating_values_are_kept(tmp_path, dtype):
     values = np.array([[-1000, 40, 1000], [0, 7, -3]], dtype)
