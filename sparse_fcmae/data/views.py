@@ -22,17 +22,27 @@ Augment = Callable[[Image.Image, np.random.Generator], Image.Image]
 
 
 @dataclass(frozen=True)
-class RandomView:
-    """A random resized crop, flipped horizontally in half of the cases, and augmented where `augment` is given.
-
-    size: (height, width) in pixels. reading: as what images are read. min_area: the least fraction of the image's area
-    that a crop shows. augment: of photographs. ratios: the least and the greatest width of a crop by its height. hflip:
-    whether crops are flipped. rotate: each of the eight ways to turn and flip a crop is as likely, whatever hflip is.
-    All is drawn from the generator that the view is called with.
-    """
+class View:
+    """What all views have. size: (height, width) in pixels. reading: as what images are read."""
 
     size: tuple[int, int]
     reading: Reading = PHOTOGRAPHS
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what a call returns."""
+        return math.prod(self.size) * self.reading.in_chans * np.dtype(self.reading.dtype).itemsize
+
+
+@dataclass(frozen=True)
+class RandomView(View):
+    """A random resized crop, flipped horizontally in half of the cases, and augmented where `augment` is given.
+
+    min_area: the least fraction of the image's area that a crop shows. augment: of photographs. ratios: the least and
+    the greatest width of a crop by its height. hflip: whether crops are flipped. rotate: each of the eight ways to turn
+    and flip a crop is as likely, whatever hflip is. All is drawn from the generator that the view is called with.
+    """
+
     min_area: float = 0.2
     augment: Augment | None = None
     ratios: tuple[float, float] = RATIOS
@@ -51,18 +61,15 @@ class RandomView:
 
 
 @dataclass(frozen=True)
-class NativeView:
+class NativeView(View):
     """A random window at the image's own resolution, or around it.
 
-    size: (height, width) in pixels. reading: as what images are read. scale: the least and the greatest side of a
-    window by the size, of which the logarithm is uniform; at 1 pixels are not resampled. min_valid, min_std: a window
-    with a smaller fraction of values, or a smaller deviation by that of the data set, `std`, is drawn again, TRIES
-    times at most. augment, hflip and rotate: as in `RandomView`. All is drawn from the generator that the view is
-    called with.
+    scale: the least and the greatest side of a window by the size, of which the logarithm is uniform; at 1 pixels are
+    not resampled. min_valid, min_std: a window with a smaller fraction of values, or a smaller deviation by that of the
+    data set, `std`, is drawn again, TRIES times at most. augment, hflip and rotate: as in `RandomView`. All is drawn
+    from the generator that the view is called with.
     """
 
-    size: tuple[int, int]
-    reading: Reading = PHOTOGRAPHS
     scale: tuple[float, float] = NATIVE_SCALE
     min_valid: float = 0.0
     min_std: float = 0.0
@@ -95,16 +102,13 @@ class NativeView:
 
 
 @dataclass(frozen=True)
-class CentreView:
+class CentreView(View):
     """A centred crop.
 
-    size: (height, width) in pixels. reading: as what images are read. crop_fraction: the sides of the crop relative to
-    the largest one that the image has of this shape. native: the crop has the view's size instead, in the image's own
-    resolution.
+    crop_fraction: the sides of the crop relative to the largest one that the image has of this shape. native: the crop
+    has the view's size instead, in the image's own resolution.
     """
 
-    size: tuple[int, int]
-    reading: Reading = PHOTOGRAPHS
     crop_fraction: float = 1.0
     native: bool = False
 

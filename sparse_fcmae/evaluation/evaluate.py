@@ -17,7 +17,7 @@ from sparse_fcmae.data.sources.class_folder import open_held_out, open_splits
 from sparse_fcmae.data.sources.corruptions import find_corruptions
 from sparse_fcmae.data.splits import few_labels
 from sparse_fcmae.data.survey import reading_options
-from sparse_fcmae.data.views import default_crop_fraction
+from sparse_fcmae.data.views import CentreView, default_crop_fraction
 from sparse_fcmae.evaluation.accuracy import accuracy
 from sparse_fcmae.evaluation.config import EvaluateConfig
 from sparse_fcmae.evaluation.imagenet import CORRUPTIONS, mean_corruption_error, outputs_of, wordnet_ids
@@ -80,15 +80,20 @@ def view_of(config: EvaluateConfig, weights: Weights) -> EvaluationView:
     size = image_size_of(config.image_size or weights.architecture["image_size"])
     with torch.device("meta"):
         SparseEncoder(**weights.architecture).grid(*size)
+    reading = reading_of(weights.form, **reading_options(config))
+    batch_bytes = config.batch_size * CentreView(size, reading).nbytes
+    workers, notes = loader_processes(device, config.num_workers, batch_bytes)
+    for note in notes:
+        print(note)
     return EvaluationView(
         size=size,
         form=weights.form,
-        reading=reading_of(weights.form, **reading_options(config)),
+        reading=reading,
         crop_fraction=config.crop_fraction or default_crop_fraction(size),
         device=device,
         bf16=choose_dtype(config.dtype, device, config.backend) == torch.bfloat16,
         batch_size=config.batch_size,
-        num_workers=loader_processes(device, config.num_workers),
+        num_workers=workers,
         native=config.crop == "native",
     )
 

@@ -1,12 +1,15 @@
 """The device to compute on, and the CPU cores there are."""
 
 import os
+import shutil
 
 import torch
 
 from sparse_fcmae.runtime.errors import UserError
 
 MOST_CORES = 16
+SHARED_MEMORY = "/dev/shm"  # on Linux
+BATCHES_IN_FLIGHT = 3  # of each loader process: two it has loaded ahead, and one that is being used
 
 
 def default_device() -> torch.device:
@@ -35,11 +38,34 @@ def cores_per_process() -> int:
     return max(1, min(MOST_CORES, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
-def loader_processes(device: torch.device, asked: int | None) -> int:
+def loader_processes(device: torch.device, asked: int | None, batch_bytes: int) -> tuple[int, list[str]]:
     """How many processes load images: as many as asked for, else one a core beside a GPU.
 
-    Where the CPU computes too, one for every four cores leaves the cores to it.
+    Where the CPU computes too, one for every four cores leaves the cores to it. They pass batches of `batch_bytes` on
+    in shared memory, of which containers have little. Where it is too small for as many, there are fewer, or none,
+    which the lines returned say. Raises UserError where it is too small for those asked for.
     """
+    wanted = (cores_per_process() // 4 or 1) if device.type == "cpu" else cores_per_process()
+    wanted = wanted if asked is None else asked
+    free, each = _free_shared_memory(), BATCHES_IN_FLIGHT * batch_bytes
+    if free is None or wanted * each <= free:
+        return wanted, []
+    fitting = int(free // each)
+    text = (
+        f"{SHARED_MEMORY} has {free / 1e6:.0f} MB left, of which {_processes(wanted)} would take "
+        f"{wanted * each / 1e6:.0f}: make it larger (docker run --shm-size=1g), or the batches smaller"
+    )
     if asked is not None:
-        return asked
-    return max(1, cores_per_process() // 4) if device.type == "cpu" else cores_per_process()
+        raise UserError(f"{text}, or give `num_workers={fitting}`")
+    return fitting, [f"{text}; until then {_processes(fitting)}"]
+
+
+def _processes(count: int) -> str:
+    return f"{count or 'no'} loader process{'es' if count > 1 else ''}"
+
+
+def _free_shared_memory() -> int | None:
+    """Bytes that this process may take of the memory that processes share, None where there is no limit."""
+    if not os.path.isdir(SHARED_MEMORY):
+        return None
+    return shutil.disk_usage(SHARED_MEMORY).free // int(os.environ.get("LOCAL_WORLD_SIZE", 1))

@@ -13,7 +13,7 @@ from sparse_fcmae.data.decoders.image import reading_of
 from sparse_fcmae.data.format import ImageFormat
 from sparse_fcmae.data.sources import ImageSource, LabelledSource
 from sparse_fcmae.data.survey import reading_options, survey
-from sparse_fcmae.data.views import Augment, NativeView, RandomView, default_crop_fraction
+from sparse_fcmae.data.views import Augment, CentreView, NativeView, RandomView, default_crop_fraction
 from sparse_fcmae.evaluation.run import EvaluationView
 from sparse_fcmae.model.classifier import Classifier
 from sparse_fcmae.model.fcmae import FCMAE
@@ -166,14 +166,16 @@ def evaluation_view(
     config: RunConfig, size: tuple[int, int], form: ImageFormat, device: torch.device
 ) -> EvaluationView:
     """How a run of this config looks at images that it is evaluated on."""
+    reading = reading_of(form, **reading_options(config))
+    batch_bytes = config.micro_batch_size * CentreView(size, reading).nbytes
     return EvaluationView(
         size,
         form,
-        reading_of(form, **reading_options(config)),
+        reading,
         default_crop_fraction(size),
         device,
         bf16=config.dtype == "bf16",
         batch_size=config.micro_batch_size,
-        num_workers=loader_processes(device, config.num_workers),
+        num_workers=loader_processes(device, config.num_workers, batch_bytes)[0],
         native=config.crop == "native",
     )

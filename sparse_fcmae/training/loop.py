@@ -33,12 +33,13 @@ def train(task: Task) -> Path:
     ranks.main_first(lambda: run.hold(config))
     checkpoint = newest_checkpoint(run.path) if config.resume else None
     start, unreadable = restore(checkpoint, task, optimizer) if checkpoint else (0, {})
+    loader, notes = _loader(task, schedule, start)
     ranks.barrier()  # every rank has found all in order before one writes
     if ranks.main:
         run.begin(config, task.outputs, **task.beside_config())
     ranks.barrier()
 
-    batches = iter(_loader(task, schedule, start))
+    batches = iter(loader)
     runner = task.step_type(
         averaging(task.objective, ranks),
         optimizer,
@@ -54,7 +55,7 @@ def train(task: Task) -> Path:
         if config.resume:
             found = f"resumed from {checkpoint}" if checkpoint else "no checkpoint to resume from: starting at step 0"
             log.say(found + (", the run's last: only exporting again" if start == schedule.steps else ""))
-        for note in (*task.notes, str(checkpoints)):
+        for note in (*task.notes, *notes, str(checkpoints)):
             log.say(note)
         if not start and task.evaluates_untrained:
             log.evaluation(0, 0.0, task.evaluate(log))
@@ -90,10 +91,12 @@ def train(task: Task) -> Path:
     return run.path / "exported"
 
 
-def _loader(task: Task, schedule: Schedule, start: int) -> DataLoader:
-    """The micro-batches of this rank's remaining steps."""
+def _loader(task: Task, schedule: Schedule, start: int) -> tuple[DataLoader, list[str]]:
+    """The micro-batches of this rank's remaining steps, and what there is to say about the processes that load them."""
     config, ranks, steps = task.config, task.ranks, range(start, schedule.steps)
     sizes = (len(task.source), config.batch_size, steps, config.seed)
     order = micro_batches(*sizes, ranks.rank, ranks.world, schedule.micro_batch_size)
-    workers = loader_processes(ranks.device, config.num_workers)
-    return make_loader(task.dataset(), order, workers, pin_memory=ranks.device.type == "cuda")
+    dataset = task.dataset()
+    batch_bytes = schedule.micro_batch_size * dataset.view.nbytes
+    workers, notes = loader_processes(ranks.device, config.num_workers, batch_bytes)
+    return make_loader(dataset, order, workers, pin_memory=ranks.device.type == "cuda"), notes

@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -11,9 +13,9 @@ def test_cores_are_shared_by_the_processes_of_a_machine(monkeypatch, cores, proc
     monkeypatch.setattr(module.os, "sched_getaffinity", lambda pid: set(range(cores)), raising=False)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
     assert cores_per_process() == each
-    assert loader_processes(torch.device("cpu"), None) == max(1, each // 4)
-    assert loader_processes(torch.device("cuda"), None) == each
-    assert loader_processes(torch.device("cuda"), 0) == 0
+    assert loader_processes(torch.device("cpu"), None, 0) == (max(1, each // 4), [])
+    assert loader_processes(torch.device("cuda"), None, 0) == (each, [])
+    assert loader_processes(torch.device("cuda"), 0, 1 << 60) == (0, [])
 
 
 def test_devices_that_can_not_be_used():
@@ -61,3 +63,26 @@ def test_cores_where_the_system_does_not_say_which_a_process_may_use(monkeypatch
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     monkeypatch.setattr(module.os, "cpu_count", lambda: counted)
     assert cores_per_process() == expected
+
+
+def test_loader_processes_fit_into_shared_memory(monkeypatch):
+    monkeypatch.setattr(module, "cores_per_process", lambda: 16)
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda path: SimpleNamespace(free=64_000_000))
+    cuda = torch.device("cuda")
+    assert loader_processes(cuda, None, 1_000_000) == (16, [])
+    assert loader_processes(cuda, None, 19_000_000) == (
+        1,
+        [
+            "/dev/shm has 64 MB left, of which 16 loader processes would take 912: make it larger (docker run "
+            "--shm-size=1g), or the batches smaller; until then 1 loader process"
+        ],
+    )
+    count, (line,) = loader_processes(cuda, None, 30_000_000)
+    assert count == 0
+    assert line.endswith("until then no loader process")
+    with pytest.raises(UserError, match=r"4 loader processes would take 228: .*, or give `num_workers=1`"):
+        loader_processes(cuda, 4, 19_000_000)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert loader_processes(cuda, None, 10_000_000)[0] == 1
+    monkeypatch.setattr(module, "SHARED_MEMORY", "/nowhere")
+    assert loader_processes(cuda, None, 1 << 60) == (16, [])
