@@ -11,7 +11,16 @@ RATIOS = 3 / 4, 4 / 3  # of a random crop's width to its height, as in the paper
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReadingConfig:
+class Columns:
+    """Options of which columns of a table say what."""
+
+    path_column: str | None = option(None, help="of a table: the column of the images' paths [path, file, image, ...]")
+    label_column: str | None = option(None, help="the column of their classes [label, class, target, ...]")
+    split_column: str | None = option(None, help="the column that says train, val or test [split, set, ...]")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadingConfig(Columns):
     """Options of how images are read."""
 
     max_megapixels: float = option(

@@ -15,6 +15,7 @@ from sparse_fcmae.data.decoders.image import reading_of
 from sparse_fcmae.data.sources import LabelledSource
 from sparse_fcmae.data.sources.class_folder import open_held_out, open_splits
 from sparse_fcmae.data.sources.corruptions import find_corruptions
+from sparse_fcmae.data.sources.table import names_table
 from sparse_fcmae.data.splits import few_labels
 from sparse_fcmae.data.survey import reading_options
 from sparse_fcmae.data.views import CentreView, default_crop_fraction
@@ -106,14 +107,15 @@ def measured(config: EvaluateConfig, weights: Weights, view: EvaluationView) -> 
         raise UserError(
             f"{config.init} has no classification head: give `knn=True` or `linear_probe=True`, or fine-tune it first"
         )
-    if config.val_split is None and (corruptions := find_corruptions(config.data, CORRUPTIONS)):
+    in_folders = config.val_split is None and not names_table(config.data)
+    if in_folders and (corruptions := find_corruptions(config.data, CORRUPTIONS)):
         return classify_corrupted(config, weights, view, corruptions)
     return classify(config, weights, view)
 
 
 def probe(config: EvaluateConfig, weights: Weights, view: EvaluationView) -> dict[str, Any]:
     """Accuracy of nearest neighbours and of a linear probe on the encoder's features of held-out images."""
-    train, held_out = open_splits(config.data, config.val_split, config.seed)
+    train, held_out = open_splits(config.data, config.val_split, config.seed, columns=config)
     if config.labels_per_class:
         train = few_labels(train, config.labels_per_class, config.seed)
     encoder = weights.encoder(config.backend).to(view.device)
@@ -138,11 +140,11 @@ def classify(config: EvaluateConfig, weights: Weights, view: EvaluationView) -> 
     """Accuracy of the classifier on the images that are held out, or on all where none are."""
     split = {}
     if config.val_split is None:
-        source = open_held_out(config.data)
+        source = open_held_out(config.data, config)
     else:
         split = {"val_split": config.val_split, "seed": config.seed}
         warn_of_another_split(config)
-        _, source = open_splits(config.data, config.val_split, config.seed)
+        _, source = open_splits(config.data, config.val_split, config.seed, columns=config)
     model = weights.classifier(config.backend).to(view.device)
     found, bad = accuracy_on(source, model, weights, view, "evaluating")
     return {"data": str(source), **split, "unreadable": [image.name for image in bad], **found}

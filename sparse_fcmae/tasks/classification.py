@@ -75,7 +75,7 @@ class Classification(Task):
 
     def __init__(self, config: FinetuneConfig, ranks: Ranks) -> None:
         self.ranks = ranks
-        self.source, held_out = open_splits(config.data, config.val_split, config.seed, config.out)
+        self.source, held_out = open_splits(config.data, config.val_split, config.seed, config.out, config)
         if config.labels_per_class:
             self.source = few_labels(self.source, config.labels_per_class, config.seed)
         self.held_out = held_out.take(range(ranks.rank, len(held_out), ranks.world))

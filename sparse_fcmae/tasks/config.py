@@ -28,7 +28,8 @@ class PretrainConfig(RunConfig):
 
     data: str | None = option(
         None,
-        help="folder of images, flat or nested, a text file (.txt) with a path a line, or a pattern as 'scans/*.png'",
+        help="folder of images, flat or nested, archives as 'shards/{000..099}.tar', a table (.csv, .tsv), a text "
+        "file (.txt) with a path a line, or a pattern as 'scans/*.png'",
         path=True,
         resumable=True,
     )
@@ -87,7 +88,7 @@ class FinetuneConfig(RunConfig):
 
     data: str | None = option(
         None,
-        help="folder with train and val or test, each of class folders; see `val_split`",
+        help="folder with train and val or test, each of class folders, or a table (.csv, .tsv); see `val_split`",
         path=True,
         resumable=True,
     )

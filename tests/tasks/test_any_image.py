@@ -1,6 +1,7 @@
 """Images that are no photographs, from their files to exported weights and back."""
 
 import json
+import tarfile
 
 import numpy as np
 import pytest
@@ -164,3 +165,30 @@ def test_native_windows(tmp_path, capsys):
             main(["pretrain", "--data", str(tmp_path / "data"), "--out", str(tmp_path / "x"), f"--{flag}", value])
         assert stop.value.code == 2
         assert f"--{flag} goes with --crop native alone" in capsys.readouterr().err
+
+
+def test_tables_and_archives_from_pretraining_to_evaluation(tmp_path, monkeypatch):
+    """The same images from a folder, a table and archives give the same weights."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    data = scenes(tmp_path / "data", 8)
+    files = sorted(path.relative_to(tmp_path) for path in data.glob("train/*/*.npy"))
+    held_out = sorted(path.relative_to(tmp_path) for path in data.glob("val/*/*.npy"))
+    rows = [f"{path},{path.parent.name},{path.parts[1]}" for path in (*files, *held_out)]
+    (tmp_path / "all.csv").write_text("\n".join(["path,label,split", *rows]))
+    (tmp_path / "train.csv").write_text("\n".join(["path", *map(str, files)]))
+    for shard in range(2):
+        with tarfile.open(tmp_path / f"{shard}.tar", "w") as archive:
+            for path in files[8 * shard : 8 * shard + 8]:
+                archive.add(tmp_path / path, path)
+    for out, where in (("folder", data / "train"), ("table", tmp_path / "train.csv"), ("tar", tmp_path / "{0..1}.tar")):
+        pretrain(data=where, out=tmp_path / out, **SMALL)
+    folder, table, tar = (
+        load_file(tmp_path / run / "exported" / "model.safetensors") for run in ("folder", "table", "tar")
+    )
+    assert all(torch.equal(folder[key], other[key]) for other in (table, tar) for key in folder)
+    tuning = SMALL | {"epochs": 20, "drop_path": 0.0, "eval_every": 20, "preset": "atto", "rand_augment": 0.0}
+    del tuning["stem_stride"]
+    finetune(data=tmp_path / "all.csv", init=tmp_path / "table", out=tmp_path / "tuned", **tuning)
+    found = evaluate(data=tmp_path / "all.csv", init=tmp_path / "tuned")
+    assert (found["images"], found["top1"] > 0.9) == (16, True)
+    assert evaluate(data=tmp_path / "all.csv", init=tmp_path / "table", knn=True)["train_images"] == 16

@@ -91,7 +91,7 @@ def test_mistakes_in_folders_are_one_line(tmp_path):
         ("one", 1.5, "`val_split` 1.5 leaves no image of x to train on"),
         ("one", 0.9, "leaves no image of x to train on"),
         ("lacks", 0.1, "has val already"),
-        ("more", None, "class folder y of val is missing in train"),
+        ("more", None, "class y of val is missing in train"),
         ("empty", 0.5, "class folder y holds no images"),
         ("loose", 0.5, "z.png lies in no class folder"),
     ):

@@ -76,7 +76,7 @@ def test_lists(scans):
     [
         ("missing", "missing: no such folder or file"),
         ("a/x_w1.png", "is one image: name the folder that holds the images"),
-        ("labels.csv", "is no text file with a path a line"),
+        ("labels.csv", "no rows"),
         ("empty.txt", "names no images"),
         ("wrong.txt", "no line of it names a file: relative paths start from"),
         ("a/*.jpg", "no image file matches this pattern"),

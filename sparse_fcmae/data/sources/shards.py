@@ -1,0 +1,140 @@
+"""Images in tar archives, by the convention of webdataset: many images a file, and what belongs to one beside it."""
+
+import glob
+import hashlib
+import io
+import os
+import re
+import tarfile
+from collections import Counter
+from collections.abc import Sequence
+from itertools import product
+from typing import BinaryIO
+
+import numpy as np
+from tqdm import tqdm
+
+from sparse_fcmae.data.sources.files import Paths, printable
+from sparse_fcmae.data.sources.folder import image_extensions
+from sparse_fcmae.data.sources.index_cache import Index, remembered
+from sparse_fcmae.runtime.errors import UserError
+
+BRACES = re.compile(r"\{([^{}]*)\}")  # {000..003} counts, {a,b} lists
+COUNTED = re.compile(r"(\d+)\.\.(\d+)$")
+
+
+class TarShards:
+    """The image files in tar archives, in the order of the archives and of what they hold.
+
+    place: the archives, for messages. shards: their paths. Where each image lies is found out once, with a progress
+    bar, and kept in the user's cache. Whatever else the archives hold, such as captions, is passed over and counted in
+    `notes`. Raises UserError for an archive that is missing, damaged, compressed or without images.
+    """
+
+    def __init__(self, place: str, shards: Sequence[str]) -> None:
+        self.place, self.shards = place, list(shards)
+        try:
+            index, self.notes = remembered("tar", self.shards, self._index)
+        except OSError as error:
+            raise UserError(f"{error.filename}: {error.strerror}") from None
+        self.shard, self.start, self.size = index["shard"], index["start"], index["size"]
+        self.names = Paths(())
+        self.names.text, self.names.ends = index["names"].tobytes(), index["ends"]
+        parts = (os.path.basename(shard).encode(errors="surrogateescape") + b"\n" for shard in self.shards)
+        self.fingerprint = hashlib.sha256(b"".join(parts) + index["names"].tobytes() + self.size.tobytes()).hexdigest()
+        if len(index["others"]):
+            kinds = ", ".join(f"{count} {kind}" for kind, count in zip(index["kinds"], index["others"], strict=True))
+            self.notes.append(f"passed over in the archives, as they are no images: {kinds}")
+
+    def __len__(self) -> int:
+        return len(self.start)
+
+    def __str__(self) -> str:
+        return self.place
+
+    def open(self, index: int) -> BinaryIO:
+        """An image's bytes."""
+        with open(self.shards[self.shard[index]], "rb") as file:
+            file.seek(int(self.start[index]))
+            return io.BytesIO(file.read(int(self.size[index])))
+
+    def name(self, index: int) -> str:
+        """The archive and the image's path in it."""
+        return printable(f"{os.path.basename(self.shards[self.shard[index]])}/{self.names[index]}")
+
+    def _index(self) -> Index:
+        """Where the images lie in the archives."""
+        extensions, others, names = image_extensions(), Counter[str](), []
+        places: list[tuple[int, int, int]] = []
+        for number, shard in enumerate(tqdm(self.shards, desc="indexing", unit="archive", dynamic_ncols=True)):
+            before = len(places)
+            for member in _members(shard):
+                extension = os.path.splitext(member.name)[1].lower()
+                if extension in extensions:
+                    places.append((number, member.offset_data, member.size))
+                    names.append(member.name)
+                else:
+                    others[extension or "without an extension"] += 1
+            if len(places) == before:
+                raise UserError(f"{shard}: no image in this archive")
+        shard, start, size = np.array(places, np.int64).T
+        paths, kinds = Paths(names), sorted(others)
+        return {
+            "shard": shard.astype(np.int32),
+            "start": start,
+            "size": size,
+            "names": np.frombuffer(paths.text, np.uint8),
+            "ends": paths.ends,
+            "kinds": np.array(kinds, np.str_),
+            "others": np.array([others[kind] for kind in kinds], np.int64),
+        }
+
+
+def _members(shard: str) -> list[tarfile.TarInfo]:
+    """The files in an archive, hidden ones left out. Raises UserError where it can't be read to its end."""
+    size = os.path.getsize(shard)
+    try:
+        with tarfile.open(shard, "r:") as archive:
+            members = archive.getmembers()
+    except tarfile.TarError as error:
+        with open(shard, "rb") as file:
+            packed = file.read(4)[:2] in (b"\x1f\x8b", b"BZ", b"\xfd7", b"\x28\xb5")
+        what = "compressed, so unpack it first, say by gunzip" if packed else f"damaged or no tar archive: {error}"
+        raise UserError(f"{shard}: {what}") from None
+    files = [member for member in members if member.isfile() and not os.path.basename(member.name).startswith(".")]
+    if files and files[-1].offset_data + files[-1].size > size:
+        raise UserError(f"{shard}: damaged: it ends within {files[-1].name}")
+    return files
+
+
+def names_shards(data: str) -> bool:
+    """Whether `data` is the path of an archive, or a pattern of such paths."""
+    return data.lower().endswith(".tar")
+
+
+def open_shards(data: str) -> TarShards:
+    """The archives that a path or a pattern such as `shards/{000..003}.tar` names. Raises UserError for none."""
+    found: list[str] = []
+    for path in expanded(data):
+        matching = sorted(glob.glob(path)) if glob.has_magic(path) and not os.path.exists(path) else [path]
+        if not matching:
+            raise UserError(f"{path}: no archive matches this pattern")
+        found += matching
+    for path in found:
+        if not os.path.isfile(path):
+            raise UserError(f"{path}: no such archive")
+    return TarShards(data, found)
+
+
+def expanded(pattern: str) -> list[str]:
+    """The paths that a pattern with braces stands for, in its order: {08..11} for 08 to 11, {a,b} for a and b."""
+    pieces = BRACES.split(pattern)
+    choices: list[list[str]] = []
+    for number, piece in enumerate(pieces):
+        counted = COUNTED.match(piece) if number % 2 else None
+        if counted:
+            first, last = counted.groups()
+            choices.append([str(value).zfill(len(first)) for value in range(int(first), int(last) + 1)])
+        else:
+            choices.append(piece.split(",") if number % 2 else [piece])
+    return ["".join(parts) for parts in product(*choices)]

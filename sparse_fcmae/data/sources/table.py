@@ -1,0 +1,106 @@
+"""Images that a table names, a row each: a .csv or .tsv file with columns for paths, classes and splits."""
+
+import csv
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from sparse_fcmae.data.config import Columns
+from sparse_fcmae.data.sources.files import ImageFiles
+from sparse_fcmae.data.sources.labelled import LabelledFiles
+from sparse_fcmae.runtime.errors import UserError
+
+DELIMITERS = {".csv": ",", ".tsv": "\t"}
+USUAL = {  # names of columns, in lower case
+    "path": ("path", "file", "filename", "file_name", "filepath", "file_path", "image", "image_path"),
+    "label": ("label", "class", "class_name", "target", "category"),
+    "split": ("split", "set", "subset", "partition"),
+}
+SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of a table: paths as they stand there, and the names of classes and splits, None without the column."""
+
+    file: Path
+    paths: list[str]
+    labels: list[str] | None
+    splits: list[str] | None
+
+    def images(self) -> ImageFiles:
+        """The images of all rows."""
+        return ImageFiles(str(self.file), self.file.parent, self.paths)
+
+    def labelled(self, chosen: Sequence[int] | None = None) -> LabelledFiles:
+        """The images of some rows, or of all, with their classes. Raises UserError without a column for these."""
+        if self.labels is None:
+            raise UserError(f"{self.file}: no column for the classes: name it by `label_column`")
+        rows = range(len(self.paths)) if chosen is None else chosen
+        names = [self.labels[row] for row in rows]
+        return LabelledFiles(str(self.file), self.file.parent, [self.paths[row] for row in rows], names)
+
+    def of_split(self, *names: str) -> list[int]:
+        """The rows of the first of these splits that there is, or none."""
+        for name in names:
+            if found := [row for row, split in enumerate(self.splits or []) if split == name]:
+                return found
+        return []
+
+
+def names_table(data: str | os.PathLike) -> bool:
+    """Whether `data` is the path of a table."""
+    return os.path.splitext(data)[1].lower() in DELIMITERS
+
+
+def read_table(data: str | os.PathLike, columns: Columns) -> Rows:
+    """The rows of a table, whose first line names the columns.
+
+    Relative paths start from the folder of the table. Raises UserError where it can't be read, where a column is
+    missing, where a row has no path or class, and where a path is there twice.
+    """
+    file = Path(data)
+    try:
+        with file.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as stream:
+            lines = list(csv.reader(stream, delimiter=DELIMITERS[file.suffix.lower()], strict=True))
+    except (OSError, csv.Error) as error:
+        raise UserError(f"{file}: can't be read: {error}") from None
+    lines = [line for line in lines if line]
+    if len(lines) < 2:
+        raise UserError(f"{file}: holds no rows: the first line names the columns, each other one an image")
+    header, *rows = lines
+    if uneven := next((number for number, row in enumerate(rows, 2) if len(row) != len(header)), None):
+        raise UserError(f"{file}: row {uneven} has {len(rows[uneven - 2])} columns, and the first line {len(header)}")
+    place = {kind: _column(file, header, kind, getattr(columns, f"{kind}_column")) for kind in USUAL}
+    if place["path"] is None:
+        raise UserError(f"{file}: no column for the paths: name one of {', '.join(header)} by `path_column`")
+    found = {kind: None if at is None else [row[at].strip() for row in rows] for kind, at in place.items()}
+    for kind, values in found.items():
+        if values is not None and "" in values:
+            raise UserError(f"{file}: row {values.index('') + 2} has no {kind}: give one, or leave the row out")
+    _check_paths(file, found["path"], found["label"])
+    splits = found["split"] and [SPLITS.get(split.lower(), split) for split in found["split"]]
+    return Rows(file, found["path"], found["label"], splits)
+
+
+def _column(file: Path, header: list[str], kind: str, asked: str | None) -> int | None:
+    """The place of a column: the one asked for, or the first with a usual name."""
+    if asked is not None:
+        if asked not in header:
+            raise UserError(f"{file}: `{kind}_column` {asked} is none of its columns: {', '.join(header)}")
+        return header.index(asked)
+    names = [name.strip().lower() for name in header]
+    return next((names.index(usual) for usual in USUAL[kind] if usual in names), None)
+
+
+def _check_paths(file: Path, paths: list[str], labels: list[str] | None) -> None:
+    """Raises UserError where a path is there twice, or none leads to a file."""
+    first: dict[str, int] = {}
+    for number, path in enumerate(paths):
+        earlier = first.setdefault(path, number)
+        if earlier != number:
+            two = "" if labels is None or labels[earlier] == labels[number] else ", under two classes"
+            raise UserError(f"{file}: {path} is there twice{two}: rows {earlier + 2} and {number + 2}")
+    if not any((file.parent / path).is_file() for path in paths):
+        raise UserError(f"{file}: no path in it leads to a file: relative ones start from {file.parent}")
