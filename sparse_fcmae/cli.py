@@ -33,6 +33,11 @@ class Command:
 
 
 COMMANDS = {
+    "inspect": Command(
+        "what images hold, and what training would see of them",
+        "tasks.config:InspectConfig",
+        "tasks.inspection:inspect",
+    ),
     "pretrain": Command("pretrain on a folder of images", "tasks.config:PretrainConfig", "tasks.pretraining:pretrain"),
     "finetune": Command(
         "train a classifier on class folders, from pretrained weights",

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from sparse_fcmae.data.config import FormatConfig
 from sparse_fcmae.data.decoders import open_image
-from sparse_fcmae.data.decoders.image import MissingLibrary, OpenImage, Reading, reading_of
+from sparse_fcmae.data.decoders.image import WIDENED, MissingLibrary, OpenImage, Reading, reading_of
 from sparse_fcmae.data.format import FLOATS, ImageFormat
 from sparse_fcmae.data.sources import ImageSource
 from sparse_fcmae.runtime.errors import UserError
@@ -78,14 +78,13 @@ def reading_options(config: FormatConfig) -> dict[str, Any]:
     return {"pages": config.pages, "nodata": config.nodata, "max_megapixels": config.max_megapixels}
 
 
-def measure(source: ImageSource, form: ImageFormat, reading: Reading, seed: int) -> tuple[ImageFormat, list[str]]:
-    """A format with the mean and deviation of each channel of a sample, and what is to be said about the values.
+def sample_values(source: ImageSource, reading: Reading, seed: int) -> np.ndarray:
+    """Values [C, N] of up to MEASURED images spread evenly over a source, up to VALUES pixels of a random box of each.
 
-    Of each image in the sample up to VALUES pixels of a random box count. Values beyond the quantiles TAILS of their
-    channel count as these. Raises UserError where all values of the sample are the same.
+    They are as they are stored. Raises UserError where no image can be read.
     """
     rng, sample, broken = numpy_generator(seed, Stream.SURVEY), [], []
-    for index in tqdm(_spread(source, MEASURED), desc="measuring", unit="image", leave=False, dynamic_ncols=True):
+    for index in tqdm(spread(source, MEASURED), desc="measuring", unit="image", leave=False, dynamic_ncols=True):
         found = _look(source, index, lambda file: _values(open_image(file, reading), rng))
         if isinstance(found, Exception):
             broken.append(f"{source.name(index)}: {one_line(found)}")
@@ -93,14 +92,22 @@ def measure(source: ImageSource, form: ImageFormat, reading: Reading, seed: int)
             sample.append(found)
     if not sample:
         raise UserError(f"{source}: no image of the sample could be measured: {broken[0]}")
-    columns = np.concatenate(sample).T  # [C, values]
+    return np.concatenate(sample).T
+
+
+def measure(source: ImageSource, form: ImageFormat, reading: Reading, seed: int) -> tuple[ImageFormat, list[str]]:
+    """A format with the mean and deviation of each channel of a sample, and what is to be said about the values.
+
+    Values beyond the quantiles TAILS of their channel count as these. Raises UserError where all are the same.
+    """
+    columns = sample_values(source, reading, seed)
     known = [column[np.isfinite(column)].astype(np.float64) for column in columns]
     if empty := [str(number) for number, column in enumerate(known, 1) if not len(column)]:
-        raise UserError(f"{source}: channel {', '.join(empty)} has no value in the {len(sample)} images measured")
+        raise UserError(f"{source}: channel {', '.join(empty)} has no value in the images measured")
     clipped = [np.clip(column, *np.quantile(column, TAILS)) for column in known]
     mean, std = (tuple(float(f"{f(column):.7g}") for column in clipped) for f in (np.mean, np.std))
     if not any(std):
-        raise UserError(f"{source}: all values of the {len(sample)} images measured are {mean[0]:g}: nothing to learn")
+        raise UserError(f"{source}: all values of the images measured are {mean[0]:g}: nothing to learn")
     missing = 1 - sum(map(len, known)) / columns.size
     return replace(form, mean=mean, std=tuple(value or 1.0 for value in std)), _remarks(form, known, mean, std, missing)
 
@@ -113,7 +120,7 @@ def _kind(source: ImageSource, reading: Reading) -> tuple[Kind, bool, list[str]]
     kinds: Counter[Kind] = Counter()
     examples: dict[Kind, str] = {}
     problems: Counter[str] = Counter()
-    broken, grey, indices = [], True, _spread(source, LOOKED_AT)
+    broken, grey, indices = [], True, spread(source, LOOKED_AT)
     for index in indices:
         image = _look(source, index, lambda file: open_image(file, reading))
         if isinstance(image, MissingLibrary):
@@ -133,6 +140,8 @@ def _kind(source: ImageSource, reading: Reading) -> tuple[Kind, bool, list[str]]
         raise UserError(f"{source}: none of the {len(indices)} images looked at can be read: {broken[0]}")
     (chosen, _), *others = kinds.most_common()
     for kind, count in others:
+        if (chosen.dtype, kind.dtype) in WIDENED and kind.channels == chosen.channels:
+            continue
         lines.append(f"{count} of the {len(indices)} images looked at are {kind}, such as {examples[kind]}")
     return chosen, grey, [f"{line}: they count as unreadable, as most are {chosen}" for line in lines]
 
@@ -161,7 +170,7 @@ def _look(source: ImageSource, index: int, look: Callable) -> Any:
         return error
 
 
-def _spread(source: ImageSource, count: int) -> list[int]:
+def spread(source: ImageSource, count: int) -> list[int]:
     """Up to so many images, spread evenly."""
     return np.unique(np.linspace(0, len(source) - 1, count).astype(int)).tolist()
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from sparse_fcmae.data.config import NATIVE_SCALE, RATIOS, range_of
+from sparse_fcmae.data.config import NATIVE_SCALE, RATIOS, ViewConfig, range_of
 from sparse_fcmae.data.decoders.image import reading_of
 from sparse_fcmae.data.format import ImageFormat
 from sparse_fcmae.data.sources import ImageSource, LabelledSource
@@ -149,7 +149,7 @@ def moving_average(model: nn.Module, decay: float) -> AveragedModel:
 
 
 def training_view(
-    config: RunConfig, size: tuple[int, int], form: ImageFormat, augment: Augment | None = None
+    config: ViewConfig, size: tuple[int, int], form: ImageFormat, augment: Augment | None = None
 ) -> RandomView | NativeView:
     """How a run of this config looks at images that it is trained on. Raises UserError for impossible ranges."""
     reading, turns = reading_of(form, **reading_options(config)), {"hflip": config.hflip, "rotate": config.rotate}

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
+from sparse_fcmae.data.config import ViewConfig
 from sparse_fcmae.runtime.options import option, seed_option
 from sparse_fcmae.training.config import RunConfig
 
@@ -77,6 +78,22 @@ class PretrainConfig(RunConfig):
         None, help="labelled folder with train and val or test: k-NN on it meanwhile", path=True, resumable=True
     )
     eval_every: int = option(10, help="epochs between the evaluations on `knn`", above=0, resumable=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectConfig(ViewConfig):
+    """Options of `sparse-fcmae inspect`: those of `pretrain` that say how images are read and seen."""
+
+    data: str | None = option(
+        None, help="what `pretrain` takes: a folder, archives, a table, a list, a pattern", path=True
+    )
+    out: str | None = option(None, help="folder for inspection.json, histograms.png and views.png", path=True)
+    overwrite: bool = option(False, help="replace an earlier inspection in `out`")
+    image_size: str | int | tuple[int, int] = option(
+        "224", help="pixels of the views, as 224 or, height first, 224x320"
+    )
+    images: int = option(10000, help="how many images to look at, spread evenly over all", above=0)
+    seed: int = seed_option("of the values that are measured and the views that are drawn")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,8 +13,9 @@ from sparse_fcmae.data.format import ImageFormat
 from sparse_fcmae.data.sources.opening import open_images
 from sparse_fcmae.data.sources.windows import Windows
 from sparse_fcmae.data.views import CentreView
+from sparse_fcmae.evaluation.pictures import save_picture
 from sparse_fcmae.evaluation.probes import KNNMonitor
-from sparse_fcmae.evaluation.reconstruct import reconstruct, sample_images, save_picture
+from sparse_fcmae.evaluation.reconstruct import reconstruct, sample_images
 from sparse_fcmae.runtime.distributed import Ranks, process_group
 from sparse_fcmae.runtime.errors import UserError
 from sparse_fcmae.runtime.files import writing

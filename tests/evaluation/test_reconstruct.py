@@ -7,7 +7,8 @@ from sparse_fcmae.data.decoders.image import Reading
 from sparse_fcmae.data.format import ImageFormat
 from sparse_fcmae.data.sources.folder import ImageFolder
 from sparse_fcmae.data.views import CentreView
-from sparse_fcmae.evaluation.reconstruct import reconstruct, sample_images, save_picture
+from sparse_fcmae.evaluation.pictures import save_picture
+from sparse_fcmae.evaluation.reconstruct import reconstruct, sample_images
 
 
 def test_samples_are_spread_over_the_source(tmp_path):

@@ -132,7 +132,7 @@ def test_mistakes_are_one_line_and_leave_nothing(tmp_path, capsys):
         assert not (tmp_path / "run").exists()
         return error
 
-    assert "all values of the 1 images measured are 9: nothing to learn" in fails(constant)
+    assert "all values of the images measured are 9: nothing to learn" in fails(constant)
     assert "--in-chans 3: the images have 5, so leave it out" in fails(data, "--in-chans", "3")
     assert "--channels 0: they are counted from 1" in fails(data, "--channels", "0")
     assert "--channels x: give numbers" in fails(data, "--channels", "x")

@@ -14,6 +14,7 @@ from sparse_fcmae.data.config import MAX_MEGAPIXELS
 from sparse_fcmae.data.format import FLOATS, ImageFormat
 
 EXTRAS = {"microscopy": ("tifffile", "imagecodecs")}  # and the packages that they install
+BAND = 1024  # rows that are decoded at once where all are
 LEAST_KNOWN = 0.5  # of a resampled value's weights that are on values: with fewer it is missing
 ROUNDED = {"float64": "float32"}  # dtypes that are read as another one
 # and what is read as float32 where other images of the data set have missing values: nothing is lost
@@ -91,6 +92,10 @@ class OpenImage(ABC):
         Raises OSError where the image is not what the data set's other images are.
         """
 
+    @abstractmethod
+    def decode_all(self) -> None:
+        """Decodes all of it, for nothing but to raise what a damaged image raises."""
+
 
 class ArrayImage(OpenImage):
     """An image of values that are kept as they are.
@@ -119,6 +124,11 @@ class ArrayImage(OpenImage):
             crop = crop.astype(self.reading.dtype)
             crop[absent] = np.nan
         return resampled(crop, size)
+
+    def decode_all(self) -> None:
+        width, height = self.size
+        for top in range(0, height, BAND):
+            np.asarray(self.values[top : min(height, top + BAND), 0:width])
 
 
 def resampled(crop: np.ndarray, size: tuple[int, int]) -> Tensor:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from sparse_fcmae.data.decoders.image import ArrayImage, Box, OpenImage, Reading
+from sparse_fcmae.data.decoders.image import WIDENED, ArrayImage, Box, OpenImage, Reading
 
 REDUCIBLE = ("JPEG", "MPO")  # formats that can be decoded at 1/2, 1/4 or 1/8 of their sides
 ORIENTATION = 0x0112  # the EXIF tag
@@ -70,7 +70,8 @@ class Photograph(OpenImage):
     def resized_crop(self, box: Box, size: tuple[int, int]) -> Tensor:
         """Resampling is bicubic with antialiasing. Torch does it where it can, in a fifth of Pillow's time."""
         reading = self.reading
-        if reading.dtype != self.dtype:
+        widened = (reading.dtype, self.dtype) in WIDENED
+        if reading.dtype != self.dtype and not widened:
             raise OSError(f"has {self.dtype} values, not {reading.dtype} as the others")
         in_chans = 3 if reading.channels else reading.in_chans
         if in_chans not in (1, 3):
@@ -84,7 +85,12 @@ class Photograph(OpenImage):
         else:  # the box lies between pixels, which only Pillow allows
             resized = decoded.image.resize((width, height), Image.Resampling.BICUBIC, box=decoded.place(box))
             pixels = to_tensor(resized)
-        return torch.from_numpy(reading.selected(pixels.numpy())) if reading.channels else pixels
+        pixels = torch.from_numpy(reading.selected(pixels.numpy())) if reading.channels else pixels
+        return pixels.float() if widened else pixels
+
+    @of_any_size()
+    def decode_all(self) -> None:
+        self.image.load()
 
 
 @of_any_size()

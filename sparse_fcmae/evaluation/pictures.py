@@ -1,0 +1,82 @@
+"""Images as people look at them: sheets of small pictures, and histograms of values."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from sparse_fcmae.data.format import BYTE, ImageFormat
+from sparse_fcmae.runtime.files import write_atomic
+
+SHOWN = (0.01, 0.99)  # quantiles of a channel that are shown as black and as white
+GAP, LABEL_HEIGHT, LEAST_WIDTH = 4, 14, 96  # pixels of a sheet
+BINS, PANELS = 100, 16  # of a histogram, and channels that have one
+
+
+def shown(form: ImageFormat, images: Tensor, originals: Tensor) -> Tensor:
+    """Normalised images [N, C, H, W] as values between 0 and 1.
+
+    Photographs are as they are. Others lie between the quantiles SHOWN of each channel of `originals`, [M, C, H, W].
+    """
+    if form.is_photograph:
+        return form.restore(images) / BYTE
+    low, high = np.quantile(originals.cpu().numpy(), SHOWN, axis=(0, 2, 3), keepdims=True)
+    low, high = (torch.tensor(limit[0], dtype=images.dtype, device=images.device) for limit in (low, high))
+    return (images - low) / (high - low).clamp_min(1e-6)
+
+
+def rgb(images: Tensor) -> np.ndarray:
+    """Values between 0 and 1 [N, C, H, W] as uint8 [N, H, W, 3]: the first three channels, or the first in grey."""
+    colour = images[:, :3] if images.shape[1] >= 3 else images[:, :1].expand(-1, 3, -1, -1)
+    return (255 * colour.clamp(0, 1)).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+
+
+def sheet(columns: dict[str, np.ndarray]) -> Image.Image:
+    """Columns of pictures [N, H, W, 3] under their names, enlarged to a width of at least LEAST_WIDTH."""
+    count, height, width, _ = next(iter(columns.values())).shape
+    scale = max(1, -(-LEAST_WIDTH // width))
+    height, width = height * scale, width * scale
+    size = (len(columns) * (width + GAP) + GAP, count * (height + GAP) + GAP + LABEL_HEIGHT)
+    picture = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(picture)
+    for column, (name, tiles) in enumerate(columns.items()):
+        left = GAP + column * (width + GAP)
+        draw.text((left, 2), name, fill="black")
+        for row, tile in enumerate(tiles):
+            enlarged = Image.fromarray(tile).resize((width, height), Image.Resampling.NEAREST)
+            picture.paste(enlarged, (left, LABEL_HEIGHT + GAP + row * (height + GAP)))
+    return picture
+
+
+def save_picture(picture: Image.Image, path: Path) -> None:
+    """Writes a PNG, atomically."""
+    write_atomic(path, lambda p: picture.save(p, format="PNG"))
+
+
+def draw_histograms(columns: np.ndarray, form: ImageFormat, path: Path) -> None:
+    """Writes a PNG of how often each value occurs in each of the first PANELS channels. Needs matplotlib.
+
+    columns: values [C, N], of which those that are not finite are left out. The mean is marked, and one deviation to
+    either side of it.
+    """
+    from matplotlib.figure import Figure
+
+    count = min(len(columns), PANELS)
+    across = min(count, 4)
+    down = -(-count // across)
+    figure = Figure(figsize=(4 * across, 2.6 * down), layout="constrained")
+    panels = figure.subplots(down, across, squeeze=False).ravel()
+    for number, axes in enumerate(panels):
+        if number >= count:
+            axes.set_axis_off()
+            continue
+        values = columns[number][np.isfinite(columns[number])].astype(np.float64)
+        axes.hist(values, BINS, color="tab:blue")
+        axes.set_yscale("log")
+        axes.axvline(form.mean[number], color="black")
+        axes.axvspan(form.mean[number] - form.std[number], form.mean[number] + form.std[number], color="0.9", zorder=0)
+        axes.set_title(f"channel {number + 1}: {form.mean[number]:.4g} ± {form.std[number]:.3g}", fontsize=9)
+        axes.tick_params(labelsize=7)
+    write_atomic(path, lambda p: figure.savefig(p, format="png", dpi=100))

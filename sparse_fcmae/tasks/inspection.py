@@ -1,0 +1,130 @@
+"""The command `inspect`: what images hold, and what training would see of them, before a day is spent on it."""
+
+import hashlib
+from collections import Counter, defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from sparse_fcmae.data.batches import TrainingImages
+from sparse_fcmae.data.decoders import open_image
+from sparse_fcmae.data.decoders.image import Reading, reading_of
+from sparse_fcmae.data.format import ImageFormat
+from sparse_fcmae.data.sources import ImageSource
+from sparse_fcmae.data.sources.opening import open_images
+from sparse_fcmae.data.survey import Kind, asked_reading, reading_options, sample_values, spread, survey
+from sparse_fcmae.evaluation.pictures import draw_histograms, rgb, save_picture, sheet, shown
+from sparse_fcmae.runtime.errors import UserError
+from sparse_fcmae.runtime.files import one_line, write_json, writing
+from sparse_fcmae.runtime.options import check, image_size_of, keywords_of
+from sparse_fcmae.tasks.build import training_view
+from sparse_fcmae.tasks.config import InspectConfig
+
+REPORT, HISTOGRAMS, VIEWS = "inspection.json", "histograms.png", "views.png"  # files in the folder `out`
+EXAMPLES = 5  # that a line of the report names
+ROWS, VIEWS_EACH = 6, 4  # images in the sheet of views, and views of each
+
+
+@keywords_of(InspectConfig)
+def inspect(options: dict[str, Any]) -> dict[str, Any]:
+    """Looks at images and prints what they are: kinds, sizes, unreadable files, copies, channels and statistics.
+
+    Returns what it prints. With `out` this is written there too, with pictures of the values and of what training
+    would see. Raises UserError for what the user can put right, after the report of what was found until then.
+    """
+    config = InspectConfig(**options)
+    check(config)
+    if not config.data:
+        raise UserError("`data` is missing: name the folder with the images")
+    out = Path(config.out) if config.out else None
+    if out and (out / REPORT).exists() and not config.overwrite:
+        raise UserError(f"`out` {out} holds an inspection: choose another or give `overwrite=True`")
+    source, size = open_images(config.data, without=config.out, columns=config), image_size_of(config.image_size)
+    found = look_at(source, asked_reading(config), config.images)
+    print("\n".join([*report(source, found), *source.notes]), flush=True)
+    form, notes = survey(source, config, config.seed)
+    found |= {"format": form.as_json(), "notes": [*source.notes, *notes]}
+    print("\n".join([*notes, f"training reads {form.in_chans} channels of {form.dtype}"]))
+    if out:
+        with writing(out):
+            out.mkdir(parents=True, exist_ok=True)
+        draw(source, form, config, size, out)
+        write_json(out / REPORT, found)
+        print(f"pictures in {out}: {HISTOGRAMS} of the values, {VIEWS} of what training sees")
+    return found
+
+
+def look_at(source: ImageSource, reading: Reading, count: int) -> dict[str, Any]:
+    """What up to `count` images are, spread evenly over a source.
+
+    How many there are of each kind, their sizes, which can't be decoded and why, and which have the same bytes.
+    """
+    kinds, sizes, unreadable = Counter[str](), [], {}
+    copies: dict[bytes, list[str]] = defaultdict(list)
+    for index in tqdm(indices := spread(source, count), desc="looking", unit="image", dynamic_ncols=True, leave=False):
+        name = source.name(index)
+        try:
+            with source.open(index) as file:
+                copies[hashlib.sha256(file.read()).digest()].append(name)
+                file.seek(0)
+                image = open_image(file, reading)
+                image.decode_all()
+        except Exception as error:  # decoders raise nearly anything on a broken file
+            unreadable[name] = one_line(error)
+        else:
+            kinds[str(Kind(image.dtype, image.in_chans, image.is_photograph))] += 1
+            sizes.append(image.size[::-1])
+    sizes.sort(key=lambda size: size[0] * size[1])
+    places = {"least": 0, "median": len(sizes) // 2, "greatest": -1}
+    return {
+        "data": str(source),
+        "images": len(source),
+        "looked_at": len(indices),
+        "kinds": dict(kinds.most_common()),
+        "sizes": {name: sizes[place] for name, place in places.items()} if sizes else {},
+        "unreadable": unreadable,
+        "copies": [names for names in copies.values() if len(names) > 1],
+    }
+
+
+def report(source: ImageSource, found: dict[str, Any]) -> list[str]:
+    """What was found, for people, a line for each thing."""
+    lines = [f"{found['images']} images of {source}, of which {found['looked_at']} were looked at"]
+    lines += [f"{count} are {kind}" for kind, count in found["kinds"].items()]
+    if found["sizes"]:
+        words = (f"{name} {height}x{width}" for name, (height, width) in found["sizes"].items())
+        lines.append(f"pixels by area: {', '.join(words)}")
+    reasons: dict[str, list[str]] = defaultdict(list)
+    for name, reason in found["unreadable"].items():
+        reasons[reason].append(name)
+    for reason, names in sorted(reasons.items(), key=lambda item: -len(item[1])):
+        lines.append(f"{len(names)} can't be read ({reason}): {_some(names)}")
+    if found["copies"]:
+        extra = sum(len(names) - 1 for names in found["copies"])
+        lines.append(f"{extra} have the same bytes as another: {_some([' = '.join(c) for c in found['copies']])}")
+    return lines
+
+
+def draw(source: ImageSource, form: ImageFormat, config: InspectConfig, size: tuple[int, int], out: Path) -> None:
+    """The pictures: histograms of the values of each channel, and random views of a few images."""
+    values = sample_values(source, reading_of(form, **reading_options(config)), config.seed)
+    try:
+        draw_histograms(values, form, out / HISTOGRAMS)
+    except ImportError:
+        print(f"{HISTOGRAMS} is not drawn, as matplotlib is not installed (extra: plots)")
+    crops = TrainingImages(source, training_view(config, size, form), config.seed)
+    samples = [[crops[epoch, index].pixels for epoch in range(VIEWS_EACH)] for index in spread(source, ROWS)]
+    samples = [row for row in samples if all(pixels is not None for pixels in row)]
+    if not samples:
+        raise UserError(f"{source}: no image can be shown as training would see it")
+    images = form.normalise(torch.stack([pixels for row in samples for pixels in row]))
+    tiles = rgb(shown(form, images, images)).reshape(len(samples), VIEWS_EACH, *size, 3)
+    columns = {f"view {number + 1}": np.ascontiguousarray(tiles[:, number]) for number in range(VIEWS_EACH)}
+    save_picture(sheet(columns), out / VIEWS)
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:EXAMPLES]) + (", ..." if len(names) > EXAMPLES else "")

@@ -1,0 +1,70 @@
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sparse_fcmae import UserError
+from sparse_fcmae.cli import main
+from sparse_fcmae.tasks.inspection import inspect
+
+
+@pytest.fixture
+def stacks(tmp_path):
+    """Arrays of two channels, a copy of one, a photograph, a damaged file and one that is left out."""
+    folder, rng = tmp_path / "data", np.random.default_rng(0)
+    folder.mkdir()
+    for number in range(6):
+        size = (40 + 10 * number, 64, 2)
+        np.save(folder / f"{number}.npy", rng.normal([1000, 50], [100, 5], size).astype(np.uint16))
+    (folder / "copy.npy").write_bytes((folder / "0.npy").read_bytes())
+    Image.new("RGB", (8, 8)).save(folder / "photo.png")
+    Image.fromarray(rng.integers(0, 256, (64, 64, 3)).astype(np.uint8)).save(folder / "broken.png")
+    (folder / "broken.png").write_bytes((folder / "broken.png").read_bytes()[:5000])
+    (folder / "x.dcm").write_bytes(b"x")
+    return folder
+
+
+def test_report_and_pictures(stacks, tmp_path, capsys):
+    found = inspect(data=stacks, out=tmp_path / "out", image_size=32, rotate=True)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"9 images of {stacks}, of which 9 were looked at"
+    assert "7 are of 2 channels of uint16" in lines
+    assert "1 are photographs of 8 bits" in lines
+    assert "pixels by area: least 8x8, median 60x64, greatest 90x64" in lines
+    assert any(line.startswith("1 can't be read (") and line.endswith(": broken.png") for line in lines)
+    assert "1 have the same bytes as another: 0.npy = copy.npy" in lines
+    assert "left out, as they are in no format that can be read: 1 .dcm" in lines
+    assert any(line.startswith("channel 2: values from ") for line in lines)
+    assert "training reads 2 channels of uint16" in lines
+    saved = json.loads((tmp_path / "out" / "inspection.json").read_text())
+    assert saved["kinds"] == found["kinds"] == {"of 2 channels of uint16": 7, "photographs of 8 bits": 1}
+    assert saved["copies"] == [["0.npy", "copy.npy"]]
+    assert list(saved["unreadable"]) == ["broken.png"]
+    assert saved["format"]["mean"] == pytest.approx([1000, 50], rel=0.01)
+    with Image.open(tmp_path / "out" / "views.png") as picture:
+        assert picture.size == (4 * 100 + 4, 18 + 100 * 5)  # of six images looked at one can't be read as the others
+    with Image.open(tmp_path / "out" / "histograms.png") as picture:
+        assert picture.size[0] > 700
+    with pytest.raises(UserError, match="holds an inspection: choose another or give `overwrite=True`"):
+        inspect(data=stacks, out=tmp_path / "out")
+    inspect(data=stacks, out=tmp_path / "out", overwrite=True, image_size=32, crop="native")
+
+
+def test_a_sample_and_no_pictures(stacks, capsys):
+    found = inspect(data=stacks, images=3)
+    assert (found["images"], found["looked_at"]) == (9, 3)
+    assert "pictures in" not in capsys.readouterr().out
+
+
+def test_the_report_comes_before_what_is_wrong(tmp_path, capsys):
+    np.save(tmp_path / "x.npy", np.full((8, 8), 3, np.int16))
+    with pytest.raises(SystemExit) as stop:
+        main(["inspect", "--data", str(tmp_path)])
+    printed = capsys.readouterr()
+    assert stop.value.code == 2
+    assert "1 are of 1 channel of int16" in printed.out
+    assert "all values of the images measured are 3: nothing to learn" in printed.err
+    with pytest.raises(SystemExit):
+        main(["inspect"])
+    assert "--data is missing" in capsys.readouterr().err
