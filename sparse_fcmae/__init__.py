@@ -12,6 +12,7 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time see __getattr__
     from sparse_fcmae.model.masking import random_mask as random_mask
     from sparse_fcmae.runtime.errors import UserError as UserError
     from sparse_fcmae.tasks.classification import finetune as finetune
+    from sparse_fcmae.tasks.inspection import inspect as inspect
     from sparse_fcmae.tasks.pretraining import pretrain as pretrain
     from sparse_fcmae.weights.convert import convert as convert
     from sparse_fcmae.weights.read import load_classifier as load_classifier
@@ -29,6 +30,7 @@ PUBLIC = {  # name: the module that it is imported from when it is first used
     "create_fcmae": "model.fcmae",
     "evaluate": "evaluation.evaluate",
     "finetune": "tasks.classification",
+    "inspect": "tasks.inspection",
     "load_classifier": "weights.read",
     "load_transform": "weights.read",
     "load_encoder": "weights.read",

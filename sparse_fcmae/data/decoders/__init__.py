@@ -7,12 +7,12 @@ from typing import BinaryIO
 
 from PIL import Image
 
-from sparse_fcmae.data.decoders import arrays, photograph, png, tiff
+from sparse_fcmae.data.decoders import arrays, dicom, photograph, png, tiff
 from sparse_fcmae.data.decoders.image import OpenImage, Reading
 
-HEAD = 32  # bytes that tell the kind
+HEAD = 132  # bytes that tell the kind
 File = BinaryIO | str | os.PathLike | Image.Image  # an image's bytes, where they are, or one that Pillow has open
-NOT_PILLOWS = (".npy", ".btf", ".tf8")  # extensions of what is read here and is not known to Pillow
+NOT_PILLOWS = (".npy", ".btf", ".tf8", ".dcm", ".dicom")  # extensions of what is read here and is not known to Pillow
 
 
 def open_image(file: File, reading: Reading) -> OpenImage:
@@ -26,7 +26,7 @@ def open_image(file: File, reading: Reading) -> OpenImage:
     stream = io.BytesIO(Path(file).read_bytes()) if isinstance(file, str | os.PathLike) else file
     head = stream.read(HEAD)
     stream.seek(0)
-    for decoder in (arrays, tiff, png):
+    for decoder in (arrays, tiff, png, dicom):
         if decoder.recognises(head):
             return decoder.open_image(stream, reading)
     return photograph.open_image(stream, reading)

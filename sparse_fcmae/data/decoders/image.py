@@ -13,7 +13,7 @@ from torch import Tensor
 from sparse_fcmae.data.config import MAX_MEGAPIXELS
 from sparse_fcmae.data.format import FLOATS, ImageFormat
 
-EXTRAS = {"microscopy": ("tifffile", "imagecodecs")}  # and the packages that they install
+EXTRAS = {"medical": ("pydicom",), "microscopy": ("tifffile", "imagecodecs")}  # and the packages that they install
 BAND = 1024  # rows that are decoded at once where all are
 LEAST_KNOWN = 0.5  # of a resampled value's weights that are on values: with fewer it is missing
 ROUNDED = {"float64": "float32"}  # dtypes that are read as another one
@@ -129,6 +129,20 @@ class ArrayImage(OpenImage):
         width, height = self.size
         for top in range(0, height, BAND):
             np.asarray(self.values[top : min(height, top + BAND), 0:width])
+
+
+def of_pages(values: np.ndarray, reading: Reading, what: str) -> np.ndarray:
+    """Pages [pages, H, W, C] as one image [H, W, C], as the reading says.
+
+    what: they are called. Raises OSError for several pages where the reading says nothing of them.
+    """
+    if len(values) == 1:
+        return values[0]
+    if reading.pages is None:
+        raise OSError(f"has {len(values)} {what}: --pages says what they are, channels or max")
+    if reading.pages == "max":
+        return values.max(0)
+    return np.moveaxis(values, 0, -2).reshape(*values.shape[1:3], -1)
 
 
 def resampled(crop: np.ndarray, size: tuple[int, int]) -> Tensor:

@@ -10,7 +10,7 @@ from PIL import Image
 
 from sparse_fcmae.data.decoders import photograph
 from sparse_fcmae.data.decoders.arrays import KNOWN
-from sparse_fcmae.data.decoders.image import ArrayImage, OpenImage, Reading, library
+from sparse_fcmae.data.decoders.image import ArrayImage, OpenImage, Reading, library, of_pages
 from sparse_fcmae.data.format import DTYPES
 
 MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
@@ -83,10 +83,7 @@ def _image_of(tiff: Any, file: BinaryIO, reading: Reading) -> OpenImage:
     values = values.reshape(list(sizes.values()))
     order = [letters.index(letter) for letter in (*pages, "Y", "X", *(c for c in letters if c in CHANNELS))]
     values = values.transpose(order).reshape(count, sizes["Y"], sizes["X"], -1)
-    if reading.pages == "max":
-        values = values.max(0)
-    values = np.moveaxis(values, 0, -2).reshape(sizes["Y"], sizes["X"], -1) if values.ndim == 4 else values
-    return ArrayImage(values, reading, missing)
+    return ArrayImage(of_pages(values, reading, "pages"), reading, missing)
 
 
 class TiffPage:

@@ -25,15 +25,15 @@ def test_every_depth_in_a_fixed_order(tmp_path):
 def test_what_is_left_out_is_said(tmp_path):
     save(tmp_path / "a.png")
     assert ImageFolder(tmp_path).notes == []
-    for name in ("x.dcm", "y.DCM", "z.mat", "IM0001", ".DS_Store", os.fsdecode(b"n.caf\xe9")):
+    for name in ("x.foo", "y.FOO", "z.mat", "IM0001", ".DS_Store", os.fsdecode(b"n.caf\xe9")):
         (tmp_path / name).write_text("")
-    kinds = ["2 .dcm", "1 .caf\\udce9", "1 .mat", "1 without an extension"]
+    kinds = ["2 .foo", "1 .caf\\udce9", "1 .mat", "1 without an extension"]
     (note,) = ImageFolder(tmp_path).notes
     start, found = note.split(": ")
     assert start == "left out, as they are in no format that can be read"
     assert sorted(found.split(", ")) == sorted(kinds)
     (tmp_path / "a.png").unlink()
-    with pytest.raises(UserError, match=r"no image files in this folder or below it \(left out, .*2 \.dcm"):
+    with pytest.raises(UserError, match=r"no image files in this folder or below it \(left out, .*2 \.foo"):
         ImageFolder(tmp_path)
 
 
