@@ -113,6 +113,8 @@ class Once(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, given: str | None = None) -> None:
         if hasattr(namespace, self.dest):
             parser.error(f"{flag(self.dest)} is given twice")
+        if self.nargs == "+" and len(values) == 1:
+            (values,) = values
         on_or_off = self.nargs == 0
         setattr(namespace, self.dest, not given.startswith("--no-") if on_or_off and given else values)
 
@@ -183,7 +185,7 @@ def add_options(parser: Parser, config: type) -> None:
     """A flag or positional argument for each field. What is not given is not in the namespace."""
     kinds = typing.get_type_hints(config)
     for f in options_of(config):
-        kind = kinds[f.name]
+        kind, several = kinds[f.name], tuple[str, ...] in typing.get_args(kinds[f.name])
         if isinstance(kind, types.UnionType):
             kind = next(k for k in typing.get_args(kind) if k is not type(None))
         text = as_flags(f.metadata["help"], kinds)
@@ -192,6 +194,8 @@ def add_options(parser: Parser, config: type) -> None:
         settings: dict[str, Any] = {"help": text.replace("%", "%%"), "default": argparse.SUPPRESS, "action": Once}
         if kind is bool:
             settings["nargs"] = 0
+        elif several:
+            settings |= {"nargs": "+", "metavar": "PATH"}
         else:
             settings["type"], settings["choices"] = kind, f.metadata["choices"]
             if not f.metadata["choices"]:

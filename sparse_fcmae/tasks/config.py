@@ -27,10 +27,10 @@ class PretrainConfig(RunConfig):
     task: ClassVar[str] = "pretraining"
     command: ClassVar[str] = "pretrain"
 
-    data: str | None = option(
+    data: str | tuple[str, ...] | None = option(
         None,
         help="folder of images, flat or nested, archives as 'shards/{000..099}.tar', a table (.csv, .tsv), a text "
-        "file (.txt) with a path a line, or a pattern as 'scans/*.png'",
+        "file (.txt) with a path a line, a pattern as 'scans/*.png', or several of these",
         path=True,
         resumable=True,
     )
@@ -84,7 +84,7 @@ class PretrainConfig(RunConfig):
 class InspectConfig(ViewConfig):
     """Options of `sparse-fcmae inspect`: those of `pretrain` that say how images are read and seen."""
 
-    data: str | None = option(
+    data: str | tuple[str, ...] | None = option(
         None, help="what `pretrain` takes: a folder, archives, a table, a list, a pattern", path=True
     )
     out: str | None = option(None, help="folder for inspection.json, histograms.png and views.png", path=True)

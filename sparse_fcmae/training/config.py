@@ -22,7 +22,7 @@ class RunConfig(ViewConfig, ComputeConfig):
     command: ClassVar[str]
 
     # options whose defaults and help differ between the tasks
-    data: str | None
+    data: str | tuple[str, ...] | None
     out: str
     init: str | None
     image_size: str | int | tuple[int, int] | None

@@ -46,7 +46,8 @@ def _written_out(kind: type[Config], given: dict[str, Any]) -> dict[str, Any]:
         options["image_size"] = shown_size(image_size_of(options["image_size"]))
     for f in fields(kind):
         if f.metadata.get("path") and f.name != "out" and options.get(f.name):
-            options[f.name] = os.path.abspath(options[f.name])
+            given, several = options[f.name], isinstance(options[f.name], list | tuple)
+            options[f.name] = [os.path.abspath(path) for path in given] if several else os.path.abspath(given)
     return options
 
 

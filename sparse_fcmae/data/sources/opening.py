@@ -2,12 +2,14 @@
 
 import glob
 import os
+from collections.abc import Sequence
 
 from sparse_fcmae.data.config import Columns
 from sparse_fcmae.data.sources import ImageSource
 from sparse_fcmae.data.sources.folder import ImageFolder, image_extensions
 from sparse_fcmae.data.sources.image_glob import ImageGlob
 from sparse_fcmae.data.sources.image_list import ImageList
+from sparse_fcmae.data.sources.several import Several
 from sparse_fcmae.data.sources.shards import names_shards, open_shards
 from sparse_fcmae.data.sources.table import names_table, read_table
 from sparse_fcmae.runtime.errors import UserError
@@ -15,11 +17,22 @@ from sparse_fcmae.runtime.errors import UserError
 USUAL_COLUMNS = Columns()
 
 
-def open_images(data: str, without: str | os.PathLike | None = None, columns: Columns = USUAL_COLUMNS) -> ImageSource:
+def open_images(
+    data: str | Sequence[str], without: str | os.PathLike | None = None, columns: Columns = USUAL_COLUMNS
+) -> ImageSource:
     """The images of a folder, of tar archives, of a table, of a text file with a path a line, or of a pattern.
 
-    without: a folder whose files are left out. Raises UserError where there are no such images.
+    Of several such names they are the images of all, one after the other. without: a folder whose files are left out.
+    columns: of a table. Raises UserError where there are no such images.
     """
+    if isinstance(data, str | os.PathLike):
+        return _open(os.fspath(data), without, columns)
+    parts = [_open(os.fspath(name), without, columns) for name in data]
+    return parts[0] if len(parts) == 1 else Several(parts)
+
+
+def _open(data: str, without: str | os.PathLike | None, columns: Columns) -> ImageSource:
+    """The images of one name."""
     if os.path.isdir(data):
         return ImageFolder(data, without)
     if names_shards(data):

@@ -89,3 +89,21 @@ def test_mistakes(scans, data, message):
     (scans / "wrong.txt").write_text("x.png\ny.png")
     with pytest.raises(UserError, match=message):
         open_images(str(scans / data))
+
+
+def test_several(scans):
+    (scans / "list.txt").write_text("a/x_w2.png\n")
+    source = open_images([str(scans / "a"), str(scans / "list.txt")])
+    assert len(source) == 4
+    assert read(source) == [(8, 8)] * 4
+    assert [source.name(i) for i in (0, 2, 3)] == [
+        f"{scans / 'a'}: deep/y_w1.tif",
+        f"{scans / 'a'}: x_w2.png",
+        f"{scans / 'list.txt'}: a/x_w2.png",
+    ]
+    assert str(source) == f"{scans / 'a'} and {scans / 'list.txt'}"
+    assert source.notes == [f"{scans / 'a'}: left out, as they are in no format that can be read: 1 .txt"]
+    assert source.fingerprint != open_images([str(scans / "list.txt"), str(scans / "a")]).fingerprint
+    assert open_images([str(scans / "a")]).fingerprint == open_images(str(scans / "a")).fingerprint
+    with pytest.raises(UserError, match="no such folder"):
+        open_images([str(scans / "a"), str(scans / "none")])
