@@ -44,6 +44,9 @@ class FormatConfig(ReadingConfig):
     in_chans: int | None = option(
         None, help="channels [those of the images; of photographs 3, or 1 where all are grey]", above=0
     )
+    channel_files: tuple[str, ...] | None = option(
+        None, help="the channels' files of an image below `data`, as '{name}_w1.tif' '{name}_w2.tif'"
+    )
     channels: str | None = option(None, help="which channels of the files to read, counted from 1, as 4,3,2 [all]")
     stats: str | None = option(
         None,

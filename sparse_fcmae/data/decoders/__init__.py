@@ -9,6 +9,7 @@ from PIL import Image
 
 from sparse_fcmae.data.decoders import arrays, dicom, photograph, png, tiff
 from sparse_fcmae.data.decoders.image import OpenImage, Reading
+from sparse_fcmae.data.decoders.together import ChannelsTogether, FilesTogether
 
 HEAD = 132  # bytes that tell the kind
 File = BinaryIO | str | os.PathLike | Image.Image  # an image's bytes, where they are, or one that Pillow has open
@@ -23,6 +24,8 @@ def open_image(file: File, reading: Reading) -> OpenImage:
     """
     if isinstance(file, Image.Image):
         return photograph.from_pillow(file, reading)
+    if isinstance(file, FilesTogether):
+        return ChannelsTogether(file.files, reading, open_image)
     stream = io.BytesIO(Path(file).read_bytes()) if isinstance(file, str | os.PathLike) else file
     head = stream.read(HEAD)
     stream.seek(0)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from sparse_fcmae.data.config import Columns
 from sparse_fcmae.data.sources import ImageSource
+from sparse_fcmae.data.sources.channel_files import ChannelFiles
 from sparse_fcmae.data.sources.folder import ImageFolder, image_extensions
 from sparse_fcmae.data.sources.image_glob import ImageGlob
 from sparse_fcmae.data.sources.image_list import ImageList
@@ -18,16 +19,23 @@ USUAL_COLUMNS = Columns()
 
 
 def open_images(
-    data: str | Sequence[str], without: str | os.PathLike | None = None, columns: Columns = USUAL_COLUMNS
+    data: str | Sequence[str],
+    without: str | os.PathLike | None = None,
+    columns: Columns = USUAL_COLUMNS,
+    channel_files: Sequence[str] | None = None,
 ) -> ImageSource:
     """The images of a folder, of tar archives, of a table, of a text file with a path a line, or of a pattern.
 
     Of several such names they are the images of all, one after the other. without: a folder whose files are left out.
-    columns: of a table. Raises UserError where there are no such images.
+    columns: of a table. channel_files: templates of the files that an image's channels lie in, below a folder. Raises
+    UserError where there are no such images.
     """
-    if isinstance(data, str | os.PathLike):
-        return _open(os.fspath(data), without, columns)
-    parts = [_open(os.fspath(name), without, columns) for name in data]
+    names = [data] if isinstance(data, str | os.PathLike) else data
+    if channel_files:
+        templates = [channel_files] if isinstance(channel_files, str) else channel_files
+        parts = [ChannelFiles(os.fspath(name), templates, without) for name in names]
+    else:
+        parts = [_open(os.fspath(name), without, columns) for name in names]
     return parts[0] if len(parts) == 1 else Several(parts)
 
 
