@@ -19,6 +19,8 @@ from sparse_fcmae.runtime.errors import UserError
 from sparse_fcmae.runtime.files import write_atomic, writing
 from sparse_fcmae.runtime.terminal import lost_if_unread
 
+WORTH_SAYING = 0.1  # share of the time that images are waited for, from which on the bar says it
+
 
 class RunLog:
     """Writes a line of metrics for each step and one for each evaluation; it is silent on all ranks but the main one.
@@ -57,26 +59,30 @@ class RunLog:
                 self.left_out.add(name)
                 self.say(f"unreadable, left out of the evaluation: {name}: {reason}")
 
-    def steps(self, last: int, steps_per_epoch: int, losses: list[float], lrs: list[float], images: int) -> None:
+    def steps(
+        self, last: int, steps_per_epoch: int, losses: list[float], lrs: list[float], images: int, waited: float = 0.0
+    ) -> None:
         """Records the steps up to `last`, counted from 1: their losses and learning rates.
 
-        images: how many these steps took. Raises UserError where a loss is not finite.
+        images: how many these steps took. waited: seconds of them in which no image was there to train on. Raises
+        UserError where a loss is not finite.
         """
         now = time.perf_counter()
-        speed, self.since = images / (now - self.since), now
+        speed, wait, self.since = images / (now - self.since), waited / (now - self.since), now
         for i, (loss, lr) in enumerate(zip(losses, lrs, strict=True)):
             step = last - len(losses) + 1 + i
             row = {"step": step, "epoch": round(step / steps_per_epoch, 4), "loss": loss, "lr": lr}
-            row["images_per_second"] = round(speed, 1)
+            row |= {"images_per_second": round(speed, 1), "data_wait": round(wait, 3)}
             if self.main:
                 with writing(self.run):
                     self.metrics.write(json.dumps(row) + "\n")
                 if self.tensorboard:
-                    for name in ("loss", "lr", "images_per_second"):
+                    for name in ("loss", "lr", "images_per_second", "data_wait"):
                         self.tensorboard.add_scalar(name, row[name], step)
             if not torch.isfinite(torch.tensor(loss)):
                 raise UserError(f"the loss is {loss} at step {step}: lower `lr` or `base_lr`, or give `clip_grad=1`")
         status = f"loss {losses[-1]:.4f}, {speed:.1f} images/s, lr {lrs[-1]:.2e}"
+        status += f", {wait:.0%} waiting for images" if wait > WORTH_SAYING else ""
         with lost_if_unread():
             self.bar.set_postfix_str(status, refresh=False)
             self.bar.update(len(losses))

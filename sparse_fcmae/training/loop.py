@@ -63,7 +63,7 @@ def train(task: Task) -> Path:
             for step in range(start, schedule.steps):
                 set_lr(optimizer, lr := schedule.lr(step))
                 for first, images in schedule.micro_batches():
-                    batch = next(batches)
+                    batch = progress.next_of(batches)
                     progress.take(batch, images)
                     last = first + images == schedule.images_per_rank
                     runner.add(*task.inputs(batch, step, first), last=last)

@@ -1,5 +1,7 @@
 """What a run keeps between its steps until it is recorded: losses that are still on the device, unreadable images."""
 
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -33,6 +35,14 @@ class Progress:
         self.bad, self.new_bad = bad, []
         self.losses: list[Tensor] = []
         self.lrs: list[float] = []
+        self.waited = 0.0
+
+    def next_of(self, batches: Iterator[Batch]) -> Batch:
+        """The next micro-batch. How long it is waited for is noted."""
+        start = time.perf_counter()
+        batch = next(batches)
+        self.waited += time.perf_counter() - start
+        return batch
 
     def take(self, batch: Batch, images: int) -> None:
         """Notes a micro-batch's unreadable images. Raises UserError unless it has so many images all the same."""
@@ -52,12 +62,13 @@ class Progress:
         All ranks call this at the same steps. Raises UserError where too many images are unreadable.
         """
         losses = self.ranks.mean(torch.stack(self.losses)).tolist()
-        self.log.steps(step, self.schedule.steps_per_epoch, losses, self.lrs, len(losses) * self.config.batch_size)
+        images = len(losses) * self.config.batch_size
+        self.log.steps(step, self.schedule.steps_per_epoch, losses, self.lrs, images, self.waited)
         for found in (found for of_rank in self.ranks.gather(self.new_bad) for found in of_rank):
             if found.name not in self.bad:
                 self.bad[found.name] = found.reason
                 self.log.say(f"unreadable, replaced by another image: {found.name}: {found.reason}")
-        self.losses, self.lrs, self.new_bad = [], [], []
+        self.losses, self.lrs, self.new_bad, self.waited = [], [], [], 0.0
         if len(self.bad) > self.config.max_bad_images * len(self.source):
             raise UserError(
                 f"{len(self.bad)} of {len(self.source)} images are unreadable, such as {next(iter(self.bad))}: raise "

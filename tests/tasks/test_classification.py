@@ -46,7 +46,7 @@ def command(pictures, encoder, out, *extra, **options):
 
 def rows(run, name="metrics"):
     found = [json.loads(line) for line in (run / f"{name}.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k != "images_per_second"} for row in found]
+    return [{k: v for k, v in row.items() if k not in ("images_per_second", "data_wait")} for row in found]
 
 
 def test_run_folder(whole):

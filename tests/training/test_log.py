@@ -118,6 +118,19 @@ def test_speed_is_of_training_without_evaluating(tmp_path, clock):
     assert "step 3, loss 1.0000, 7.5 images/s, lr 1.00e-01" in (tmp_path / "train.log").read_text()
 
 
+def test_waiting_for_images_is_said(tmp_path, clock):
+    log = RunLog(tmp_path, 0, 10, main=True, evaluates=False)
+    clock.now += 2
+    log.steps(1, 5, [1.0], [0.1], images=30, waited=0.05)
+    clock.now += 4
+    log.steps(2, 5, [1.0], [0.1], images=30, waited=3.0)
+    log.close()
+    assert [row["data_wait"] for row in rows(tmp_path)] == [0.025, 0.75]
+    first, second = (tmp_path / "train.log").read_text().splitlines()
+    assert first.endswith("lr 1.00e-01")
+    assert second.endswith("lr 1.00e-01, 75% waiting for images")
+
+
 def test_the_bar_goes_on_where_the_run_does(tmp_path):
     log = RunLog(tmp_path, 4, 10, main=True, evaluates=False)
     assert (log.bar.n, log.bar.total) == (4, 10)
@@ -149,6 +162,7 @@ def test_tensorboard_gets_what_the_files_get(tmp_path, clock, monkeypatch):
         ("loss", 1.0, 5),
         ("lr", 0.1, 5),
         ("images_per_second", 15.0, 5),
+        ("data_wait", 0.0, 5),
         ("top1", 0.5, 5),
         ("loss", 2.0, 5),
     ]

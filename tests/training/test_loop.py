@@ -133,7 +133,7 @@ def run(pictures, out, stop_after=None, **options):
 
 def rows(out, name):
     found = [json.loads(line) for line in (out / f"{name}.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k != "images_per_second"} for row in found]
+    return [{k: v for k, v in row.items() if k not in ("images_per_second", "data_wait")} for row in found]
 
 
 @pytest.fixture(scope="module")

@@ -32,7 +32,7 @@ def test_losses_are_recorded_together_and_once():
     steps.flush(2)
     steps.step_done(torch.tensor(0.25), lr=0.01)
     steps.flush(3)
-    assert steps.recorded == [(2, 5, [1.0, 0.5], [0.1, 0.05], 8), (3, 5, [0.25], [0.01], 4)]
+    assert steps.recorded == [(2, 5, [1.0, 0.5], [0.1, 0.05], 8, 0.0), (3, 5, [0.25], [0.01], 4, 0.0)]
 
 
 def test_an_unreadable_image_is_named_once_in_all_of_a_run():
