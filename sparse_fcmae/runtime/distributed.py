@@ -43,16 +43,21 @@ class Ranks:
         dist.barrier()  # gloo keeps what it gathered until the next collective, and may abort a process ending before
         return values
 
-    def main_first(self, do: Callable[[], None]) -> None:
-        """Has the main rank do something. A UserError there is raised on all ranks, so that none waits for it."""
-        problem = None
+    def by_main(self, do: Callable[[], Any]) -> Any:
+        """What the main rank alone does, and its picklable result on all ranks.
+
+        A UserError there is raised on all ranks, so that none waits for it.
+        """
+        result, problem = None, None
         if self.main:
             try:
-                do()
+                result = do()
             except UserError as error:
                 problem = str(error)
-        if problem := next(filter(None, self.gather(problem)), None):
+        result, problem = self.gather((result, problem))[0]
+        if problem:
             raise UserError(problem)
+        return result
 
     def mean(self, values: torch.Tensor) -> torch.Tensor:
         """The mean over ranks, elementwise."""

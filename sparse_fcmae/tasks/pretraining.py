@@ -76,7 +76,7 @@ class Pretraining(Task):
     def __init__(self, config: PretrainConfig, ranks: Ranks) -> None:
         self.ranks, self.size = ranks, image_size_of(config.image_size)
         self.source = open_images(config.data, config.out, config, config.channel_files)
-        self.form, found = format_of_run(config, self.source)
+        self.form, found = ranks.by_main(lambda: format_of_run(config, self.source))
         config = replace(config, in_chans=self.form.in_chans)
         self.training_view = training_view(config, self.size, self.form)
         if config.crop == "native":

@@ -30,7 +30,7 @@ def train(task: Task) -> Path:
         check_images(run, task)  # before the schedule, which other images would not fit either
     schedule = Schedule.of(config, len(task.source), ranks.world, task.min_lr)
     optimizer = task.optimizer()
-    ranks.main_first(lambda: run.hold(config))
+    ranks.by_main(lambda: run.hold(config))
     checkpoint = newest_checkpoint(run.path) if config.resume else None
     start, unreadable = restore(checkpoint, task, optimizer) if checkpoint else (0, {})
     loader, notes = _loader(task, schedule, start)

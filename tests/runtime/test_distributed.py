@@ -26,11 +26,11 @@ with process_group("cpu") as ranks:
     ranks.barrier()
     refused = None
     try:
-        ranks.main_first(refuse)
+        ranks.by_main(refuse)
     except UserError as error:
         refused = str(error)
     refused = ranks.gather(refused)
-    ranks.main_first(lambda: print("on one rank"))
+    ranks.by_main(lambda: print("on one rank"))
     if ranks.main:
         print(gathered, mean, layer.weight.grad.item(), refused)
 assert not torch.distributed.is_initialized()
