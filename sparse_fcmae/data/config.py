@@ -65,9 +65,10 @@ class ViewConfig(FormatConfig):
     crop_ratio: str | None = option(
         None, help="least and greatest width of a random crop by its height, as 0.5,2 [3/4 and 4/3]"
     )
-    crop: str = option(
-        "resized",
-        help="resized: a random part of the image, whatever its size; native: a window at the image's own resolution",
+    crop: str | None = option(
+        None,
+        help="resized: a random part of the image, whatever its size; native: a window at the image's own resolution "
+        "[resized, or as `init` was trained]",
         choices=("resized", "native"),
     )
     scale: str | None = option(

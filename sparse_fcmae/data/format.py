@@ -19,13 +19,15 @@ class ImageFormat:
     """What a model takes.
 
     dtype: of the values, one of DTYPES. mean, std: what each channel is normalised with, in the values' own units.
-    channels: which of a file's channels are read, counted from 1, None for all.
+    channels: which of a file's channels are read, counted from 1, None for all. native: whether images keep their own
+    resolution, of which the model sees windows.
     """
 
     dtype: str
     mean: tuple[float, ...]
     std: tuple[float, ...]
     channels: tuple[int, ...] | None = field(default=None, kw_only=True)
+    native: bool = field(default=False, kw_only=True)
 
     @classmethod
     def imagenet(cls, in_chans: int = 3) -> "ImageFormat":
@@ -42,11 +44,17 @@ class ImageFormat:
         if entries["dtype"] not in DTYPES or not len(mean) == len(std) > 0 or min(std) <= 0:
             raise ValueError(f"no image format: {dict(entries)}")
         channels = entries.get("channels")
-        return cls(entries["dtype"], mean, std, channels=tuple(map(int, channels)) if channels else None)
+        channels, native = tuple(map(int, channels)) if channels else None, bool(entries.get("native"))
+        return cls(entries["dtype"], mean, std, channels=channels, native=native)
 
     def as_json(self) -> dict[str, Any]:
-        """The fields, for a JSON file; without `channels` where all are read."""
-        return {name: value for name, value in asdict(self).items() if value is not None}
+        """The fields, for a JSON file; without `channels` where all are read, and `native` where it is not so."""
+        return {name: value for name, value in asdict(self).items() if value not in (None, False)}
+
+    @property
+    def is_usual(self) -> bool:
+        """Whether other libraries' configs can say it all: 8 bits, all channels, resized."""
+        return self.dtype == "uint8" and not self.channels and not self.native
 
     @property
     def in_chans(self) -> int:

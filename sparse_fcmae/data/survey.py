@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from sparse_fcmae.data.config import FormatConfig
 from sparse_fcmae.data.decoders import open_image
-from sparse_fcmae.data.decoders.image import WIDENED, MissingLibrary, OpenImage, Reading, reading_of
+from sparse_fcmae.data.decoders.image import WIDENED, MissingLibrary, OpenImage, Reading, counted, reading_of
 from sparse_fcmae.data.format import FLOATS, ImageFormat
 from sparse_fcmae.data.sources import ImageSource
 from sparse_fcmae.runtime.errors import UserError
@@ -19,6 +19,7 @@ from sparse_fcmae.runtime.options import listed
 from sparse_fcmae.runtime.streams import Stream, numpy_generator
 
 LOOKED_AT, MEASURED = 64, 256  # images that are opened, and those that are decoded for statistics
+TRIED = 8  # images that are decoded to see whether they suit weights
 BOX_SIDE, VALUES = 1024, 1 << 16  # pixels a side of the box that is measured of an image, and of these at most
 TAILS = (0.0005, 0.9995)  # quantiles beyond which a value counts as these
 SATURATED = 0.01  # fraction of values at the greatest one from which on that is said
@@ -34,7 +35,7 @@ class Kind(NamedTuple):
     def __str__(self) -> str:
         if self.photograph:
             return "photographs of 8 bits"
-        return f"of {self.channels} channel{'s' if self.channels > 1 else ''} of {self.dtype}"
+        return f"of {counted(self.channels)} of {self.dtype}"
 
 
 def survey(
@@ -70,6 +71,8 @@ def asked_reading(config: FormatConfig) -> Reading:
     channels = tuple(listed("channels", config.channels, int)) if config.channels else None
     if channels and min(channels) < 1:
         raise UserError(f"`channels` {config.channels}: they are counted from 1")
+    if channels and len(set(channels)) < len(channels):
+        raise UserError(f"`channels` {config.channels}: one is named twice")
     return Reading(channels=channels, **reading_options(config))
 
 
@@ -143,13 +146,15 @@ def _kind(source: ImageSource, reading: Reading) -> tuple[Kind, bool, list[str]]
         if (chosen.dtype, kind.dtype) in WIDENED and kind.channels == chosen.channels:
             continue
         lines.append(f"{count} of the {len(indices)} images looked at are {kind}, such as {examples[kind]}")
-    return chosen, grey, [f"{line}: they count as unreadable, as most are {chosen}" for line in lines]
+    return chosen, grey, [f"{line}: they count as unreadable, as more are {chosen}" for line in lines]
 
 
 def _without_statistics(
     kind: Kind, grey: bool, reading: Reading, in_chans: int | None, weights: ImageFormat | None
 ) -> ImageFormat:
     """The format of images of a kind, with a mean and a deviation that stand for those still to be found."""
+    if reading.channels and max(reading.channels) > kind.channels:
+        raise UserError(f"`channels` {', '.join(map(str, reading.channels))}: the images have {kind.channels}")
     found = len(reading.channels) if reading.channels else 1 if kind.photograph and grey else kind.channels
     choices = {1, 3} if kind.photograph and not reading.channels else {found}
     if in_chans is not None and in_chans not in choices:
@@ -170,6 +175,17 @@ def _look(source: ImageSource, index: int, look: Callable) -> Any:
         return error
 
 
+def check_fits(source: ImageSource, view: Callable[[Any], Any]) -> None:
+    """Raises UserError where none of a few images, spread evenly over a source, can be seen by a view."""
+    found = [(index, _look(source, index, view)) for index in spread(source, TRIED)]
+    if all(isinstance(result, Exception) for _, result in found):
+        index, error = found[0]
+        raise UserError(
+            f"{source}: none of the {len(found)} images tried is what the weights take: {source.name(index)}: "
+            f"{one_line(error)}"
+        )
+
+
 def spread(source: ImageSource, count: int) -> list[int]:
     """Up to so many images, spread evenly."""
     return np.unique(np.linspace(0, len(source) - 1, count).astype(int)).tolist()
@@ -187,7 +203,9 @@ def _values(image: OpenImage, rng: np.random.Generator) -> np.ndarray:
 def _numbers(config: FormatConfig, name: str, channels: int) -> tuple[float, ...]:
     """The numbers of `mean` or `std`. Raises UserError unless there is one a channel, and for deviations of 0."""
     text = getattr(config, name)
-    values = tuple(listed(name, text, float)) if text else ()
+    if not text:
+        raise UserError(f"`{name}` is missing: `mean` and `std` go together")
+    values = tuple(listed(name, text, float))
     if len(values) != channels or not np.isfinite(values).all() or (name == "std" and min(values) <= 0):
         what = "a positive number" if name == "std" else "a number"
         raise UserError(f"`{name}` {text}: give {what} for each of the {channels} channels, with commas between them")
@@ -199,7 +217,8 @@ def _remarks(
 ) -> list[str]:
     """The range and the statistics of each channel, and what may be wrong with its values, a line each."""
     lines = [f"the images are {Kind(form.dtype, form.in_chans, False)}, normalised with their own statistics"]
-    for number, (column, m, s) in enumerate(zip(known, mean, std, strict=True), 1):
+    numbers = form.channels or range(1, 1 + form.in_chans)
+    for number, column, m, s in zip(numbers, known, mean, std, strict=True):
         low, high = column.min(), column.max()
         line = f"channel {number}: values from {low:.6g} to {high:.6g}, mean {m:.6g}, deviation {s:.6g}"
         if not s:

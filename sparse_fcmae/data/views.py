@@ -180,7 +180,8 @@ def random_window(
 def check_window(width: int, height: int, window_height: int, window_width: int) -> None:
     """Raises OSError for an image that is smaller than a window."""
     if width < window_width or height < window_height:
-        raise OSError(f"has {height}x{width} pixels, fewer than a native window of {window_height}x{window_width}")
+        least = f"{window_height}x{window_width}"
+        raise OSError(f"has {height}x{width} pixels, fewer than a native window of {least}: lower --image-size")
 
 
 def centre_crop_box(width: int, height: int, aspect: float, crop_fraction: float = 1.0) -> Box:

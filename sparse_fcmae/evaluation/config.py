@@ -27,9 +27,9 @@ class EvaluateConfig(ReadingConfig, ComputeConfig):
     image_size: str | int | tuple[int, int] | None = option(
         None, help="pixels, as 224 or, height first, 224x320 [the weights']"
     )
-    crop: str = option(
-        "resized",
-        help="resized: the centre of the image; native: a window there at the image's own resolution",
+    crop: str | None = option(
+        None,
+        help="resized: the centre of the image; native: a window there at the image's own resolution [as in training]",
         choices=("resized", "native"),
     )
     crop_fraction: float | None = option(

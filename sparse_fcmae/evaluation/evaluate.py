@@ -95,7 +95,7 @@ def view_of(config: EvaluateConfig, weights: Weights) -> EvaluationView:
         bf16=choose_dtype(config.dtype, device, config.backend) == torch.bfloat16,
         batch_size=config.batch_size,
         num_workers=workers,
-        native=config.crop == "native",
+        native=weights.form.native if config.crop is None else config.crop == "native",
     )
 
 

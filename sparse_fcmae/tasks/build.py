@@ -139,7 +139,9 @@ def build_classifier(
         model.requires_grad_(False)
         model.norm.requires_grad_(True)
         model.head.requires_grad_(True)
-    config = replace(config, image_size=shown_size(size), in_chans=form.in_chans)
+    crop = config.crop or ("native" if form.native else "resized")
+    config = replace(config, image_size=shown_size(size), in_chans=form.in_chans, crop=crop)
+    form = replace(form, native=crop == "native")
     return model, form, config, ([] if checkpoint else notes) + recipe
 
 

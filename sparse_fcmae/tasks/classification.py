@@ -14,6 +14,8 @@ from sparse_fcmae.data.batches import Batch, TrainingImages
 from sparse_fcmae.data.mixing import Mixing
 from sparse_fcmae.data.sources.class_folder import open_splits
 from sparse_fcmae.data.splits import few_labels
+from sparse_fcmae.data.survey import check_fits
+from sparse_fcmae.data.views import CentreView
 from sparse_fcmae.evaluation.accuracy import measure
 from sparse_fcmae.model.convnext import SIZES
 from sparse_fcmae.runtime.distributed import Ranks, process_group
@@ -99,6 +101,7 @@ class Classification(Task):
             augment = None
             self.notes.append("RandAugment is left out, as it is made for photographs of 8 bits")
         self.training_view = training_view(config, self.size, self.form, augment)
+        check_fits(self.source, CentreView(self.size, self.training_view.reading, native=config.crop == "native"))
         self.view = evaluation_view(config, self.size, self.form, ranks.device)
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad) / 1e6
         self.description = (

@@ -11,10 +11,11 @@ from tqdm import tqdm
 
 from sparse_fcmae.data.batches import TrainingImages
 from sparse_fcmae.data.decoders import open_image
-from sparse_fcmae.data.decoders.image import Reading, reading_of
+from sparse_fcmae.data.decoders.image import Reading, counted, reading_of
 from sparse_fcmae.data.format import ImageFormat
 from sparse_fcmae.data.sources import ImageSource
 from sparse_fcmae.data.sources.opening import open_images
+from sparse_fcmae.data.sources.windows import Windows
 from sparse_fcmae.data.survey import Kind, asked_reading, reading_options, sample_values, spread, survey
 from sparse_fcmae.evaluation.pictures import draw_histograms, rgb, save_picture, sheet, shown
 from sparse_fcmae.runtime.errors import UserError
@@ -47,13 +48,17 @@ def inspect(options: dict[str, Any]) -> dict[str, Any]:
     print("\n".join([*report(source, found), *source.notes]), flush=True)
     form, notes = survey(source, config, config.seed)
     found |= {"format": form.as_json(), "notes": [*source.notes, *notes]}
-    print("\n".join([*notes, f"training reads {form.in_chans} channels of {form.dtype}"]))
+    print("\n".join([*notes, f"training reads {counted(form.in_chans)} of {form.dtype}"]))
+    if config.crop == "native":
+        view = training_view(config, size, form)
+        windows = Windows(source, size, view.reading, 1.0, view.scale[0])
+        print("\n".join(windows.notes[len(source.notes) :]))
     if out:
         with writing(out):
             out.mkdir(parents=True, exist_ok=True)
-        draw(source, form, config, size, out)
+        drawn = draw(source, form, config, size, out)
         write_json(out / REPORT, found)
-        print(f"pictures in {out}: {HISTOGRAMS} of the values, {VIEWS} of what training sees")
+        print(f"pictures in {out}: {', '.join(drawn)}")
     return found
 
 
@@ -108,11 +113,13 @@ def report(source: ImageSource, found: dict[str, Any]) -> list[str]:
     return lines
 
 
-def draw(source: ImageSource, form: ImageFormat, config: InspectConfig, size: tuple[int, int], out: Path) -> None:
-    """The pictures: histograms of the values of each channel, and random views of a few images."""
+def draw(source: ImageSource, form: ImageFormat, config: InspectConfig, size: tuple[int, int], out: Path) -> list[str]:
+    """Histograms of the values of each channel, and random views of a few images. Returns what was drawn."""
     values = sample_values(source, reading_of(form, **reading_options(config)), config.seed)
+    drawn = [f"{VIEWS} of what training sees"]
     try:
         draw_histograms(values, form, out / HISTOGRAMS)
+        drawn.insert(0, f"{HISTOGRAMS} of the values")
     except ImportError:
         print(f"{HISTOGRAMS} is not drawn, as matplotlib is not installed (extra: plots)")
     crops = TrainingImages(source, training_view(config, size, form), config.seed)
@@ -124,6 +131,7 @@ def draw(source: ImageSource, form: ImageFormat, config: InspectConfig, size: tu
     tiles = rgb(shown(form, images, images)).reshape(len(samples), VIEWS_EACH, *size, 3)
     columns = {f"view {number + 1}": np.ascontiguousarray(tiles[:, number]) for number in range(VIEWS_EACH)}
     save_picture(sheet(columns), out / VIEWS)
+    return drawn
 
 
 def _some(names: list[str]) -> str:

@@ -77,10 +77,13 @@ class Pretraining(Task):
         self.ranks, self.size = ranks, image_size_of(config.image_size)
         self.source = open_images(config.data, config.out, config, config.channel_files)
         self.form, found = ranks.by_main(lambda: format_of_run(config, self.source))
-        config = replace(config, in_chans=self.form.in_chans)
+        crop = config.crop or ("native" if self.form.native else "resized")
+        config = replace(config, in_chans=self.form.in_chans, crop=crop)
+        self.form = replace(self.form, native=crop == "native")
         self.training_view = training_view(config, self.size, self.form)
         if config.crop == "native":
-            self.source = Windows(self.source, self.size, self.training_view.reading, config.max_bad_images)
+            view = self.training_view
+            self.source = Windows(self.source, self.size, view.reading, config.max_bad_images, view.scale[0])
         config, recipe = pretraining_recipe(config, len(self.source), ranks.world)
         dtype = choose_dtype(config.dtype, ranks.device, config.backend)
         self.config = config = replace(config, dtype="bf16" if dtype == torch.bfloat16 else "fp32")

@@ -58,7 +58,7 @@ def processor_config(weights: Weights) -> dict[str, Any]:
         "image_mean": mean,
         "image_std": std,
     }
-    if weights.form.dtype != "uint8" or weights.form.channels:
+    if not weights.form.is_usual:
         config["image_format"] = weights.form.as_json()
     return config
 

@@ -51,12 +51,14 @@ def load_classifier(path: str | Path, *, backend: str = "auto") -> Classifier:
 def load_transform(path: str | Path, crop_fraction: float | None = None) -> Callable[[File], Tensor]:
     """What makes of an image's file the image that the model of a checkpoint takes: float32 [C, H, W], normalised.
 
-    path: as in `read_weights`. crop_fraction: as in `CentreView`; None for what suits the size. The function takes a
+    path: as in `read_weights`. crop_fraction: as in `CentreView`; None for what suits
+    the size or, where the model was trained on native windows, for the window in the middle. The function takes a
     path, a binary file or an image of Pillow's, and raises OSError for an image that the model does not take.
     """
     weights = read_weights(path)
     form, size = weights.form, weights.architecture["image_size"]
-    view = CentreView(size, reading_of(form), crop_fraction or default_crop_fraction(size))
+    native = form.native and crop_fraction is None
+    view = CentreView(size, reading_of(form), crop_fraction or default_crop_fraction(size), native)
     return lambda file: form.normalise(view(file)[None])[0]
 
 

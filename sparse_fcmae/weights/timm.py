@@ -39,7 +39,7 @@ def model_config(weights: Weights) -> dict[str, Any]:
         "model_args": {"in_chans": shape["in_chans"], "patch_size": shape["stem_stride"]},
         "pretrained_cfg": pretrained,
     }
-    if weights.form.dtype != "uint8" or weights.form.channels:
+    if not weights.form.is_usual:
         config["image_format"] = weights.form.as_json()
     if weights.classes:
         config["label_names"] = weights.classes

@@ -155,6 +155,11 @@ def test_native_windows(tmp_path, capsys):
     log = (tmp_path / "whole" / "train.log").read_text()
     assert "192 windows of 32x32 pixels in 3 images" in log
     assert "192 images, 32 a step, 6 steps an epoch" in log
+    assert read_weights(tmp_path / "whole").form.native
+    window = load_transform(tmp_path / "whole")(tmp_path / "data" / "1.tif")
+    middle = tifffile.imread(tmp_path / "data" / "1.tif")[84:116, 149:181].astype(np.float32)
+    config = json.loads((tmp_path / "whole" / "exported" / "config.json").read_text())
+    torch.testing.assert_close(window[0], torch.from_numpy((middle - config["mean"][0]) / config["std"][0]).float())
     pretrain(data=tmp_path / "data", out=tmp_path / "part", **options)
     (tmp_path / "part" / "checkpoints" / "latest").write_text("step-00000006")
     pretrain(out=tmp_path / "part", resume=True, num_workers=2)

@@ -49,11 +49,16 @@ class Reading:
         """The channels of [H, W, C] that are read. Raises OSError where there are fewer, or others than expected."""
         if self.channels:
             if max(self.channels) > values.shape[-1]:
-                raise OSError(f"has {values.shape[-1]} channels, not {max(self.channels)}")
+                raise OSError(f"has {counted(values.shape[-1])}, and channel {max(self.channels)} is to be read")
             values = values[..., [number - 1 for number in self.channels]]
         if values.shape[-1] != self.in_chans:
-            raise OSError(f"has {values.shape[-1]} channels, not {self.in_chans} as the others")
+            raise OSError(f"has {counted(values.shape[-1])}, not {self.in_chans} as the others")
         return values
+
+
+def counted(channels: int) -> str:
+    """A number of channels in words."""
+    return f"{channels} channel{'s' if channels != 1 else ''}"
 
 
 PHOTOGRAPHS = Reading()

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from sparse_fcmae.data.decoders.image import WIDENED, ArrayImage, Box, OpenImage, Reading
+from sparse_fcmae.data.decoders.image import WIDENED, ArrayImage, Box, OpenImage, Reading, counted
 
 REDUCIBLE = ("JPEG", "MPO")  # formats that can be decoded at 1/2, 1/4 or 1/8 of their sides
 ORIENTATION = 0x0112  # the EXIF tag
@@ -64,7 +64,7 @@ class Photograph(OpenImage):
         if image.format not in REDUCIBLE:  # turned at once, as some formats' readers turn themselves when they decode
             ImageOps.exif_transpose(image, in_place=True)
         self.image, self.reading, self.size = image, reading, upright_size(image)
-        self.in_chans = 1 if image.mode in GREY else 3
+        self.in_chans = 1 if image.mode in GREY or _has_grey_palette(image) else 3
 
     @of_any_size()
     def resized_crop(self, box: Box, size: tuple[int, int]) -> Tensor:
@@ -75,7 +75,7 @@ class Photograph(OpenImage):
             raise OSError(f"has {self.dtype} values, not {reading.dtype} as the others")
         in_chans = 3 if reading.channels else reading.in_chans
         if in_chans not in (1, 3):
-            raise OSError(f"has {self.in_chans} channels, not {in_chans} as the others")
+            raise OSError(f"has {counted(self.in_chans)}, not {in_chans} as the others")
         height, width = size
         shrink = min((box[2] - box[0]) / width, (box[3] - box[1]) / height)
         decoded = decode(self.image, in_chans, shrink / FINER)
@@ -91,6 +91,11 @@ class Photograph(OpenImage):
     @of_any_size()
     def decode_all(self) -> None:
         self.image.load()
+
+
+def _has_grey_palette(image: Image.Image) -> bool:
+    colours = image.getpalette() if image.mode == "P" else None
+    return bool(colours) and colours[::3] == colours[1::3] == colours[2::3]
 
 
 @of_any_size()

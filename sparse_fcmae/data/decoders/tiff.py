@@ -14,7 +14,7 @@ from sparse_fcmae.data.decoders.image import ArrayImage, OpenImage, Reading, lib
 from sparse_fcmae.data.format import DTYPES
 
 MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-BITS, PHOTOMETRIC, PLANAR, NODATA = 258, 262, 284, 42113  # tags
+BITS, PLANAR, NODATA = 258, 284, 42113  # tags
 CHANNELS = "SC"  # tifffile's letters for samples and channels; all but X and Y that is left counts pages
 
 
@@ -25,12 +25,13 @@ def recognises(head: bytes) -> bool:
 
 def open_image(file: BinaryIO, reading: Reading) -> OpenImage:
     """The image in a file. Raises OSError where it holds something else, and MissingLibrary without tifffile."""
+    for reader in ("tifffile", "PIL.TiffImagePlugin"):  # what is wrong with a file is raised or does not matter
+        logging.getLogger(reader).setLevel(logging.CRITICAL)
     image = _opened_by_pillow(file)
     if image is not None:
         return photograph.from_pillow(image, reading)
     file.seek(0)
     tifffile = library("tifffile", "microscopy")
-    logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # what is wrong with a file is raised or does not matter
     try:
         return _image_of(tifffile.TiffFile(file), file, reading)
     except (tifffile.TiffFileError, ValueError, IndexError, KeyError) as error:

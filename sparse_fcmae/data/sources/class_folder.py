@@ -108,7 +108,8 @@ def open_train_and_held_out(
         trained, held = rows.of_split(TRAIN), rows.of_split(*HELD_OUT)
         if not trained or not held:
             missing = " or ".join(HELD_OUT) if trained else TRAIN
-            raise UserError(f"{root} has no rows of the split {missing}: {remedy}")
+            column = "" if rows.splits else "; `split_column` names the column that says it"
+            raise UserError(f"{root} has no rows of the split {missing}: {remedy}{column}")
         train, val, where = rows.labelled(trained), rows.labelled(held), "held-out rows"
     else:
         check_folder(root)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from sparse_fcmae.data.config import Columns
 from sparse_fcmae.data.sources import ImageSource
 from sparse_fcmae.data.sources.channel_files import ChannelFiles
+from sparse_fcmae.data.sources.files import ImageFiles
 from sparse_fcmae.data.sources.folder import ImageFolder, image_extensions
 from sparse_fcmae.data.sources.image_glob import ImageGlob
 from sparse_fcmae.data.sources.image_list import ImageList
@@ -52,7 +53,9 @@ def _open(data: str, without: str | os.PathLike | None, columns: Columns) -> Ima
         if names_table(data):
             return read_table(data, columns).images()
         if extension in image_extensions():
-            raise UserError(f"{data}: is one image: name the folder that holds the images")
+            return ImageFiles(data, os.path.dirname(data), [os.path.basename(data)])
+        if data.lower().endswith((".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")):
+            raise UserError(f"{data}: compressed, so unpack it to a .tar first, say by gunzip")
         known = "no text file with a path a line (.txt), table (.csv, .tsv) or archive (.tar)"
         raise UserError(f"{data}: {known}: name the folder that holds the images")
     if glob.has_magic(data):

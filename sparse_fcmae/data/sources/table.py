@@ -63,7 +63,11 @@ def read_table(data: str | os.PathLike, columns: Columns) -> Rows:
     file = Path(data)
     try:
         with file.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as stream:
-            lines = list(csv.reader(stream, delimiter=DELIMITERS[file.suffix.lower()], strict=True))
+            header = stream.readline()
+            stream.seek(0)
+            semicolons = ";" in header and "," not in header  # as spreadsheets write where commas are decimal
+            delimiter = ";" if semicolons else DELIMITERS[file.suffix.lower()]
+            lines = list(csv.reader(stream, delimiter=delimiter, strict=True))
     except (OSError, csv.Error) as error:
         raise UserError(f"{file}: can't be read: {error}") from None
     lines = [line for line in lines if line]

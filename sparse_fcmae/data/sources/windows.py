@@ -9,6 +9,7 @@ from tqdm import tqdm
 from sparse_fcmae.data.decoders import open_image
 from sparse_fcmae.data.decoders.image import Reading
 from sparse_fcmae.data.sources import ImageSource
+from sparse_fcmae.data.views import check_window
 from sparse_fcmae.runtime.errors import UserError
 from sparse_fcmae.runtime.files import one_line
 
@@ -19,16 +20,26 @@ class Windows:
     """Every image of a source, as often as windows of (height, width) pixels fit into its area, but once at least.
 
     Which part of its image a window shows is up to the view. All images are opened to find out their sizes; those that
-    can't be are left out and named. Raises UserError where they are more than the fraction `max_bad_images`.
+    can't be, or are smaller than a window times `least_scale`, are left out and named. Raises UserError where they are
+    more than the fraction `max_bad_images`.
     """
 
-    def __init__(self, source: ImageSource, window: tuple[int, int], reading: Reading, max_bad_images: float) -> None:
+    def __init__(
+        self,
+        source: ImageSource,
+        window: tuple[int, int],
+        reading: Reading,
+        max_bad_images: float,
+        least_scale: float = 1.0,
+    ) -> None:
         height, width = window
+        least = round(least_scale * height), round(least_scale * width)
         self.source, counts, bad = source, np.zeros(len(source), np.int64), []
         for index in tqdm(range(len(source)), desc="sizes", unit="image", leave=False, dynamic_ncols=True):
             try:
                 with source.open(index) as file:
                     image_width, image_height = open_image(file, reading).size
+                check_window(image_width, image_height, *least)
             except Exception as error:  # decoders raise nearly anything on a broken file
                 bad.append(f"{source.name(index)}: {one_line(error)}")
             else:

@@ -100,7 +100,7 @@ def test_thirteen_channels_in_their_order(tmp_path, options):
         assert np.array_equal(some, np.moveaxis(planes[[7, 0, 12]], 0, -1)), name
     with pytest.raises(OSError, match="has 13 channels, not 3 as the others"):
         read(tmp_path / "x.tif", Reading(3, "uint16"))
-    with pytest.raises(OSError, match="has 13 channels, not 14"):
+    with pytest.raises(OSError, match="has 13 channels, and channel 14 is to be read"):
         read(tmp_path / "x.tif", Reading(1, "uint16", channels=(14,)))
 
 

@@ -75,7 +75,6 @@ def test_lists(scans):
     ("data", "message"),
     [
         ("missing", "missing: no such folder or file"),
-        ("a/x_w1.png", "is one image: name the folder that holds the images"),
         ("labels.csv", "no rows"),
         ("empty.txt", "names no images"),
         ("wrong.txt", "no line of it names a file: relative paths start from"),
@@ -107,3 +106,14 @@ def test_several(scans):
     assert open_images([str(scans / "a")]).fingerprint == open_images(str(scans / "a")).fingerprint
     with pytest.raises(UserError, match="no such folder"):
         open_images([str(scans / "a"), str(scans / "none")])
+
+
+def test_compressed_archives_are_refused(scans):
+    (scans / "x.tar.gz").write_bytes(b"x")
+    with pytest.raises(UserError, match=r"x.tar.gz: compressed, so unpack it to a .tar first"):
+        open_images(str(scans / "x.tar.gz"))
+
+
+def test_one_image(scans):
+    source = open_images(str(scans / "a" / "x_w1.png"))
+    assert ([source.name(i) for i in range(len(source))], read(source)) == (["x_w1.png"], [(8, 8)])

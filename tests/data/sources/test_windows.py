@@ -9,7 +9,7 @@ from sparse_fcmae.data.sources.windows import Windows
 
 
 def test_an_image_comes_as_often_as_windows_fit_into_it(tmp_path):
-    for name, size in (("a", (64, 32)), ("b", (10, 10)), ("c", (100, 70)), ("d", (32, 32))):
+    for name, size in (("a", (64, 32)), ("b", (34, 40)), ("c", (100, 70)), ("d", (32, 32))):
         Image.new("RGB", size).save(tmp_path / f"{name}.png")
     source = ImageFolder(tmp_path)
     windows = Windows(source, (32, 32), PHOTOGRAPHS, 0.0)
@@ -33,3 +33,13 @@ def test_unreadable_images_are_left_out_or_refused(tmp_path):
     assert windows.notes[1].startswith("left out, as 1 of 4 images can't be read: 1.npy: ")
     with pytest.raises(UserError, match=r"1 of 4 images are unreadable, such as 1.npy: .*raise `max_bad_images`"):
         Windows(source, (32, 32), Reading(1, "uint16"), 0.2)
+
+
+def test_images_smaller_than_a_window_are_refused_at_once(tmp_path):
+    for number, size in enumerate(((64, 64), (40, 30))):
+        Image.new("RGB", size).save(tmp_path / f"{number}.png")
+    source = ImageFolder(tmp_path)
+    with pytest.raises(UserError, match=r"1.png: has 30x40 pixels, fewer than a native window of 32x32: lower"):
+        Windows(source, (32, 32), PHOTOGRAPHS, 0.1)
+    assert len(Windows(source, (32, 32), PHOTOGRAPHS, 0.5)) == 4
+    assert len(Windows(source, (32, 32), PHOTOGRAPHS, 0.0, 0.5)) == 5
