@@ -33,8 +33,8 @@ class BadImage(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """pixels: uint8 [H, W, C], or None where no image could be read. index: of the image in its source. bad: the
-    unreadable images that were met on the way."""
+    """pixels: [H, W, C] from the view, or None where no image could be read. index: of the image in its source. bad:
+    the unreadable images that were met on the way."""
 
     pixels: Tensor | None
     index: int
@@ -42,7 +42,7 @@ class Sample(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """pixels: uint8 [B, H, W, C]. index: int64 [B], of the images in their source. bad: the unreadable images that were
+    """pixels: [B, H, W, C]. index: int64 [B], of the images in their source. bad: the unreadable images that were
     met on the way."""
 
     pixels: Tensor

@@ -20,7 +20,7 @@ class ImageFormat:
 
     dtype: of the values, one of DTYPES. mean, std: what each channel is normalised with, in the values' own units.
     channels: which of a file's channels are read, counted from 1, None for all. native: whether images keep their own
-    resolution, of which the model sees windows.
+    resolution, of which the model sees windows. pages, nodata: as in `decoders.image.Reading`.
     """
 
     dtype: str
@@ -28,6 +28,8 @@ class ImageFormat:
     std: tuple[float, ...]
     channels: tuple[int, ...] | None = field(default=None, kw_only=True)
     native: bool = field(default=False, kw_only=True)
+    pages: str | None = field(default=None, kw_only=True)
+    nodata: float | None = field(default=None, kw_only=True)
 
     @classmethod
     def imagenet(cls, in_chans: int = 3) -> "ImageFormat":
@@ -45,16 +47,17 @@ class ImageFormat:
             raise ValueError(f"no image format: {dict(entries)}")
         channels = entries.get("channels")
         channels, native = tuple(map(int, channels)) if channels else None, bool(entries.get("native"))
-        return cls(entries["dtype"], mean, std, channels=channels, native=native)
+        more = {"pages": entries.get("pages"), "nodata": entries.get("nodata")}
+        return cls(entries["dtype"], mean, std, channels=channels, native=native, **more)
 
     def as_json(self) -> dict[str, Any]:
         """The fields, for a JSON file; without `channels` where all are read, and `native` where it is not so."""
-        return {name: value for name, value in asdict(self).items() if value not in (None, False)}
+        return {name: value for name, value in asdict(self).items() if value is not None and value is not False}
 
     @property
     def is_usual(self) -> bool:
         """Whether other libraries' configs can say it all: 8 bits, all channels, resized."""
-        return self.dtype == "uint8" and not self.channels and not self.native
+        return self.dtype == "uint8" and not (self.channels or self.native or self.pages)
 
     @property
     def in_chans(self) -> int:
@@ -88,7 +91,7 @@ class ImageFormat:
             rows = rows.clone()
         rows = rows.sub_(mean).div_(std)
         if self.dtype in FLOATS:
-            rows.nan_to_num_(nan=0.0)
+            rows.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
         return rows.view(pixels.shape).permute(0, 3, 1, 2)
 
     def recorded(self, pixels: Tensor) -> Tensor | None:

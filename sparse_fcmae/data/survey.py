@@ -10,17 +10,17 @@ from tqdm import tqdm
 
 from sparse_fcmae.data.config import FormatConfig
 from sparse_fcmae.data.decoders import open_image
-from sparse_fcmae.data.decoders.image import WIDENED, MissingLibrary, OpenImage, Reading, counted, reading_of
+from sparse_fcmae.data.decoders.image import MissingLibrary, OpenImage, Reading, counted, reading_of
 from sparse_fcmae.data.format import FLOATS, ImageFormat
 from sparse_fcmae.data.sources import ImageSource
 from sparse_fcmae.runtime.errors import UserError
 from sparse_fcmae.runtime.files import one_line
-from sparse_fcmae.runtime.options import listed
 from sparse_fcmae.runtime.streams import Stream, numpy_generator
 
 LOOKED_AT, MEASURED = 64, 256  # images that are opened, and those that are decoded for statistics
 TRIED = 8  # images that are decoded to see whether they suit weights
 BOX_SIDE, VALUES = 1024, 1 << 16  # pixels a side of the box that is measured of an image, and of these at most
+MOST_VALUES = 1 << 25  # of the whole sample
 TAILS = (0.0005, 0.9995)  # quantiles beyond which a value counts as these
 SATURATED = 0.01  # fraction of values at the greatest one from which on that is said
 
@@ -48,27 +48,30 @@ def survey(
     read, where a library is missing for them, and for options that do not suit the images.
     """
     reading = asked_reading(config)
+    if weights and weights.channels and not reading.channels:
+        reading = replace(reading, channels=weights.channels)
     kind, grey, notes = _kind(source, reading)
     form = _without_statistics(kind, grey, reading, config.in_chans, weights)
     if config.mean or config.std:
         mean, std = (_numbers(config, name, form.in_chans) for name in ("mean", "std"))
         return replace(form, mean=mean, std=std), notes
     if weights and not config.stats and (weights.dtype, weights.in_chans) == (form.dtype, form.in_chans):
-        return replace(weights, channels=form.channels), [*notes, "normalised as the images of these weights"]
+        return replace(form, mean=weights.mean, std=weights.std), [*notes, "normalised as the images of these weights"]
     in_colour = kind.photograph and form.in_chans == 3 and not form.channels
     if (config.stats or ("imagenet" if in_colour else "data")) == "imagenet":
         if form.dtype != "uint8":
             raise UserError(
                 f"`stats` imagenet is of 8-bit images: these have {form.dtype} values, so give `stats=data`"
             )
-        return replace(ImageFormat.imagenet(form.in_chans), channels=form.channels), notes
+        usual = ImageFormat.imagenet(form.in_chans)
+        return replace(form, mean=usual.mean, std=usual.std), notes
     measured, remarks = measure(source, form, reading_of(form, **reading_options(config)), seed)
     return measured, notes + remarks
 
 
 def asked_reading(config: FormatConfig) -> Reading:
     """What the options alone say of the reading. Raises UserError for channels that can't be."""
-    channels = tuple(listed("channels", config.channels, int)) if config.channels else None
+    channels = tuple(map(int, _parts("channels", config.channels))) if config.channels else None
     if channels and min(channels) < 1:
         raise UserError(f"`channels` {config.channels}: they are counted from 1")
     if channels and len(set(channels)) < len(channels):
@@ -104,15 +107,22 @@ def measure(source: ImageSource, form: ImageFormat, reading: Reading, seed: int)
     Values beyond the quantiles TAILS of their channel count as these. Raises UserError where all are the same.
     """
     columns = sample_values(source, reading, seed)
-    known = [column[np.isfinite(column)].astype(np.float64) for column in columns]
+    known = [column[np.isfinite(column)] for column in columns]
     if empty := [str(number) for number, column in enumerate(known, 1) if not len(column)]:
         raise UserError(f"{source}: channel {', '.join(empty)} has no value in the images measured")
-    clipped = [np.clip(column, *np.quantile(column, TAILS)) for column in known]
-    mean, std = (tuple(float(f"{f(column):.7g}") for column in clipped) for f in (np.mean, np.std))
+    mean, std = zip(*map(_robust, known), strict=True)
     if not any(std):
         raise UserError(f"{source}: all values of the images measured are {mean[0]:g}: nothing to learn")
     missing = 1 - sum(map(len, known)) / columns.size
     return replace(form, mean=mean, std=tuple(value or 1.0 for value in std)), _remarks(form, known, mean, std, missing)
+
+
+def _robust(column: np.ndarray) -> tuple[float, float]:
+    """Mean and deviation of values, the most extreme ones as TAILS says, unless all others are the same."""
+    values = column.astype(np.float64)
+    clipped = np.clip(values, *np.quantile(values, TAILS))
+    values = clipped if clipped.std() else values
+    return float(f"{values.mean():.10g}"), float(f"{values.std():.10g}")
 
 
 def _kind(source: ImageSource, reading: Reading) -> tuple[Kind, bool, list[str]]:
@@ -135,7 +145,7 @@ def _kind(source: ImageSource, reading: Reading) -> tuple[Kind, bool, list[str]]
             kind = Kind(image.dtype, 3 if as_colour else image.in_chans, as_colour)
             kinds[kind] += 1
             examples.setdefault(kind, source.name(index))
-            grey &= not image.is_photograph or image.in_chans == 1
+            grey &= image.in_chans == 1
     lines = [f"{count} of the {len(indices)} images looked at {problem}" for problem, count in problems.items()]
     if problems.total() > kinds.total():
         raise UserError(f"{source}: {lines[0]}")
@@ -143,8 +153,6 @@ def _kind(source: ImageSource, reading: Reading) -> tuple[Kind, bool, list[str]]
         raise UserError(f"{source}: none of the {len(indices)} images looked at can be read: {broken[0]}")
     (chosen, _), *others = kinds.most_common()
     for kind, count in others:
-        if (chosen.dtype, kind.dtype) in WIDENED and kind.channels == chosen.channels:
-            continue
         lines.append(f"{count} of the {len(indices)} images looked at are {kind}, such as {examples[kind]}")
     return chosen, grey, [f"{line}: they count as unreadable, as more are {chosen}" for line in lines]
 
@@ -163,7 +171,8 @@ def _without_statistics(
     if in_chans is None and weights and weights.in_chans in choices:
         in_chans = weights.in_chans
     channels = in_chans or found
-    return ImageFormat(kind.dtype, (0.0,) * channels, (1.0,) * channels, channels=reading.channels)
+    kept = {"channels": reading.channels, "pages": reading.pages, "nodata": reading.nodata}
+    return ImageFormat(kind.dtype, (0.0,) * channels, (1.0,) * channels, **kept)
 
 
 def _look(source: ImageSource, index: int, look: Callable) -> Any:
@@ -197,7 +206,15 @@ def _values(image: OpenImage, rng: np.random.Generator) -> np.ndarray:
     w, h = min(width, BOX_SIDE), min(height, BOX_SIDE)
     left, top = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
     rows = image.resized_crop((left, top, left + w, top + h), (h, w)).flatten(0, 1).numpy()
-    return rows[rng.permutation(len(rows))[:VALUES]]
+    return rows[rng.permutation(len(rows))[: min(VALUES, max(1, MOST_VALUES // (MEASURED * rows.shape[1])))]]
+
+
+def _parts(name: str, text: str) -> list[float]:
+    """The numbers of an option, repetitions kept. Raises UserError for anything else."""
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise UserError(f"`{name}` {text}: give numbers with commas between them") from None
 
 
 def _numbers(config: FormatConfig, name: str, channels: int) -> tuple[float, ...]:
@@ -205,7 +222,7 @@ def _numbers(config: FormatConfig, name: str, channels: int) -> tuple[float, ...
     text = getattr(config, name)
     if not text:
         raise UserError(f"`{name}` is missing: `mean` and `std` go together")
-    values = tuple(listed(name, text, float))
+    values = tuple(_parts(name, text))
     if len(values) != channels or not np.isfinite(values).all() or (name == "std" and min(values) <= 0):
         what = "a positive number" if name == "std" else "a number"
         raise UserError(f"`{name}` {text}: give {what} for each of the {channels} channels, with commas between them")

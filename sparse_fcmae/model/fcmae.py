@@ -109,7 +109,8 @@ class FCMAE(nn.Module):
         """Mean squared error over the pixels of the masked patches, in float32.
 
         recorded: bool [B, C, H, W], where the images have values, None for everywhere. The others count neither in the
-        targets nor in the error, and a patch without any does not count at all.
+        targets nor in the error, and the error of a patch without any is 0. The mean is over all masked patches, whose
+        number is known, so that it is the same however a batch is divided.
         """
         target = patchify(images.float(), self.patch_size)
         if recorded is not None:
@@ -131,8 +132,8 @@ class FCMAE(nn.Module):
             target = deviation / (variance + TARGET_EPS).sqrt()
         squares = ((prediction - target) * recorded).square()
         error = squares.sum(-1) / count.squeeze(-1).clamp_min(1)
-        counted = mask.flatten(1) & (count.squeeze(-1) > 0)
-        return error.masked_fill(~counted, 0).sum() / counted.sum().clamp_min(1)
+        masked = mask.flatten(1)
+        return error.masked_fill(~masked, 0).sum() / masked.sum().clamp_min(1)
 
     def draw_mask(
         self,

@@ -69,9 +69,10 @@ class Progress:
                 self.bad[found.name] = found.reason
                 self.log.say(f"unreadable, replaced by another image: {found.name}: {found.reason}")
         self.losses, self.lrs, self.new_bad, self.waited = [], [], [], 0.0
-        if len(self.bad) > self.config.max_bad_images * len(self.source):
+        images = getattr(self.source, "images", len(self.source))  # fewer than windows
+        if len(self.bad) > self.config.max_bad_images * images:
             raise UserError(
-                f"{len(self.bad)} of {len(self.source)} images are unreadable, such as {next(iter(self.bad))}: raise "
+                f"{len(self.bad)} of {images} images are unreadable, such as {next(iter(self.bad))}: raise "
                 f"`max_bad_images` and give `resume=True`, or remove those that {Path(self.config.out) / 'train.log'} "
                 "names and start anew"
             )

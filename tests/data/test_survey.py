@@ -144,3 +144,36 @@ def test_weights_that_take_the_same_images_keep_their_statistics(tmp_path):
     assert survey_of(folder, weights)[0] == weights
     assert survey_of(folder, weights, stats="data")[0] != weights
     assert survey_of(folder, ImageFormat.imagenet())[0].dtype == "uint16"
+
+
+def test_colour_in_arrays_is_colour(tmp_path):
+    images = np.random.default_rng(7).integers(0, 256, (4, 16, 16, 3)).astype(np.uint8)
+    assert survey_of(arrays(tmp_path / "x", images))[0] == ImageFormat.imagenet()
+
+
+def test_numbers_may_repeat(tmp_path):
+    folder = arrays(tmp_path / "x", np.random.default_rng(8).integers(0, 4096, (4, 16, 16, 3)).astype(np.uint16))
+    form, _ = survey_of(folder, mean="5,5,5", std="2,2,3")
+    assert (form.mean, form.std) == ((5, 5, 5), (2, 2, 3))
+    with pytest.raises(UserError, match="`channels` 2,1,2: one is named twice"):
+        survey_of(folder, channels="2,1,2")
+
+
+def test_few_bright_values_on_nothing_are_something(tmp_path):
+    images = np.zeros((4, 64, 64), np.uint16)
+    images[:, 10, 10] = 1000
+    assert survey_of(arrays(tmp_path / "x", images))[0].std[0] > 1
+
+
+def test_what_is_missing_belongs_to_the_format(tmp_path):
+    images = np.random.default_rng(9).normal(100, 10, (4, 32, 32)).astype(np.float32)
+    images[:, :8] = -9999
+    form, _ = survey_of(arrays(tmp_path / "x", images), nodata=-9999.0)
+    assert ImageFormat.of_json(form.as_json()).nodata == -9999
+    assert form.mean[0] == pytest.approx(100, rel=0.02)
+
+
+def test_weights_keep_their_selection_of_channels(tmp_path):
+    folder = arrays(tmp_path / "x", np.random.default_rng(10).integers(0, 4096, (4, 16, 16, 6)).astype(np.uint16))
+    weights = ImageFormat("uint16", (1.0, 2.0, 3.0), (1.0, 1.0, 1.0), channels=(4, 3, 2))
+    assert survey_of(folder, weights)[0] == weights

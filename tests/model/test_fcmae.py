@@ -134,6 +134,7 @@ def test_missing_values_count_neither_in_targets_nor_in_the_loss(norm_pix_loss):
         seen = recorded[place].permute(1, 2, 0).flatten()
         target = images[place].float().permute(1, 2, 0).flatten()[seen]
         if not len(target):
+            errors.append(torch.tensor(0.0))
             continue
         if norm_pix_loss:
             variance = target.var() if len(target) > 1 else torch.tensor(0.0)

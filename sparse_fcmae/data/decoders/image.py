@@ -17,8 +17,6 @@ EXTRAS = {"medical": ("pydicom",), "microscopy": ("tifffile", "imagecodecs")}  #
 BAND = 1024  # rows that are decoded at once where all are
 LEAST_KNOWN = 0.5  # of a resampled value's weights that are on values: with fewer it is missing
 ROUNDED = {"float64": "float32"}  # dtypes that are read as another one
-# and what is read as float32 where other images of the data set have missing values: nothing is lost
-WIDENED = {("float32", stored) for stored in ("uint8", "uint16", "int16")}
 Box = tuple[int, int, int, int]  # left, top, right, bottom, in pixels
 
 
@@ -112,28 +110,36 @@ class ArrayImage(OpenImage):
         height, width, self.in_chans = values.shape
         self.size, self.values, self.reading = (width, height), values, reading
         reading.check_size(width, height)
-        self.missing = reading.nodata if reading.nodata is not None else missing
         stored = ROUNDED.get(values.dtype.name, values.dtype.name)
+        self.missing = missing if reading.nodata is None and _can_be(missing, values.dtype) else reading.nodata
         self.dtype = stored if self.missing is None or stored in FLOATS else "float32"
 
     def resized_crop(self, box: Box, size: tuple[int, int]) -> Tensor:
-        if self.dtype != self.reading.dtype and (self.reading.dtype, self.dtype) not in WIDENED:
+        if self.dtype != self.reading.dtype:
             raise OSError(f"has {self.dtype} values, not {self.reading.dtype} as the others")
         left, top, right, bottom = box
         crop = self.reading.selected(np.asarray(self.values[top:bottom, left:right]))
         crop = np.array(crop, dtype=crop.dtype.newbyteorder("="), order="C")
         if self.reading.dtype in FLOATS:
-            absent = ~np.isfinite(crop) if crop.dtype.kind == "f" else np.zeros(crop.shape, bool)
-            if self.missing is not None:
-                absent |= crop == np.asarray(self.missing).astype(crop.dtype)
-            crop = crop.astype(self.reading.dtype)
-            crop[absent] = np.nan
+            absent = np.zeros(crop.shape, bool)
+            if self.missing is not None and _can_be(self.missing, crop.dtype):
+                absent = crop == np.asarray(self.missing).astype(crop.dtype)
+            with np.errstate(over="ignore"):  # what is beyond float32 becomes infinite, and is missing then
+                crop = crop.astype(self.reading.dtype)
+            crop[absent | ~np.isfinite(crop)] = np.nan
         return resampled(crop, size)
 
     def decode_all(self) -> None:
         width, height = self.size
         for top in range(0, height, BAND):
             np.asarray(self.values[top : min(height, top + BAND), 0:width])
+
+
+def _can_be(value: float | None, dtype: np.dtype) -> bool:
+    """Whether a value can occur among those of a dtype."""
+    if value is None or dtype.kind == "f":
+        return value is not None
+    return float(value).is_integer() and np.iinfo(dtype).min <= value <= np.iinfo(dtype).max
 
 
 def of_pages(values: np.ndarray, reading: Reading, what: str) -> np.ndarray:
@@ -178,4 +184,7 @@ def resampled(crop: np.ndarray, size: tuple[int, int]) -> Tensor:
 
 def reading_of(form: ImageFormat, **options: Any) -> Reading:
     """How images are read that a model takes in this format. options: further fields of the reading."""
-    return Reading(form.in_chans, form.dtype, form.channels, **options)
+    kept = {"pages": form.pages, "nodata": form.nodata}
+    return Reading(
+        form.in_chans, form.dtype, form.channels, **kept | {k: v for k, v in options.items() if v is not None}
+    )

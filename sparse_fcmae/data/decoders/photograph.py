@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from sparse_fcmae.data.decoders.image import WIDENED, ArrayImage, Box, OpenImage, Reading, counted
+from sparse_fcmae.data.decoders.image import ArrayImage, Box, OpenImage, Reading, counted
 
 REDUCIBLE = ("JPEG", "MPO")  # formats that can be decoded at 1/2, 1/4 or 1/8 of their sides
 ORIENTATION = 0x0112  # the EXIF tag
@@ -70,8 +70,7 @@ class Photograph(OpenImage):
     def resized_crop(self, box: Box, size: tuple[int, int]) -> Tensor:
         """Resampling is bicubic with antialiasing. Torch does it where it can, in a fifth of Pillow's time."""
         reading = self.reading
-        widened = (reading.dtype, self.dtype) in WIDENED
-        if reading.dtype != self.dtype and not widened:
+        if reading.dtype != self.dtype:
             raise OSError(f"has {self.dtype} values, not {reading.dtype} as the others")
         in_chans = 3 if reading.channels else reading.in_chans
         if in_chans not in (1, 3):
@@ -85,8 +84,7 @@ class Photograph(OpenImage):
         else:  # the box lies between pixels, which only Pillow allows
             resized = decoded.image.resize((width, height), Image.Resampling.BICUBIC, box=decoded.place(box))
             pixels = to_tensor(resized)
-        pixels = torch.from_numpy(reading.selected(pixels.numpy())) if reading.channels else pixels
-        return pixels.float() if widened else pixels
+        return torch.from_numpy(reading.selected(pixels.numpy())) if reading.channels else pixels
 
     @of_any_size()
     def decode_all(self) -> None:
@@ -115,9 +113,14 @@ def open_image(file: BinaryIO, reading: Reading) -> OpenImage:
 @of_any_size()
 def from_pillow(image: Image.Image, reading: Reading) -> OpenImage:
     """A photograph, or where the mode has more than 8 bits an image whose values are kept."""
-    if not image.mode.startswith(("I", "F")):
+    photograph = not image.mode.startswith(("I", "F"))
+    if photograph and reading.nodata is None:
         return Photograph(image, reading)
     reading.check_size(*image.size)
+    if photograph:  # with missing values it is one no more
+        channels = Photograph(image, reading).in_chans
+        values = to_tensor(to_eight_bits(ImageOps.exif_transpose(image), channels)).numpy()
+        return ArrayImage(values, reading)
     values = np.asarray(ImageOps.exif_transpose(image))
     return ArrayImage(values[..., None], reading)
 

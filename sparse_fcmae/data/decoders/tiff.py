@@ -14,7 +14,8 @@ from sparse_fcmae.data.decoders.image import ArrayImage, OpenImage, Reading, lib
 from sparse_fcmae.data.format import DTYPES
 
 MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-BITS, PLANAR, NODATA = 258, 284, 42113  # tags
+BITS, PHOTOMETRIC, PLANAR, EXTRA_SAMPLES, SAMPLE_FORMAT, NODATA = 258, 262, 284, 338, 339, 42113  # tags
+CMYK, ALPHA = 5, (1, 2)  # values of PHOTOMETRIC and of EXTRA_SAMPLES
 CHANNELS = "SC"  # tifffile's letters for samples and channels; all but X and Y that is left counts pages
 
 
@@ -50,7 +51,10 @@ def _opened_by_pillow(file: BinaryIO) -> Image.Image | None:
     bits = image.tag_v2.get(BITS, (1,))
     interleaved = image.tag_v2.get(PLANAR, 1) == 1 or len(bits) == 1
     whole = pages == 1 and NODATA not in image.tag_v2
-    return image if max(bits) <= 8 and len(bits) in (1, 3, 4) and interleaved and whole else None
+    unsigned = set(image.tag_v2.get(SAMPLE_FORMAT, (1,))) == {1}
+    cmyk, alpha = image.tag_v2.get(PHOTOMETRIC) == CMYK, image.tag_v2.get(EXTRA_SAMPLES, (0,))[0] in ALPHA
+    of_colour = len(bits) in (1, 3) or (len(bits) == 4 and (cmyk or alpha))
+    return image if max(bits) <= 8 and unsigned and of_colour and interleaved and whole else None
 
 
 def _image_of(tiff: Any, file: BinaryIO, reading: Reading) -> OpenImage:
@@ -72,7 +76,10 @@ def _image_of(tiff: Any, file: BinaryIO, reading: Reading) -> OpenImage:
     if count > 1 and reading.pages is None:
         raise OSError(f"has {count} pages (axes {letters}): --pages says what they are, channels or max")
     tag = tiff.pages[0].tags.get(NODATA)
-    missing = None if tag is None else float(str(tag.value).strip("\0 "))
+    try:
+        missing = None if tag is None else float(str(tag.value).strip("\0 "))
+    except ValueError:  # an empty one, say
+        missing = None
     page, alone = series.keyframe, count == len(series.pages) == 1
     if alone and page.is_final and isinstance(file, io.BufferedReader):  # the values lie in a file as they are
         stored = np.dtype(tiff.byteorder + page.dtype.char)

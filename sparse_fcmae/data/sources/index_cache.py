@@ -31,14 +31,16 @@ def remembered(kind: str, files: Iterable[str], make: Callable[[], Index]) -> tu
         found = os.stat(file)
         place = os.path.abspath(file).encode(errors="surrogateescape")
         digest.update(b"\0%s\0%d\0%d" % (place, found.st_size, found.st_mtime_ns))
-    path = cache_folder() / f"{digest.hexdigest()}.npz"
-    with suppress(Exception), np.load(path, allow_pickle=False) as kept:  # there is none, or it is damaged
-        return dict(kept), []
+    with suppress(Exception):  # there is none, or it is damaged
+        path = cache_folder() / f"{digest.hexdigest()}.npz"
+        with np.load(path, allow_pickle=False) as kept:
+            return dict(kept), []
     index = make()
     try:
+        path = cache_folder() / f"{digest.hexdigest()}.npz"
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, lambda p: _save(p, index))
-    except (OSError, UserError) as error:
+    except (OSError, RuntimeError, UserError) as error:  # RuntimeError: of a user without a home
         return index, [f"the index is made again next time, as it can't be kept: {error}"]
     return index, []
 

@@ -19,6 +19,7 @@ from sparse_fcmae.data.sources.folder import image_extensions
 from sparse_fcmae.data.sources.index_cache import Index, remembered
 from sparse_fcmae.runtime.errors import UserError
 
+PADDING = 1 << 20  # bytes that are looked at behind the last file
 BRACES = re.compile(r"\{([^{}]*)\}")  # {000..003} counts, {a,b} lists
 COUNTED = re.compile(r"(\d+)\.\.(\d+)$")
 
@@ -101,10 +102,27 @@ def _members(shard: str) -> list[tarfile.TarInfo]:
             packed = file.read(4)[:2] in (b"\x1f\x8b", b"BZ", b"\xfd7", b"\x28\xb5")
         what = "compressed, so unpack it first, say by gunzip" if packed else f"damaged or no tar archive: {error}"
         raise UserError(f"{shard}: {what}") from None
+    _check_end(shard, members)
+    if sparse := next((member.name for member in members if member.issparse()), None):
+        raise UserError(f"{shard}: {sparse} is stored with holes: pack the archive without --sparse")
+    if links := [member.name for member in members if member.islnk() or member.issym()]:
+        raise UserError(f"{shard}: {links[0]} is a link: pack the archive with --dereference --hard-dereference")
     files = [member for member in members if member.isfile() and not os.path.basename(member.name).startswith(".")]
     if files and files[-1].offset_data + files[-1].size > size:
         raise UserError(f"{shard}: damaged: it ends within {files[-1].name}")
     return files
+
+
+def _check_end(shard: str, members: list[tarfile.TarInfo]) -> None:
+    """Raises UserError where the members are not followed by the empty blocks that end an archive, and by no more."""
+    end = 0
+    if members:
+        end = members[-1].offset_data + -(-members[-1].size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+    with open(shard, "rb") as file:
+        file.seek(end)
+        rest = file.read(PADDING)
+    if len(rest) < tarfile.BLOCKSIZE or rest.strip(b"\0"):
+        raise UserError(f"{shard}: damaged, or several archives in a row: it goes on behind its last readable file")
 
 
 def names_shards(data: str) -> bool:

@@ -17,7 +17,15 @@ USUAL = {  # names of columns, in lower case
     "label": ("label", "class", "class_name", "target", "category"),
     "split": ("split", "set", "subset", "partition"),
 }
-SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+SPLITS = {
+    "train": "train",
+    "training": "train",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+    "dev": "val",
+    "test": "test",
+}
 
 
 @dataclass(frozen=True)
@@ -39,6 +47,10 @@ class Rows:
             raise UserError(f"{self.file}: no column for the classes: name it by `label_column`")
         rows = range(len(self.paths)) if chosen is None else chosen
         names = [self.labels[row] for row in rows]
+        if "" in names:
+            raise UserError(f"{self.file}: row {rows[names.index('')] + 2} has no label: give one, or leave it out")
+        if strange := next((name for name in names if not name.isprintable()), None):
+            raise UserError(f"{self.file}: the class {strange!r} can't be printed: save the table as UTF-8")
         return LabelledFiles(str(self.file), self.file.parent, [self.paths[row] for row in rows], names)
 
     def of_split(self, *names: str) -> list[int]:
@@ -81,7 +93,7 @@ def read_table(data: str | os.PathLike, columns: Columns) -> Rows:
         raise UserError(f"{file}: no column for the paths: name one of {', '.join(header)} by `path_column`")
     found = {kind: None if at is None else [row[at].strip() for row in rows] for kind, at in place.items()}
     for kind, values in found.items():
-        if values is not None and "" in values:
+        if values is not None and kind != "label" and "" in values:
             raise UserError(f"{file}: row {values.index('') + 2} has no {kind}: give one, or leave the row out")
     _check_paths(file, found["path"], found["label"])
     splits = found["split"] and [SPLITS.get(split.lower(), split) for split in found["split"]]

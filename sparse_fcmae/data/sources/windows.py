@@ -49,7 +49,7 @@ class Windows:
                 f"{len(bad)} of {len(source)} images are unreadable, such as {bad[0]}: raise `max_bad_images`, or "
                 "remove them"
             )
-        self.ends = counts.cumsum()
+        self.ends, self.images = counts.cumsum(), len(source)
         self.fingerprint = hashlib.sha256(source.fingerprint.encode() + counts.tobytes()).hexdigest()
         readable = int((counts > 0).sum())
         self.notes = [*source.notes, f"{len(self)} windows of {height}x{width} pixels in {readable} images"]

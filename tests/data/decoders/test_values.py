@@ -163,8 +163,6 @@ def test_missing_values(tmp_path):
     found = read(tmp_path / "whole.tif", Reading(1, "float32"))[..., 0]
     assert np.array_equal(np.nan_to_num(found), whole)
     assert np.isnan(found).sum() == 1
-    tifffile.imwrite(tmp_path / "none.tif", whole)  # without missing values, among images that have some
-    assert np.array_equal(read(tmp_path / "none.tif", Reading(1, "float32"))[..., 0], whole)
 
 
 @pytest.mark.parametrize("dtype", ["uint16", "int16", "int32", "float16", "float32"])
@@ -239,3 +237,37 @@ def test_arrays_are_mapped_not_read(tmp_path):
     np.save(buffer := io.BytesIO(), np.ones((4, 4), np.uint8))
     buffer.seek(0)
     assert open_image(buffer, Reading(1)).size == (4, 4)
+
+
+def test_no_data_that_a_type_can_not_hold_matches_nothing(tmp_path):
+    values = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    for tag in ("-9999", "256", "nan", "", "0.5"):
+        tifffile.imwrite(tmp_path / "x.tif", values, extratags=[(42113, "s", 0, tag, True)])
+        assert np.array_equal(read(tmp_path / "x.tif", Reading(1))[..., 0], values), tag
+    found = read(tmp_path / "x.tif", Reading(1, "float32", nodata=-9999))
+    assert np.array_equal(found[..., 0], values)
+    np.save(tmp_path / "x.npy", np.array([[1.5, -1.797e308, 2.5]]))
+    found = read(tmp_path / "x.npy", Reading(1, "float32"))[0, :, 0]
+    assert (found[0], np.isnan(found[1]), found[2]) == (1.5, True, 2.5)
+
+
+def test_no_data_of_photographs(tmp_path):
+    values = np.random.default_rng(0).integers(1, 256, (8, 9, 3)).astype(np.uint8)
+    values[:3] = 0
+    Image.fromarray(values).save(tmp_path / "x.png")
+    image = open_image(tmp_path / "x.png", Reading(3, "float32", nodata=0))
+    assert (image.dtype, image.in_chans) == ("float32", 3)
+    found = read(tmp_path / "x.png", Reading(3, "float32", nodata=0))
+    assert np.isnan(found[:3]).all()
+    assert np.array_equal(found[3:], values[3:])
+
+
+def test_eight_bits_that_are_no_photograph(tmp_path):
+    """A fourth band that is no transparency, and signed values."""
+    bands = np.random.default_rng(0).integers(0, 256, (8, 9, 4)).astype(np.uint8)
+    tifffile.imwrite(tmp_path / "x.tif", bands, photometric="rgb", extrasamples=["unspecified"])
+    assert np.array_equal(read(tmp_path / "x.tif", Reading(4)), bands)
+    assert np.array_equal(read(tmp_path / "x.tif", Reading(3, channels=(4, 3, 2))), bands[..., [3, 2, 1]])
+    tifffile.imwrite(tmp_path / "x.tif", bands.astype(np.int8), photometric="minisblack", planarconfig="contig")
+    with pytest.raises(OSError, match="has int8 values: save it as one of"):
+        open_image(tmp_path / "x.tif", Reading(4))

@@ -110,6 +110,22 @@ def test_mistakes(archives, tmp_path):
     write(tmp_path / "large.tar", [("x.png", png(1)), ("y.png", os.urandom(5000))])
     (tmp_path / "cut.tar").write_bytes((tmp_path / "large.tar").read_bytes()[:4000])
     fails("cut.tar", r"cut.tar: damaged")
+    spoilt = bytearray((archives / "000.tar").read_bytes())
+    with tarfile.open(archives / "000.tar") as archive:
+        header = archive.getmembers()[3].offset
+    for name, content in (
+        ("header", spoilt[:header] + os.urandom(512) + spoilt[header + 512 :]),
+        ("boundary", spoilt[:header]),
+        ("twice", spoilt + spoilt),
+    ):
+        (tmp_path / f"{name}.tar").write_bytes(bytes(content))
+        fails(f"{name}.tar", "damaged")
+    (tmp_path / "x.png").write_bytes(png(1))
+    os.link(tmp_path / "x.png", tmp_path / "y.png")
+    with tarfile.open(tmp_path / "links.tar", "w") as archive:
+        archive.add(tmp_path / "x.png", "x.png")
+        archive.add(tmp_path / "y.png", "y.png")
+    fails("links.tar", "links.tar: y.png is a link: pack the archive with --dereference")
     (tmp_path / "noise.tar").write_bytes(b"x" * 5000)
     fails("noise.tar", r"noise.tar: damaged or no tar archive")
     (tmp_path / "packed.tar").write_bytes(gzip.compress(whole))

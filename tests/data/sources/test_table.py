@@ -75,7 +75,6 @@ def test_splits(table):
         ("path", [], "holds no rows"),
         ("path,label", [("a/0.png",)], "row 2 has 1 columns, and the first line 2"),
         ("path,label", [("a/0.png", "cat"), ("", "cat")], "row 3 has no path"),
-        ("path,label", [("a/0.png", "cat"), ("a/1.png", " ")], "row 3 has no label"),
         ("path,label", [("a/0.png", "cat"), ("a/0.png", "cat")], "a/0.png is there twice: rows 2 and 3"),
         ("path,label", [("a/0.png", "cat"), ("a/0.png", "dog")], "is there twice, under two classes: rows 2 and 3"),
         ("path", [("b/0.png",)], "no path in it leads to a file: relative ones start from"),
@@ -102,3 +101,10 @@ def test_missing_splits_and_classes(table):
         open_splits(table("path,split", [row[::2] for row in ROWS]), None, 0)
     with pytest.raises(UserError, match="class newt of held-out rows is missing in train"):
         open_splits(table(rows=[*ROWS[:2], ("a/2.png", "newt", "val")]), None, 0)
+
+
+def test_labels_are_needed_for_classes_alone(table):
+    data = table("path,label", [("a/0.png", "cat"), ("a/1.png", " ")])
+    assert len(open_images(data)) == 2
+    with pytest.raises(UserError, match="row 3 has no label"):
+        open_held_out(data)
