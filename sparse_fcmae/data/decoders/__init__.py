@@ -32,4 +32,4 @@ def open_image(file: File, reading: Reading) -> OpenImage:
     for decoder in (arrays, tiff, png, dicom):
         if decoder.recognises(head):
             return decoder.open_image(stream, reading)
-    return photograph.open_image(stream, reading)
+    return photograph.open_image(stream, head, reading)

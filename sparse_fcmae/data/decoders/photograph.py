@@ -1,6 +1,7 @@
 """Photographs: 8 bits, upright, RGB or greyscale, read by Pillow, and at a reduced scale where that will do."""
 
 import math
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import BinaryIO, NamedTuple
@@ -12,6 +13,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from sparse_fcmae.data.decoders.image import ArrayImage, Box, OpenImage, Reading, counted
+from sparse_fcmae.data.format import BYTE
 
 REDUCIBLE = ("JPEG", "MPO")  # formats that can be decoded at 1/2, 1/4 or 1/8 of their sides
 ORIENTATION = 0x0112  # the EXIF tag
@@ -19,6 +21,9 @@ TURNED = (5, 6, 7, 8)  # its values for which rows become columns
 MIRRORED_COLUMNS, MIRRORED_ROWS = (2, 3, 6, 7), (3, 4, 7, 8)  # and for which columns or rows come in reverse
 
 GREY = ("1", "L", "LA", "La")  # modes that hold no colour
+NETPBM = re.compile(rb"P[56](?:\s|#[^\n]*\n)+\d+(?:\s|#[^\n]*\n)+\d+(?:\s|#[^\n]*\n)+(\d+)")
+JP2, JP2_DEPTH = b"\0\0\0\x0cjP", 14  # how a JPEG 2000 file begins, and where its depth stands behind "ihdr"
+CODESTREAM, CODESTREAM_DEPTH = b"\xff\x4f\xff\x51", 42
 FINER = 2  # a crop decoded at a reduced scale has at least this many times the view's pixels a side: fewer would show
 
 
@@ -105,9 +110,26 @@ def opened(file: BinaryIO) -> Image.Image:
         raise UnidentifiedImageError("no image of a known format") from None
 
 
-def open_image(file: BinaryIO, reading: Reading) -> OpenImage:
-    """The image in a file of any format that Pillow knows. Raises OSError for what is none."""
-    return from_pillow(opened(file), reading)
+def open_image(file: BinaryIO, head: bytes, reading: Reading) -> OpenImage:
+    """The image in a file of any format that Pillow knows.
+
+    head: how the file begins. Raises OSError for what is no image, and for values that Pillow would not keep.
+    """
+    image, greatest = opened(file), _greatest_value(head)
+    kept = image.mode.startswith("I") and greatest == (1 << 16) - 1
+    if greatest > BYTE and not kept:
+        raise OSError(f"has values up to {greatest} in {image.format}, which would not be kept: save it as PNG or TIFF")
+    return from_pillow(image, reading)
+
+
+def _greatest_value(head: bytes) -> int:
+    """The greatest value that a PPM, PGM or JPEG 2000 file of such a beginning can hold, 255 for other formats."""
+    if netpbm := NETPBM.match(head):
+        return int(netpbm[1])
+    place = head.find(b"ihdr") + JP2_DEPTH if head.startswith(JP2) else CODESTREAM_DEPTH
+    if head.startswith((JP2, CODESTREAM)) and len(head) > place:
+        return (1 << (head[place] & 0x7F) + 1) - 1
+    return BYTE
 
 
 @of_any_size()

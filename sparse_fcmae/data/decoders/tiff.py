@@ -3,6 +3,7 @@
 import io
 import logging
 import math
+from collections.abc import Callable
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -15,6 +16,16 @@ from sparse_fcmae.data.format import DTYPES
 
 MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 BITS, PHOTOMETRIC, PLANAR, EXTRA_SAMPLES, SAMPLE_FORMAT, NODATA = 258, 262, 284, 338, 339, 42113  # tags
+ORIENTATION = 274
+TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {  # by the tag's value, what makes [H, W, C] upright
+    2: lambda image: image[:, ::-1],
+    3: lambda image: image[::-1, ::-1],
+    4: lambda image: image[::-1],
+    5: lambda image: image.swapaxes(0, 1),
+    6: lambda image: np.rot90(image, -1),
+    7: lambda image: np.rot90(image, 2).swapaxes(0, 1),
+    8: lambda image: np.rot90(image),
+}
 CMYK, ALPHA = 5, (1, 2)  # values of PHOTOMETRIC and of EXTRA_SAMPLES
 CHANNELS = "SC"  # tifffile's letters for samples and channels; all but X and Y that is left counts pages
 
@@ -80,18 +91,21 @@ def _image_of(tiff: Any, file: BinaryIO, reading: Reading) -> OpenImage:
         missing = None if tag is None else float(str(tag.value).strip("\0 "))
     except ValueError:  # an empty one, say
         missing = None
+    orientation = tiff.pages[0].tags.get(ORIENTATION)
+    turn = TURNS.get(orientation.value if orientation else 1)
     page, alone = series.keyframe, count == len(series.pages) == 1
     if alone and page.is_final and isinstance(file, io.BufferedReader):  # the values lie in a file as they are
         stored = np.dtype(tiff.byteorder + page.dtype.char)
         values = np.memmap(file, stored, "r", page.dataoffsets[0], page.shape)
-    elif alone and TiffPage.can_read(page):
+    elif alone and TiffPage.can_read(page) and not turn:
         return ArrayImage(TiffPage(page), reading, missing)
     else:
         values = series.asarray()
     values = values.reshape(list(sizes.values()))
     order = [letters.index(letter) for letter in (*pages, "Y", "X", *(c for c in letters if c in CHANNELS))]
     values = values.transpose(order).reshape(count, sizes["Y"], sizes["X"], -1)
-    return ArrayImage(of_pages(values, reading, "pages"), reading, missing)
+    image = of_pages(values, reading, "pages")
+    return ArrayImage(turn(image) if turn else image, reading, missing)
 
 
 class TiffPage:

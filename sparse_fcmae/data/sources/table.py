@@ -54,7 +54,9 @@ class Rows:
         return LabelledFiles(str(self.file), self.file.parent, [self.paths[row] for row in rows], names)
 
     def of_split(self, *names: str) -> list[int]:
-        """The rows of the first of these splits that there is, or none."""
+        """The rows of the first of these splits that there is, or none. Raises UserError for another split's name."""
+        if unknown := sorted(set(self.splits or []) - {"train", "val", "test"}):
+            raise UserError(f"{self.file}: the split {unknown[0]} is none of train, val and test: rename it")
         for name in names:
             if found := [row for row, split in enumerate(self.splits or []) if split == name]:
                 return found

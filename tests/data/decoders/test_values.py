@@ -271,3 +271,30 @@ def test_eight_bits_that_are_no_photograph(tmp_path):
     tifffile.imwrite(tmp_path / "x.tif", bands.astype(np.int8), photometric="minisblack", planarconfig="contig")
     with pytest.raises(OSError, match="has int8 values: save it as one of"):
         open_image(tmp_path / "x.tif", Reading(4))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_sixteen_bits_are_turned_as_eight_are(tmp_path, orientation):
+    values = np.random.default_rng(0).integers(0, 256, (20, 30)).astype(np.uint16)
+    tag = [(274, "H", 1, orientation, True)]
+    for name, options in (("plain", {}), ("packed", {"compression": "lzw"})):
+        tifffile.imwrite(tmp_path / "deep.tif", values, extratags=tag, **options)
+        tifffile.imwrite(tmp_path / "flat.tif", values.astype(np.uint8), extratags=tag, **options)
+        deep, flat = read(tmp_path / "deep.tif", Reading(1, "uint16")), read(tmp_path / "flat.tif", Reading(1))
+        assert np.array_equal(deep, flat), name
+
+
+def test_values_that_pillow_would_not_keep_are_refused(tmp_path):
+    (tmp_path / "x.pgm").write_bytes(b"P5\n# a camera\n4 2\n4095\n" + bytes(16))
+    (tmp_path / "x.ppm").write_bytes(b"P6 4 2 65535\n" + bytes(48))
+    colour = np.random.default_rng(0).integers(0, 4096, (16, 16, 3)).astype(np.uint16)
+    (tmp_path / "x.jp2").write_bytes(imagecodecs.jpeg2k_encode(colour, codecformat="jp2", level=0))
+    (tmp_path / "x.j2k").write_bytes(imagecodecs.jpeg2k_encode(colour, codecformat="j2k", level=0))
+    for name, greatest in (("x.pgm", 4095), ("x.ppm", 65535), ("x.jp2", 65535), ("x.j2k", 65535)):
+        with pytest.raises(OSError, match=f"values up to {greatest} in .*, which would not be kept: save it as"):
+            open_image(tmp_path / name, Reading())
+    grey = np.arange(64, dtype=np.uint16).reshape(8, 8) * 1000
+    (tmp_path / "y.pgm").write_bytes(b"P5 8 8 65535\n" + grey.astype(">u2").tobytes())
+    assert np.array_equal(read(tmp_path / "y.pgm", Reading(1, "int32"))[..., 0], grey)
+    (tmp_path / "y.ppm").write_bytes(b"P6 4 2 255\n" + bytes(24))
+    assert read(tmp_path / "y.ppm", Reading()).shape == (2, 4, 3)

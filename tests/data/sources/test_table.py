@@ -108,3 +108,11 @@ def test_labels_are_needed_for_classes_alone(table):
     assert len(open_images(data)) == 2
     with pytest.raises(UserError, match="row 3 has no label"):
         open_held_out(data)
+
+
+def test_splits_of_other_names_are_not_dropped(table):
+    data = table(rows=[*ROWS[:3], ("a/3.png", "cat", "fold3")])
+    for opened in (lambda: open_splits(data, None, 0), lambda: open_held_out(data)):
+        with pytest.raises(UserError, match="the split fold3 is none of train, val and test: rename it"):
+            opened()
+    assert len(open_images(data)) == 4
