@@ -1,6 +1,7 @@
 """The command `evaluate`: accuracy of a classifier on labelled images, or of probes on an encoder's features."""
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,6 @@ from sparse_fcmae.data.decoders.image import reading_of
 from sparse_fcmae.data.sources import LabelledSource
 from sparse_fcmae.data.sources.class_folder import open_held_out, open_splits
 from sparse_fcmae.data.sources.corruptions import find_corruptions
-from sparse_fcmae.data.sources.table import names_table
 from sparse_fcmae.data.splits import few_labels
 from sparse_fcmae.data.survey import reading_options
 from sparse_fcmae.data.views import CentreView, default_crop_fraction
@@ -107,8 +107,11 @@ def measured(config: EvaluateConfig, weights: Weights, view: EvaluationView) -> 
         raise UserError(
             f"{config.init} has no classification head: give `knn=True` or `linear_probe=True`, or fine-tune it first"
         )
-    in_folders = config.val_split is None and not names_table(config.data)
-    if in_folders and (corruptions := find_corruptions(config.data, CORRUPTIONS)):
+    if (
+        config.val_split is None
+        and os.path.isdir(config.data)
+        and (corruptions := find_corruptions(config.data, CORRUPTIONS))
+    ):
         return classify_corrupted(config, weights, view, corruptions)
     return classify(config, weights, view)
 

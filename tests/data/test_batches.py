@@ -11,7 +11,7 @@ from PIL import Image
 from sparse_fcmae.data.batches import EvaluationImages, TrainingImages, make_loader, micro_batches
 from sparse_fcmae.data.decoders.image import Reading
 from sparse_fcmae.data.format import ImageFormat
-from sparse_fcmae.data.sources.class_folder import ClassFolder
+from sparse_fcmae.data.sources.class_folder import class_folder
 from sparse_fcmae.data.sources.folder import ImageFolder
 from sparse_fcmae.data.splits import few_labels, hold_out
 from sparse_fcmae.data.views import CentreView, RandomView
@@ -153,7 +153,7 @@ def test_labels_follow_images_that_replace_unreadable_ones(tmp_path):
         for i in range(4):
             Image.new("RGB", (16, 16), (200 * label,) * 3).save(tmp_path / name / f"{i}.png")
     (tmp_path / "dark" / "0.png").write_text("no picture")
-    folder = ClassFolder(tmp_path)
+    folder = class_folder(tmp_path)
     dataset = TrainingImages(folder, RandomView((16, 16)), 0)
     for epoch in range(5):
         (batch,) = make_loader(dataset, [[(epoch, i) for i in range(8)]], 0, False)

@@ -5,7 +5,7 @@ from torch import nn
 
 from sparse_fcmae.data.decoders.image import PHOTOGRAPHS
 from sparse_fcmae.data.format import ImageFormat
-from sparse_fcmae.data.sources.class_folder import ClassFolder
+from sparse_fcmae.data.sources.class_folder import class_folder
 from sparse_fcmae.evaluation.accuracy import accuracy, measure
 from sparse_fcmae.evaluation.run import EvaluationView, run_model
 
@@ -29,7 +29,7 @@ def test_accuracy_by_hand():
 
 @pytest.mark.parametrize("world", [1, 2, 20])
 def test_measure_is_accuracy_and_loss_of_all_ranks_images(colours, on_ranks, world):
-    folder = ClassFolder(colours / "val")
+    folder = class_folder(colours / "val")
     models = {prefix: nn.Sequential(nn.Flatten(), nn.Linear(192, 3)) for prefix in ("", "ema_")}
     results = on_ranks(
         world, lambda ranks: measure(models, folder.take(range(ranks.rank, len(folder), world)), VIEW, ranks)

@@ -10,7 +10,7 @@ from sparse_fcmae import UserError, convert, create_classifier, create_encoder, 
 from sparse_fcmae.cli import main
 from sparse_fcmae.data.decoders.image import PHOTOGRAPHS
 from sparse_fcmae.data.format import ImageFormat
-from sparse_fcmae.data.sources.class_folder import ClassFolder, open_splits
+from sparse_fcmae.data.sources.class_folder import class_folder, open_splits
 from sparse_fcmae.evaluation.imagenet import ALEXNET, wordnet_ids
 from sparse_fcmae.evaluation.run import EvaluationView, run_model
 from sparse_fcmae.model.convnext import SparseEncoder
@@ -28,7 +28,7 @@ def trained(colours, folder, outputs=("blue", "green", "red"), classes=None):
     """Exports a classifier whose head is fitted to the colours; outputs: the colour that each output stands for,
     None for no colour."""
     model = randomise(create_classifier("atto", num_classes=len(outputs), image_size=32, stem_stride=1)).eval()
-    data = ClassFolder(colours / "train")
+    data = class_folder(colours / "train")
     view = EvaluationView((32, 32), ImageFormat.imagenet(), PHOTOGRAPHS, 1.0, torch.device("cpu"))
     x, index, _ = run_model(data, lambda images: model.norm(create_features(model, images)), view)
     centre = x.mean(0)

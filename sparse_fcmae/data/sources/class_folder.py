@@ -5,8 +5,8 @@ from pathlib import Path
 
 from sparse_fcmae.data.config import Columns
 from sparse_fcmae.data.sources.folder import ImageFolder, check_folder
-from sparse_fcmae.data.sources.labelled import LabelledFiles
-from sparse_fcmae.data.sources.table import names_table, read_table
+from sparse_fcmae.data.sources.labelled import Labelled
+from sparse_fcmae.data.sources.opening import open_rows
 from sparse_fcmae.data.splits import hold_out
 from sparse_fcmae.runtime.errors import UserError
 
@@ -16,38 +16,34 @@ HELD_OUT = ("val", "test")  # folders of held-out images, the preferred one firs
 USUAL_COLUMNS = Columns()
 
 
-class ClassFolder(LabelledFiles):
-    """Images in one folder for each class.
+def class_folder(root: str | os.PathLike, out: str | os.PathLike | None = None) -> Labelled:
+    """Images in one folder for each class. The classes are the folders' names, sorted.
 
-    classes: the folders' names, sorted. labels: int64 [N], for each image an index into `classes`. Raises UserError as
-    `ImageFolder` does, for images outside of the class folders, for class folders without images, and where `out`, the
-    folder that a run is to write to, lies among the class folders.
+    Raises UserError as `ImageFolder` does, for images outside of the class folders, for class folders without images,
+    and where `out`, the folder that a run is to write to, lies among the class folders.
     """
-
-    def __init__(self, root: str | os.PathLike, out: str | os.PathLike | None = None) -> None:
-        images = ImageFolder(root)
-        if out is not None and Path(out).resolve().is_relative_to(images.root.resolve()):
-            raise UserError(f"`out` {out} lies among the class folders of {root}: choose another")
-        folders = [Path(file).parts[0] for file in images.files]
-        for index, file in enumerate(images.files):
-            if folders[index] == file:
-                raise UserError(
-                    f"{root}: {images.name(index)} lies in no class folder: make a folder below it for each class"
-                )
-        there = {p.name for p in images.root.iterdir() if p.is_dir() and not p.name.startswith(".")}
-        if empty := sorted(there - set(folders)):
-            raise UserError(f"{root}: class folder {empty[0]} holds no images: fill or remove it")
-        super().__init__(str(images), images.root, images.files, folders, images.notes)
+    images = ImageFolder(root)
+    if out is not None and Path(out).resolve().is_relative_to(images.root.resolve()):
+        raise UserError(f"`out` {out} lies among the class folders of {root}: choose another")
+    folders = [Path(file).parts[0] for file in images.files]
+    for index, file in enumerate(images.files):
+        if folders[index] == file:
+            raise UserError(
+                f"{root}: {images.name(index)} lies in no class folder: make a folder below it for each class"
+            )
+    there = {p.name for p in images.root.iterdir() if p.is_dir() and not p.name.startswith(".")}
+    if empty := sorted(there - set(folders)):
+        raise UserError(f"{root}: class folder {empty[0]} holds no images: fill or remove it")
+    return Labelled.by_names(images, folders)
 
 
-def open_held_out(root: str | os.PathLike, columns: Columns = USUAL_COLUMNS) -> LabelledFiles:
+def open_held_out(root: str | os.PathLike, columns: Columns = USUAL_COLUMNS) -> Labelled:
     """The images to evaluate on: those of ROOT/val or ROOT/test, or those of ROOT where it holds no splits.
 
     Of a table they are the rows of the split val or test, or all where there is no split. Raises UserError where there
     are images to train on alone.
     """
-    if names_table(root):
-        rows = read_table(root, columns)
+    if rows := open_rows(root, columns):
         if rows.splits is None:
             return rows.labelled()
         if not (held_out := rows.of_split(*HELD_OUT)):
@@ -57,7 +53,7 @@ def open_held_out(root: str | os.PathLike, columns: Columns = USUAL_COLUMNS) -> 
     held_out = held_out_folder(root)
     if held_out is None and (root / TRAIN).is_dir():
         raise UserError(f"{root} has no folder {' or '.join(HELD_OUT)}: name a folder of classes")
-    return ClassFolder(held_out or root)
+    return class_folder(held_out or root)
 
 
 def open_splits(
@@ -66,19 +62,18 @@ def open_splits(
     seed: int,
     out: str | os.PathLike | None = None,
     columns: Columns = USUAL_COLUMNS,
-) -> tuple[LabelledFiles, LabelledFiles]:
+) -> tuple[Labelled, Labelled]:
     """Training and held-out images.
 
     Without `val_split` they are those of ROOT/train and of ROOT/val or ROOT/test, or of a table the rows of these
     splits. With it, that fraction of each class in the one folder, ROOT/train or else ROOT, is held out at random, or
     of a table without splits. Both have the same classes. Classes without held-out images are named in the notes of the
-    training images. Raises UserError as `ClassFolder` and `read_table` do, where the folders or splits that this needs
+    training images. Raises UserError as `class_folder` and `open_rows` do, where the folders or splits that this needs
     are missing, and where a held-out class has no images to train on.
     """
     if val_split is None:
         return open_train_and_held_out(root, out, "make one, or hold images out with `val_split=0.1`", columns)
-    if names_table(root):
-        rows = read_table(root, columns)
+    if rows := open_rows(root, columns):
         if rows.splits is not None:
             raise UserError(f"{root} has a column of splits already: leave `val_split` out")
         train, val = hold_out(rows.labelled(), val_split, seed)
@@ -88,7 +83,7 @@ def open_splits(
     has_train, held_out = (root / TRAIN).is_dir(), held_out_folder(root)
     if has_train and held_out:
         raise UserError(f"{root} has {held_out.name} already: leave `val_split` out")
-    train, val = hold_out(ClassFolder(root / TRAIN if has_train else root, out), val_split, seed)
+    train, val = hold_out(class_folder(root / TRAIN if has_train else root, out), val_split, seed)
     train.notes += without_held_out(val)
     return train, val
 
@@ -98,13 +93,12 @@ def open_train_and_held_out(
     out: str | os.PathLike | None = None,
     remedy: str = "make one",
     columns: Columns = USUAL_COLUMNS,
-) -> tuple[LabelledFiles, LabelledFiles]:
+) -> tuple[Labelled, Labelled]:
     """The images of ROOT/train, and those of ROOT/val or ROOT/test, or of a table the rows of these splits.
 
     remedy: what to do where one of them is missing.
     """
-    if names_table(root):
-        rows = read_table(root, columns)
+    if rows := open_rows(root, columns):
         trained, held = rows.of_split(TRAIN), rows.of_split(*HELD_OUT)
         if not trained or not held:
             missing = " or ".join(HELD_OUT) if trained else TRAIN
@@ -118,7 +112,7 @@ def open_train_and_held_out(
         if not has_train or held_out is None:
             missing = " or ".join(HELD_OUT) if has_train else TRAIN
             raise UserError(f"{root} has no folder {missing}: {remedy}")
-        train, val, where = ClassFolder(root / TRAIN, out), ClassFolder(held_out, out), held_out.name
+        train, val, where = class_folder(root / TRAIN, out), class_folder(held_out, out), held_out.name
     if unknown := sorted(set(val.classes) - set(train.classes)):
         raise UserError(f"{root}: class {unknown[0]} of {where} is missing in {TRAIN}")
     val = val.with_classes(train.classes)
@@ -126,7 +120,7 @@ def open_train_and_held_out(
     return train, val
 
 
-def without_held_out(held_out: LabelledFiles) -> list[str]:
+def without_held_out(held_out: Labelled) -> list[str]:
     """A line about the classes that have no held-out images, where there are any."""
     missing = [name for name, images in zip(held_out.classes, held_out.counts(), strict=True) if not images]
     if not missing:

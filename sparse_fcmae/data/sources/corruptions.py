@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from sparse_fcmae.data.sources import LabelledSource
-from sparse_fcmae.data.sources.class_folder import ClassFolder
+from sparse_fcmae.data.sources.class_folder import class_folder
 from sparse_fcmae.data.sources.folder import check_folder
 from sparse_fcmae.runtime.errors import UserError
 
@@ -34,7 +34,9 @@ def find_corruptions(
             other = found.setdefault(folder.name, {}).setdefault(path.name, path)
             if other != path:
                 raise UserError(f"{root}: {folder.name} of severity {path.name} is both {other} and {path}: remove one")
-    return {name: {s: partial(ClassFolder, path) for s, path in sorted(paths.items())} for name, paths in found.items()}
+    return {
+        name: {s: partial(class_folder, path) for s, path in sorted(paths.items())} for name, paths in found.items()
+    }
 
 
 def folders_in(folder: Path) -> list[Path]:

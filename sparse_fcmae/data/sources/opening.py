@@ -11,6 +11,7 @@ from sparse_fcmae.data.sources.files import ImageFiles
 from sparse_fcmae.data.sources.folder import ImageFolder, image_extensions
 from sparse_fcmae.data.sources.image_glob import ImageGlob
 from sparse_fcmae.data.sources.image_list import ImageList
+from sparse_fcmae.data.sources.labelled import Rows
 from sparse_fcmae.data.sources.several import Several
 from sparse_fcmae.data.sources.shards import names_shards, open_shards
 from sparse_fcmae.data.sources.table import names_table, read_table
@@ -40,8 +41,17 @@ def open_images(
     return parts[0] if len(parts) == 1 else Several(parts)
 
 
+def open_rows(data: str | os.PathLike, columns: Columns = USUAL_COLUMNS) -> Rows | None:
+    """What there is to say about each image where `data` is of a kind that says it, as a table does, or else None."""
+    if names_table(data):
+        return read_table(data, columns)
+    return None
+
+
 def _open(data: str, without: str | os.PathLike | None, columns: Columns) -> ImageSource:
     """The images of one name."""
+    if rows := open_rows(data, columns):
+        return rows.source
     if os.path.isdir(data):
         return ImageFolder(data, without)
     if names_shards(data):
@@ -50,8 +60,6 @@ def _open(data: str, without: str | os.PathLike | None, columns: Columns) -> Ima
         extension = os.path.splitext(data)[1].lower()
         if extension == ".txt":
             return ImageList(data)
-        if names_table(data):
-            return read_table(data, columns).images()
         if extension in image_extensions():
             return ImageFiles(data, os.path.dirname(data), [os.path.basename(data)])
         if data.lower().endswith((".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")):

@@ -2,13 +2,11 @@
 
 import csv
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from sparse_fcmae.data.config import Columns
 from sparse_fcmae.data.sources.files import ImageFiles
-from sparse_fcmae.data.sources.labelled import LabelledFiles
+from sparse_fcmae.data.sources.labelled import Rows, split_of
 from sparse_fcmae.runtime.errors import UserError
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
@@ -17,50 +15,6 @@ USUAL = {  # names of columns, in lower case
     "label": ("label", "class", "class_name", "target", "category"),
     "split": ("split", "set", "subset", "partition"),
 }
-SPLITS = {
-    "train": "train",
-    "training": "train",
-    "val": "val",
-    "valid": "val",
-    "validation": "val",
-    "dev": "val",
-    "test": "test",
-}
-
-
-@dataclass(frozen=True)
-class Rows:
-    """The rows of a table: paths as they stand there, and the names of classes and splits, None without the column."""
-
-    file: Path
-    paths: list[str]
-    labels: list[str] | None
-    splits: list[str] | None
-
-    def images(self) -> ImageFiles:
-        """The images of all rows."""
-        return ImageFiles(str(self.file), self.file.parent, self.paths)
-
-    def labelled(self, chosen: Sequence[int] | None = None) -> LabelledFiles:
-        """The images of some rows, or of all, with their classes. Raises UserError without a column for these."""
-        if self.labels is None:
-            raise UserError(f"{self.file}: no column for the classes: name it by `label_column`")
-        rows = range(len(self.paths)) if chosen is None else chosen
-        names = [self.labels[row] for row in rows]
-        if "" in names:
-            raise UserError(f"{self.file}: row {rows[names.index('')] + 2} has no label: give one, or leave it out")
-        if strange := next((name for name in names if not name.isprintable()), None):
-            raise UserError(f"{self.file}: the class {strange!r} can't be printed: save the table as UTF-8")
-        return LabelledFiles(str(self.file), self.file.parent, [self.paths[row] for row in rows], names)
-
-    def of_split(self, *names: str) -> list[int]:
-        """The rows of the first of these splits that there is, or none. Raises UserError for another split's name."""
-        if unknown := sorted(set(self.splits or []) - {"train", "val", "test"}):
-            raise UserError(f"{self.file}: the split {unknown[0]} is none of train, val and test: rename it")
-        for name in names:
-            if found := [row for row, split in enumerate(self.splits or []) if split == name]:
-                return found
-        return []
 
 
 def names_table(data: str | os.PathLike) -> bool:
@@ -98,8 +52,8 @@ def read_table(data: str | os.PathLike, columns: Columns) -> Rows:
         if values is not None and kind != "label" and "" in values:
             raise UserError(f"{file}: row {values.index('') + 2} has no {kind}: give one, or leave the row out")
     _check_paths(file, found["path"], found["label"])
-    splits = found["split"] and [SPLITS.get(split.lower(), split) for split in found["split"]]
-    return Rows(file, found["path"], found["label"], splits)
+    splits = found["split"] and [split_of(split) for split in found["split"]]
+    return Rows(ImageFiles(str(file), file.parent, found["path"]), found["label"], splits)
 
 
 def _column(file: Path, header: list[str], kind: str, asked: str | None) -> int | None:
