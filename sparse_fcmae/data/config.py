@@ -31,8 +31,8 @@ class ReadingConfig(Columns):
     )
     pages: str | None = option(
         None,
-        help="what the pages of a file are: channels, or max for the greatest value of each pixel",
-        choices=("channels", "max"),
+        help="what the pages of a file are: channels, images of their own, or max for the greatest value of each pixel",
+        choices=("channels", "images", "max"),
     )
     nodata: float | None = option(None, help="the value of pixels without data [what a TIFF says]")
 

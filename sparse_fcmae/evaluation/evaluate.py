@@ -16,6 +16,7 @@ from sparse_fcmae.data.decoders.image import reading_of
 from sparse_fcmae.data.sources import LabelledSource
 from sparse_fcmae.data.sources.class_folder import open_held_out, open_splits
 from sparse_fcmae.data.sources.corruptions import find_corruptions
+from sparse_fcmae.data.sources.pages import labelled_by_page
 from sparse_fcmae.data.splits import few_labels
 from sparse_fcmae.data.survey import reading_options
 from sparse_fcmae.data.views import CentreView, default_crop_fraction
@@ -121,6 +122,7 @@ def probe(config: EvaluateConfig, weights: Weights, view: EvaluationView) -> dic
     train, held_out = open_splits(config.data, config.val_split, config.seed, columns=config)
     if config.labels_per_class:
         train = few_labels(train, config.labels_per_class, config.seed)
+    train, held_out = (labelled_by_page(part, view.reading) for part in (train, held_out))
     encoder = weights.encoder(config.backend).to(view.device)
     features, labels, bad = features_of(train, encoder, view, "training images")
     queries, truth, bad_queries = features_of(held_out, encoder, view, "held-out images")
@@ -149,7 +151,7 @@ def classify(config: EvaluateConfig, weights: Weights, view: EvaluationView) -> 
         warn_of_another_split(config)
         _, source = open_splits(config.data, config.val_split, config.seed, columns=config)
     model = weights.classifier(config.backend).to(view.device)
-    found, bad = accuracy_on(source, model, weights, view, "evaluating")
+    found, bad = accuracy_on(labelled_by_page(source, view.reading), model, weights, view, "evaluating")
     return {"data": str(source), **split, "unreadable": [image.name for image in bad], **found}
 
 

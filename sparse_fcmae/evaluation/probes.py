@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from sparse_fcmae.data.batches import BadImage
 from sparse_fcmae.data.sources import LabelledSource
 from sparse_fcmae.data.sources.class_folder import open_train_and_held_out
+from sparse_fcmae.data.sources.pages import labelled_by_page
 from sparse_fcmae.evaluation.run import EvaluationView, run_model
 from sparse_fcmae.model.convnext import SparseEncoder
 from sparse_fcmae.runtime.distributed import Ranks
@@ -53,7 +54,7 @@ class KNNMonitor:
 
     def __init__(self, root: str | os.PathLike, view: EvaluationView, ranks: Ranks) -> None:
         self.view, self.ranks = view, ranks
-        train, held_out = open_train_and_held_out(root)
+        train, held_out = (labelled_by_page(part, view.reading) for part in open_train_and_held_out(root))
         self.train = train.take(range(ranks.rank, len(train), ranks.world))
         self.held_out = held_out.take(range(ranks.rank, len(held_out), ranks.world))
 

@@ -11,8 +11,10 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from sparse_fcmae.data.config import NATIVE_SCALE, RATIOS, ViewConfig, range_of
 from sparse_fcmae.data.decoders.image import reading_of
 from sparse_fcmae.data.format import ImageFormat
-from sparse_fcmae.data.sources import ImageSource, LabelledSource
-from sparse_fcmae.data.survey import reading_options, survey
+from sparse_fcmae.data.sources import ImageSource
+from sparse_fcmae.data.sources.labelled import Labelled
+from sparse_fcmae.data.sources.pages import labelled_by_page
+from sparse_fcmae.data.survey import asked_reading, reading_options, survey
 from sparse_fcmae.data.views import Augment, CentreView, NativeView, RandomView, default_crop_fraction
 from sparse_fcmae.evaluation.run import EvaluationView
 from sparse_fcmae.model.classifier import Classifier
@@ -107,7 +109,7 @@ def stem_for(stem: Tensor, in_chans: int) -> Tensor:
 
 
 def build_classifier(
-    config: FinetuneConfig, images: LabelledSource, checkpoint: Path | None = None
+    config: FinetuneConfig, images: Labelled, checkpoint: Path | None = None
 ) -> tuple[Classifier, ImageFormat, FinetuneConfig, list[str]]:
     """The classifier that fine-tuning starts with, the images that it takes, the config without open ends, and what to
     say about the weights.
@@ -117,7 +119,7 @@ def build_classifier(
     """
     source, classes = checkpoint or config.init, images.classes
     if source is None:
-        form, remarks = survey(images, config, config.seed)
+        form, remarks = survey(labelled_by_page(images, asked_reading(config)), config, config.seed)
         weights, size, notes = None, (224, 224), ["starting from random weights", *remarks]
         shape = {"name": config.model, "in_chans": form.in_chans, "stem_stride": config.stem_stride}
     else:

@@ -1,6 +1,7 @@
 """Fine-tuning: images and labels -> cross-entropy -> a dense classifier, on the kernels of pretraining."""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from sparse_fcmae.data.augmentation import RandAugment
 from sparse_fcmae.data.batches import Batch, TrainingImages
 from sparse_fcmae.data.mixing import Mixing
 from sparse_fcmae.data.sources.class_folder import open_splits
+from sparse_fcmae.data.sources.pages import labelled_by_page
 from sparse_fcmae.data.splits import few_labels
 from sparse_fcmae.data.survey import check_fits
 from sparse_fcmae.data.views import CentreView
@@ -82,10 +84,8 @@ class Classification(Task):
         self.source, held_out = open_splits(config.data, config.val_split, config.seed, config.out, config)
         if config.labels_per_class:
             self.source = few_labels(self.source, config.labels_per_class, config.seed)
-        self.held_out = held_out.take(range(ranks.rank, len(held_out), ranks.world))
         checkpoint = newest_checkpoint(Path(config.out)) if config.resume else None
         self.model, self.form, config, self.notes = build_classifier(config, self.source, checkpoint)
-        self.notes += self.source.notes
         self.model.to(ranks.device).train()
         dtype = choose_dtype(config.dtype, ranks.device, config.backend)
         self.config = config = replace(config, dtype="bf16" if dtype == torch.bfloat16 else "fp32")
@@ -101,6 +101,10 @@ class Classification(Task):
             augment = None
             self.notes.append("RandAugment is left out, as it is made for photographs of 8 bits")
         self.training_view = training_view(config, self.size, self.form, augment)
+        by_page = partial(labelled_by_page, reading=self.training_view.reading, max_bad_images=config.max_bad_images)
+        self.source, held_out = by_page(self.source), by_page(held_out)
+        self.held_out = held_out.take(range(ranks.rank, len(held_out), ranks.world))
+        self.notes += self.source.notes
         check_fits(self.source, CentreView(self.size, self.training_view.reading, native=config.crop == "native"))
         self.view = evaluation_view(config, self.size, self.form, ranks.device)
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad) / 1e6

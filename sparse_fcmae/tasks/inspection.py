@@ -2,8 +2,9 @@
 
 import hashlib
 from collections import Counter, defaultdict
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -12,9 +13,11 @@ from tqdm import tqdm
 from sparse_fcmae.data.batches import TrainingImages
 from sparse_fcmae.data.decoders import open_image
 from sparse_fcmae.data.decoders.image import Reading, counted, reading_of
+from sparse_fcmae.data.decoders.ome_zarr import ZarrFolder
 from sparse_fcmae.data.format import ImageFormat
 from sparse_fcmae.data.sources import ImageSource
 from sparse_fcmae.data.sources.opening import open_images
+from sparse_fcmae.data.sources.pages import by_page
 from sparse_fcmae.data.sources.windows import Windows
 from sparse_fcmae.data.survey import Kind, asked_reading, reading_options, sample_values, spread, survey
 from sparse_fcmae.evaluation.pictures import draw_histograms, rgb, save_picture, sheet, shown
@@ -25,6 +28,7 @@ from sparse_fcmae.tasks.build import training_view
 from sparse_fcmae.tasks.config import InspectConfig
 
 REPORT, HISTOGRAMS, VIEWS = "inspection.json", "histograms.png", "views.png"  # files in the folder `out`
+PIECE = 1 << 20  # bytes that are read at once
 EXAMPLES = 5  # that a line of the report names
 ROWS, VIEWS_EACH = 6, 4  # images in the sheet of views, and views of each
 
@@ -44,8 +48,12 @@ def inspect(options: dict[str, Any]) -> dict[str, Any]:
     if out and (out / REPORT).exists() and not config.overwrite:
         raise UserError(f"`out` {out} holds an inspection: choose another or give `overwrite=True`")
     source, size = open_images(config.data, config.out, config, config.channel_files), image_size_of(config.image_size)
-    found = look_at(source, asked_reading(config), config.images)
+    reading = asked_reading(config)
+    found = look_at(source, reading, config.images)
     print("\n".join([*report(source, found), *source.notes]), flush=True)
+    files, source = source, by_page(source, reading)
+    for note in source.notes[len(files.notes) :]:
+        print(note)
     form, notes = survey(source, config, config.seed)
     found |= {"format": form.as_json(), "notes": [*source.notes, *notes]}
     print("\n".join([*notes, f"training reads {counted(form.in_chans)} of {form.dtype}"]))
@@ -73,9 +81,8 @@ def look_at(source: ImageSource, reading: Reading, count: int) -> dict[str, Any]
         name = source.name(index)
         try:
             with source.open(index) as file:
-                copies[hashlib.sha256(file.read()).digest()].append(name)
-                file.seek(0)
-                image = open_image(file, reading)
+                copies[digest(file)].append(name)
+                image = open_image(file, replace(reading, page=0))
                 image.decode_all()
         except Exception as error:  # decoders raise nearly anything on a broken file
             unreadable[name] = one_line(error)
@@ -93,6 +100,19 @@ def look_at(source: ImageSource, reading: Reading, count: int) -> dict[str, Any]
         "unreadable": unreadable,
         "copies": [names for names in copies.values() if len(names) > 1],
     }
+
+
+def digest(file: BinaryIO | ZarrFolder) -> bytes:
+    """A digest of an image's bytes, read in pieces."""
+    found = hashlib.sha256()
+    if isinstance(file, ZarrFolder):
+        for path in sorted(path for path in file.path.rglob("*") if path.is_file()):
+            found.update(path.relative_to(file.path).as_posix().encode() + path.read_bytes())
+        return found.digest()
+    while piece := file.read(PIECE):
+        found.update(piece)
+    file.seek(0)
+    return found.digest()
 
 
 def report(source: ImageSource, found: dict[str, Any]) -> list[str]:

@@ -11,7 +11,9 @@ from sparse_fcmae.backends import choose_dtype, resolve_backend
 from sparse_fcmae.data.batches import Batch, TrainingImages
 from sparse_fcmae.data.format import ImageFormat
 from sparse_fcmae.data.sources.opening import open_images
+from sparse_fcmae.data.sources.pages import by_page
 from sparse_fcmae.data.sources.windows import Windows
+from sparse_fcmae.data.survey import asked_reading
 from sparse_fcmae.data.views import CentreView
 from sparse_fcmae.evaluation.pictures import save_picture
 from sparse_fcmae.evaluation.probes import KNNMonitor
@@ -76,6 +78,7 @@ class Pretraining(Task):
     def __init__(self, config: PretrainConfig, ranks: Ranks) -> None:
         self.ranks, self.size = ranks, image_size_of(config.image_size)
         self.source = open_images(config.data, config.out, config, config.channel_files)
+        self.source = by_page(self.source, asked_reading(config), config.max_bad_images)
         self.form, found = ranks.by_main(lambda: format_of_run(config, self.source))
         crop = config.crop or ("native" if self.form.native else "resized")
         config = replace(config, in_chans=self.form.in_chans, crop=crop)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from sparse_fcmae.data.decoders import File
 from sparse_fcmae.data.decoders.image import reading_of
+from sparse_fcmae.data.decoders.pages import Page
 from sparse_fcmae.data.views import CentreView, default_crop_fraction
 from sparse_fcmae.model.classifier import Classifier
 from sparse_fcmae.model.convnext import SIZES, SparseEncoder
@@ -48,18 +49,23 @@ def load_classifier(path: str | Path, *, backend: str = "auto") -> Classifier:
     return read_weights(path).classifier(backend)
 
 
-def load_transform(path: str | Path, crop_fraction: float | None = None) -> Callable[[File], Tensor]:
+def load_transform(path: str | Path, crop_fraction: float | None = None) -> Callable[..., Tensor]:
     """What makes of an image's file the image that the model of a checkpoint takes: float32 [C, H, W], normalised.
 
     path: as in `read_weights`. crop_fraction: as in `CentreView`; None for what suits
     the size or, where the model was trained on native windows, for the window in the middle. The function takes a
-    path, a binary file or an image of Pillow's, and raises OSError for an image that the model does not take.
+    path, a binary file or an image of Pillow's, and raises OSError for an image that the model does not take. Where
+    the pages of a file are images of their own, it takes the number of one too, counted from 0, as `page`.
     """
     weights = read_weights(path)
     form, size = weights.form, weights.architecture["image_size"]
     native = form.native and crop_fraction is None
     view = CentreView(size, reading_of(form), crop_fraction or default_crop_fraction(size), native)
-    return lambda file: form.normalise(view(file)[None])[0]
+
+    def transform(file: File, page: int | None = None) -> Tensor:
+        return form.normalise(view(file if page is None else Page(file, page))[None])[0]
+
+    return transform
 
 
 def read_weights(path: str | Path, *, whole: bool = False) -> Weights:

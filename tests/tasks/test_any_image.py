@@ -77,6 +77,36 @@ def test_five_channels_from_pretraining_to_evaluation(tmp_path):
         load_transform(tmp_path / "run")(tmp_path / "photo.png")
 
 
+def test_pages_are_images_from_pretraining_to_evaluation(tmp_path):
+    rng = np.random.default_rng(0)
+    for split in ("train", "val"):
+        for label, name in enumerate(("dim", "light")):
+            (tmp_path / split / name).mkdir(parents=True)
+            for number in range(2):
+                pages = rng.normal(1000 + 800 * label, 200, (6, 40, 48)).astype(np.uint16)
+                tifffile.imwrite(tmp_path / split / name / f"{number}.tif", pages, photometric="minisblack")
+    pretrain(data=tmp_path / "train", out=tmp_path / "run", pages="images", **SMALL, knn=tmp_path)
+    log = (tmp_path / "run" / "train.log").read_text()
+    assert "24 pages in 4 files, each an image of its own" in log
+    assert read_weights(tmp_path / "run").form.pages == "images"
+    tuning = SMALL | {"epochs": 20, "drop_path": 0.0}
+    del tuning["stem_stride"]
+    finetune(data=tmp_path, init=tmp_path / "run", out=tmp_path / "tuned", preset="atto", eval_every=20, **tuning)
+    found = evaluate(data=tmp_path, init=tmp_path / "tuned")
+    assert (found["images"], found["top1"] > 0.9) == (24, True)
+    assert evaluate(data=tmp_path, init=tmp_path / "run", knn=True)["train_images"] == 24
+    finetune(
+        data=tmp_path, from_scratch=True, out=tmp_path / "scratch", pages="images", preset="atto", stem_stride=1,
+        eval_every=20, **tuning | {"epochs": 1},
+    )  # fmt: skip
+    assert "24 pages in 4 files" in (tmp_path / "scratch" / "train.log").read_text()
+    path = tmp_path / "val" / "dim" / "0.tif"
+    transform = load_transform(tmp_path / "run")
+    assert not torch.equal(transform(path, page=0), transform(path, page=5))
+    with pytest.raises(OSError, match=r"has 6 pages .*, each an image: say which"):
+        transform(path)
+
+
 def test_an_interrupted_run_goes_on_with_its_own_statistics(tmp_path):
     data = scenes(tmp_path / "data", 6, np.float32)
     for path in list(data.glob("train/*/*.npy"))[:5]:

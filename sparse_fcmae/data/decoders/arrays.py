@@ -1,43 +1,71 @@
-"""NumPy's .npy files, which are mapped, not read: an image each, its channels first or last."""
+"""NumPy's files: .npy, which is mapped, not read, and .npz. An array is an image, or a stack of them."""
 
 import io
-from typing import BinaryIO
+from collections.abc import Sequence
+from typing import Any, BinaryIO
+from zipfile import BadZipFile
 
 import numpy as np
 
-from sparse_fcmae.data.decoders.image import ArrayImage, OpenImage, Reading
+from sparse_fcmae.data.decoders.image import OpenImage, Reading
+from sparse_fcmae.data.decoders.pages import AxesStack, open_stack
 from sparse_fcmae.data.format import DTYPES
 
-MAGIC = b"\x93NUMPY"
+MAGIC, ZIP = b"\x93NUMPY", b"PK\x03\x04"
 KNOWN = {*DTYPES, "float64"}
+COLOURS = 4  # a last axis that is no longer than that counts channels, even where pages are expected
 
 
 def recognises(head: bytes) -> bool:
-    """Whether a file that begins so is an array."""
-    return head.startswith(MAGIC)
+    """Whether a file that begins so holds arrays."""
+    return head.startswith((MAGIC, ZIP))
 
 
 def open_image(file: BinaryIO, reading: Reading) -> OpenImage:
-    """The array in a file. Raises OSError for one that is no image."""
+    """The array in a file. Raises OSError for one that is no image, and where there are several."""
     try:
-        if isinstance(file, io.BytesIO):
+        if isinstance(file, io.BytesIO) or file.read(len(ZIP)) == ZIP:
+            file.seek(0)
             values = np.load(file, allow_pickle=False)
         else:
+            file.seek(0)
             np.lib.format.read_magic(file)
             file.seek(0)
             values = np.load(file.name, mmap_mode="r", allow_pickle=False)
-    except ValueError as error:
+        if not isinstance(values, np.ndarray):
+            if len(values.files) != 1:
+                raise OSError(f"holds the arrays {', '.join(values.files)}: save the one of images as .npy")
+            values = values[values.files[0]]
+    except (ValueError, KeyError, BadZipFile) as error:
         raise OSError(f"no array that can be read: {error}") from None
-    if values.dtype.name not in KNOWN:
-        raise OSError(f"has {values.dtype.name} values: save it as one of {', '.join(DTYPES)}")
-    return ArrayImage(as_image(values), reading)
+    return of_array(values, reading)
 
 
-def as_image(values: np.ndarray) -> np.ndarray:
-    """An array as [H, W, C]. Of three axes the shortest counts the channels, of equally short ones the last."""
-    if values.ndim == 2:
-        return values[..., None]
-    if values.ndim != 3:
-        raise OSError(f"has {values.ndim} axes {list(values.shape)}: an image has two, or three with its channels")
-    channels = min(reversed(range(3)), key=lambda axis: values.shape[axis])
-    return np.moveaxis(values, channels, -1)
+def of_array(values: Any, reading: Reading, letters: str | None = None) -> OpenImage:
+    """The image in an array, or in what is sliced as one. letters: of its axes, where they are known."""
+    name = np.dtype(values.dtype).name
+    if name not in KNOWN:
+        raise OSError(f"has {name} values: save it as one of {', '.join(DTYPES)}")
+    stack = AxesStack(values, letters or axes_of(values.shape, reading.pages in ("images", "max")))
+    reading.check_size(stack.shape[2], stack.shape[1])
+    return open_stack(stack, reading)
+
+
+def axes_of(shape: Sequence[int], of_pages: bool) -> str:
+    """The letters of an array's axes: Y and X, C for channels, and P for pages.
+
+    Of three axes the shortest counts channels, and of four the shortest of the last three; the first of four counts
+    pages. of_pages: the first of three axes counts pages too, unless the last is one of at most COLOURS channels.
+    Raises OSError where that does not say it.
+    """
+    axes = f"{len(shape)} axes {list(shape)}"
+    if len(shape) == 2:
+        return "YX"
+    if len(shape) == 3 and of_pages and shape[-1] > COLOURS:
+        return "PYX"
+    if len(shape) not in (3, 4):
+        raise OSError(f"has {axes}: an image has two, three with its channels, and four with its pages too")
+    last = list(shape[-3:])
+    if last.count(min(last)) > 1:
+        raise OSError(f"has {axes}, of which none is the shortest, to count channels: is it a stack (--pages images)?")
+    return "P" * (len(shape) - 3) + ("CYX", "YCX", "YXC")[last.index(min(last))]

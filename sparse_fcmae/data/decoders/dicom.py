@@ -1,10 +1,12 @@
 """DICOM files, read by pydicom: CT and MR slices, X-rays, ultrasound."""
 
+from dataclasses import replace
 from typing import Any, BinaryIO
 
 import numpy as np
 
-from sparse_fcmae.data.decoders.image import ArrayImage, OpenImage, Reading, library, of_pages
+from sparse_fcmae.data.decoders.image import OpenImage, Reading, library
+from sparse_fcmae.data.decoders.pages import open_stack
 
 PREAMBLE, MAGIC = 128, b"DICM"
 
@@ -24,25 +26,26 @@ def open_image(file: BinaryIO, reading: Reading) -> OpenImage:
     try:
         data = pydicom.dcmread(file)
         reading.check_size(data.Columns, data.Rows)
-        values = _values(data)
+        frames, alone = int(data.get("NumberOfFrames") or 1), reading.pages == "images"
+        values = _values(data, (reading.page or 0) if alone else None)
     except OSError:
         raise
     except Exception as error:  # of attributes that are missing, and of each decoder
         raise OSError(f"no image in this DICOM file that can be read: {error}") from None
-    frames = int(data.get("NumberOfFrames") or 1)
-    values = values.reshape(frames, data.Rows, data.Columns, -1)
-    return ArrayImage(of_pages(values, reading, "frames"), reading)
+    values = values.reshape(-1, data.Rows, data.Columns, data.get("SamplesPerPixel", 1))
+    if alone and frames > 1 and reading.page is None:
+        raise OSError(f"has {frames} frames, each an image: say which is meant, counted from 0, as page=0")
+    image = open_stack(values, replace(reading, page=0) if alone else reading, "frames")
+    image.pages = frames
+    return image
 
 
-def _values(data: Any) -> np.ndarray:
-    """The values of a data set, integers where slope and intercept are."""
+def _values(data: Any, frame: int | None) -> np.ndarray:
+    """The values of a data set's frames or of one, integers where slope and intercept are."""
+    stored = library("pydicom.pixels", "medical").pixel_array(data, index=frame)
     if data.get("SamplesPerPixel", 1) != 1:
-        return data.pixel_array  # in RGB, as pydicom converts YBR
-    stored, slope, intercept = (
-        data.pixel_array,
-        float(data.get("RescaleSlope", 1)),
-        float(data.get("RescaleIntercept", 0)),
-    )
+        return stored  # in RGB, as pydicom converts YBR
+    slope, intercept = float(data.get("RescaleSlope", 1)), float(data.get("RescaleIntercept", 0))
     low, high = (-(1 << data.BitsStored - 1), (1 << data.BitsStored - 1) - 1)
     if not data.PixelRepresentation:
         low, high = 0, (1 << data.BitsStored) - 1

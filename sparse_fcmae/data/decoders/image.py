@@ -13,7 +13,7 @@ from torch import Tensor
 from sparse_fcmae.data.config import MAX_MEGAPIXELS
 from sparse_fcmae.data.format import FLOATS, ImageFormat
 
-EXTRAS = {"medical": ("pydicom",), "microscopy": ("tifffile", "imagecodecs")}  # and the packages that they install
+EXTRAS = {"medical": ("pydicom",), "microscopy": ("tifffile", "imagecodecs", "zarr")}  # and their packages
 BAND = 1024  # rows that are decoded at once where all are
 LEAST_KNOWN = 0.5  # of a resampled value's weights that are on values: with fewer it is missing
 ROUNDED = {"float64": "float32"}  # dtypes that are read as another one
@@ -26,14 +26,15 @@ class Reading:
 
     in_chans: channels. dtype: of the values, one of `format.DTYPES`. channels: which of a file's channels these are,
     counted from 1, None for all. pages: what becomes of a file's pages: "channels", "max" for the greatest value of
-    each pixel, None where files have one page. nodata: the value of missing pixels, which are read as NaN.
-    max_megapixels: of an image.
+    each pixel, "images" of which the one to read is `page`, counted from 0, None where files have one page. nodata: the
+    value of missing pixels, which are read as NaN. max_megapixels: of an image.
     """
 
     in_chans: int = 3
     dtype: str = "uint8"
     channels: tuple[int, ...] | None = None
     pages: str | None = None
+    page: int | None = None
     nodata: float | None = None
     max_megapixels: float = MAX_MEGAPIXELS
 
@@ -80,13 +81,14 @@ class OpenImage(ABC):
 
     size: (width, height) in pixels, upright. dtype: of its values, one of `format.DTYPES`. in_chans: its channels; a
     photograph in colour has 3, whatever its file stores. is_photograph: whether colour becomes grey, and grey colour,
-    where that is asked for.
+    where that is asked for. pages: of its file.
     """
 
     size: tuple[int, int]
     dtype: str
     in_chans: int
     is_photograph: bool = False
+    pages: int = 1
 
     @abstractmethod
     def resized_crop(self, box: Box, size: tuple[int, int]) -> Tensor:
@@ -140,20 +142,6 @@ def _can_be(value: float | None, dtype: np.dtype) -> bool:
     if value is None or dtype.kind == "f":
         return value is not None
     return float(value).is_integer() and np.iinfo(dtype).min <= value <= np.iinfo(dtype).max
-
-
-def of_pages(values: np.ndarray, reading: Reading, what: str) -> np.ndarray:
-    """Pages [pages, H, W, C] as one image [H, W, C], as the reading says.
-
-    what: they are called. Raises OSError for several pages where the reading says nothing of them.
-    """
-    if len(values) == 1:
-        return values[0]
-    if reading.pages is None:
-        raise OSError(f"has {len(values)} {what}: --pages says what they are, channels or max")
-    if reading.pages == "max":
-        return values.max(0)
-    return np.moveaxis(values, 0, -2).reshape(*values.shape[1:3], -1)
 
 
 def resampled(crop: np.ndarray, size: tuple[int, int]) -> Tensor:

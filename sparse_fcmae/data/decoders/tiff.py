@@ -3,7 +3,8 @@
 import io
 import logging
 import math
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -11,7 +12,8 @@ from PIL import Image
 
 from sparse_fcmae.data.decoders import photograph
 from sparse_fcmae.data.decoders.arrays import KNOWN
-from sparse_fcmae.data.decoders.image import ArrayImage, OpenImage, Reading, library, of_pages
+from sparse_fcmae.data.decoders.image import ArrayImage, OpenImage, Reading, library
+from sparse_fcmae.data.decoders.pages import AxesStack, Stack, open_stack
 from sparse_fcmae.data.format import DTYPES
 
 MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
@@ -26,8 +28,8 @@ TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {  # by the tag's value, 
     7: lambda image: np.rot90(image, 2).swapaxes(0, 1),
     8: lambda image: np.rot90(image),
 }
-CMYK, ALPHA = 5, (1, 2)  # values of PHOTOMETRIC and of EXTRA_SAMPLES
-CHANNELS = "SC"  # tifffile's letters for samples and channels; all but X and Y that is left counts pages
+WHITE_IS_LEAST, CMYK, ALPHA = 0, 5, (1, 2)  # values of PHOTOMETRIC and of EXTRA_SAMPLES
+FILE_OF_SET = re.compile(r'FileName="([^"]*)"')  # in OME's metadata
 
 
 def recognises(head: bytes) -> bool:
@@ -45,7 +47,11 @@ def open_image(file: BinaryIO, reading: Reading) -> OpenImage:
     file.seek(0)
     tifffile = library("tifffile", "microscopy")
     try:
-        return _image_of(tifffile.TiffFile(file), file, reading)
+        tiff = tifffile.TiffFile(file)
+        if tiff.is_ome and len(set(FILE_OF_SET.findall(tiff.ome_metadata))) > 1:  # each file is an image here
+            file.seek(0)
+            tiff = tifffile.TiffFile(file, is_ome=False)
+        return _image_of(tiff, file, reading)
     except (tifffile.TiffFileError, ValueError, IndexError, KeyError) as error:
         if "imagecodecs" in str(error):
             library("imagecodecs", "microscopy")
@@ -82,37 +88,68 @@ def _image_of(tiff: Any, file: BinaryIO, reading: Reading) -> OpenImage:
     name = series.dtype.name
     if name not in KNOWN:
         raise OSError(f"has {name} values: save it as one of {', '.join(DTYPES)}")
-    pages = [letter for letter in letters if letter not in ("X", "Y", *CHANNELS)]
-    count = math.prod(sizes[letter] for letter in pages)
-    if count > 1 and reading.pages is None:
-        raise OSError(f"has {count} pages (axes {letters}): --pages says what they are, channels or max")
-    tag = tiff.pages[0].tags.get(NODATA)
-    try:
-        missing = None if tag is None else float(str(tag.value).strip("\0 "))
-    except ValueError:  # an empty one, say
-        missing = None
-    orientation = tiff.pages[0].tags.get(ORIENTATION)
-    turn = TURNS.get(orientation.value if orientation else 1)
-    page, alone = series.keyframe, count == len(series.pages) == 1
-    if alone and page.is_final and isinstance(file, io.BufferedReader):  # the values lie in a file as they are
-        stored = np.dtype(tiff.byteorder + page.dtype.char)
-        values = np.memmap(file, stored, "r", page.dataoffsets[0], page.shape)
-    elif alone and TiffPage.can_read(page) and not turn:
-        return ArrayImage(TiffPage(page), reading, missing)
+    page, stored = series.keyframe, np.dtype(tiff.byteorder + series.keyframe.dtype.char)
+    outer = {letter: size for letter, size in sizes.items() if letter not in "YXS"}
+    if series.dataoffset is not None and isinstance(file, io.BufferedReader):  # the values lie in a file as they are
+        values = np.memmap(file, stored, "r", series.dataoffset, tuple(sizes.values()))
+        stack = AxesStack(values, letters)
+    elif math.prod(outer.values()) == len(series.pages) and TiffPage.can_read(page):
+        stack = AxesStack(TiffPages(series.pages, outer), "".join(outer) + "YXS")
     else:
-        values = series.asarray()
-    values = values.reshape(list(sizes.values()))
-    order = [letters.index(letter) for letter in (*pages, "Y", "X", *(c for c in letters if c in CHANNELS))]
-    values = values.transpose(order).reshape(count, sizes["Y"], sizes["X"], -1)
-    image = of_pages(values, reading, "pages")
-    return ArrayImage(turn(image) if turn else image, reading, missing)
+        stack = AxesStack(series.asarray().reshape(list(sizes.values())), letters)
+    if page.photometric == WHITE_IS_LEAST and stack.dtype.kind == "u":
+        stack = Reversed(stack, (1 << page.bitspersample) - 1)
+    image = open_stack(stack, reading, f"pages (axes {letters})", _missing(tiff.pages[0]))
+    orientation = tiff.pages[0].tags.get(ORIENTATION)
+    if turn := TURNS.get(orientation.value if orientation else 1):
+        width, height = image.size
+        turned = ArrayImage(turn(image.values[0:height, 0:width]), reading, _missing(tiff.pages[0]))
+        turned.pages = image.pages
+        return turned
+    return image
+
+
+def _missing(page: Any) -> float | None:
+    """The value that a page's tag says to stand for missing ones."""
+    tag = page.tags.get(NODATA)
+    try:
+        return None if tag is None else float(str(tag.value).strip("\0 "))
+    except ValueError:  # an empty one, say
+        return None
+
+
+class Reversed:
+    """A stack whose least values are white, with light as high as everywhere else. greatest: of its values."""
+
+    def __init__(self, stack: Stack, greatest: int) -> None:
+        self.stack, self.greatest, self.shape, self.dtype = stack, greatest, stack.shape, stack.dtype
+
+    def __getitem__(self, place: tuple[slice, slice, slice]) -> np.ndarray:
+        return self.dtype.type(self.greatest) - self.stack[place]
+
+
+class TiffPages:
+    """The pages of a series as an array [..., H, W, C]. outer: the letters and lengths of its first axes."""
+
+    def __init__(self, pages: Sequence[Any], outer: dict[str, int]) -> None:
+        if any(page is None for page in pages):
+            raise OSError("lacks some of the pages that it names")
+        self.pages = [TiffPage(page) for page in pages]
+        self.lengths, self.dtype = tuple(outer.values()), self.pages[0].dtype
+        self.shape = *self.lengths, *self.pages[0].shape
+
+    def __getitem__(self, place: tuple[int | slice, ...]) -> np.ndarray:
+        numbers = np.arange(len(self.pages)).reshape(self.lengths)[place[:-3]]
+        found = [self.pages[number][place[-3:-1]] for number in numbers.flat]
+        return np.stack(found).reshape(*numbers.shape, *found[0].shape)
 
 
 class TiffPage:
     """A page of an open file as an array [H, W, C]. A slice decodes only the tiles or strips that it needs."""
 
-    def __init__(self, page: Any) -> None:
-        self.page, self.dtype = page, page.dtype
+    def __init__(self, frame: Any) -> None:
+        self.frame, self.page = frame, frame.keyframe  # whose layout all frames of a series share
+        page, self.dtype = self.page, self.page.dtype
         self.planes, _, height, width, self.interleaved = page.shaped
         self.shape = height, width, self.planes * self.interleaved
         self.side = (page.tilelength, page.tilewidth) if page.is_tiled else (page.rowsperstrip, width)
@@ -140,11 +177,11 @@ class TiffPage:
 
     def _tile(self, number: int) -> np.ndarray:
         """A tile or strip [rows, columns, C], without what reaches beyond the image; one that is left out is empty."""
-        page, handle = self.page, self.page.parent.filehandle
-        handle.seek(page.dataoffsets[number])
-        data = handle.read(page.databytecounts[number]) or None
+        page, frame, handle = self.page, self.frame, self.frame.parent.filehandle
+        handle.seek(frame.dataoffsets[number])
+        data = handle.read(frame.databytecounts[number]) or None
         try:
-            values, _, (_, rows, columns, _) = page.decode(data, number, jpegtables=page.jpegtables)
+            values, _, (_, rows, columns, _) = page.decode(data, number, jpegtables=frame.jpegtables)
         except Exception as error:  # each codec has exceptions of its own
             if "imagecodecs" in str(error):
                 library("imagecodecs", "microscopy")

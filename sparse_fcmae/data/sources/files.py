@@ -9,6 +9,8 @@ from typing import BinaryIO
 
 import numpy as np
 
+from sparse_fcmae.data.decoders.ome_zarr import ZarrFolder
+
 
 class Paths(Sequence[str]):
     """Many paths in little memory: the bytes of all of them in a row, and where each ends.
@@ -56,8 +58,12 @@ class ImageFiles:
         return self.place
 
     def open(self, index: int) -> BinaryIO:
-        """The file with an image's bytes."""
-        return (self.root / self.files[index]).open("rb")
+        """The file with an image's bytes, or its Zarr folder."""
+        path = self.root / self.files[index]
+        try:
+            return path.open("rb")
+        except IsADirectoryError:
+            return ZarrFolder(path)
 
     def name(self, index: int) -> str:
         """An image's path as it was given, or as it was found below the folder."""

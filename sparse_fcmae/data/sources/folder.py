@@ -7,7 +7,8 @@ from typing import NoReturn
 
 from PIL import Image
 
-from sparse_fcmae.data.decoders import NOT_PILLOWS
+from sparse_fcmae.data.decoders import EXTENSIONS
+from sparse_fcmae.data.decoders.ome_zarr import EXTENSION as ZARR
 from sparse_fcmae.data.sources.files import ImageFiles, printable
 from sparse_fcmae.runtime.errors import UserError
 
@@ -63,11 +64,14 @@ def image_extensions() -> set[str]:
     Image.init()
     formats = set(Image.OPEN) - NOT_IMAGES
     known = {extension for extension, name in Image.registered_extensions().items() if name in formats}
-    return known.union(NOT_PILLOWS)
+    return known.union(EXTENSIONS)
 
 
 def walk(root: str | os.PathLike, without: str | os.PathLike | None) -> Iterator[tuple[str, list[str]]]:
-    """Every folder under `root` and the names of its files. Links are followed, and no folder comes twice."""
+    """Every folder under `root` and the names of its files, among which Zarr folders count.
+
+    Links are followed, and no folder comes twice.
+    """
 
     def unreadable(error: OSError) -> NoReturn:
         raise UserError(f"{root}: can't read {error.filename}: {error.strerror}")
@@ -79,5 +83,6 @@ def walk(root: str | os.PathLike, without: str | os.PathLike | None) -> Iterator
             folders.clear()
             continue
         seen.add(real)
-        folders[:] = sorted(f for f in folders if not f.startswith("."))
+        names += [f for f in folders if f.lower().endswith(ZARR)]
+        folders[:] = sorted(f for f in folders if not f.startswith(".") and f not in names)
         yield folder, names

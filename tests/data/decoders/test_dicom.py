@@ -75,7 +75,7 @@ def test_colour_and_frames(tmp_path):
     assert np.array_equal(read(tmp_path / "x.dcm", Reading(3)), colour)
     frames = np.random.default_rng(1).integers(0, 4096, (4, 8, 6)).astype(np.uint16)
     write(tmp_path / "x.dcm", frames, bits=12)
-    with pytest.raises(OSError, match="has 4 frames: --pages says what they are, channels or max"):
+    with pytest.raises(OSError, match="has 4 frames: --pages says what they are, channels, max or images"):
         open_image(tmp_path / "x.dcm", Reading(1, "uint16"))
     assert np.array_equal(read(tmp_path / "x.dcm", Reading(4, "uint16", pages="channels")), np.moveaxis(frames, 0, -1))
     assert np.array_equal(read(tmp_path / "x.dcm", Reading(1, "uint16", pages="max"))[..., 0], frames.max(0))

@@ -68,8 +68,9 @@ def test_boxes_of_a_tiff_are_those_of_the_whole(tmp_path, layout, planar):
 def test_only_the_tiles_of_a_box_are_decoded(tmp_path, monkeypatch):
     tifffile.imwrite(tmp_path / "x.tif", TWELVE_BITS, tile=(16, 16), compression="deflate")
     image, decoded = open_image(tmp_path / "x.tif", Reading(1, "uint16")), []
-    tile = image.values._tile
-    monkeypatch.setattr(image.values, "_tile", lambda number: decoded.append(number) or tile(number))
+    page = image.values.stack.values.pages[0]
+    tile = page._tile
+    monkeypatch.setattr(page, "_tile", lambda number: decoded.append(number) or tile(number))
     image.resized_crop((17, 33, 49, 47), (14, 32))
     assert decoded == [17, 18, 19]
 
@@ -120,7 +121,7 @@ def test_sixteen_bit_colour(tmp_path, planar):
 def test_pages_are_never_silently_the_first(tmp_path):
     stack = np.random.default_rng(2).integers(0, 4096, (6, 20, 30)).astype(np.uint16)
     tifffile.imwrite(tmp_path / "x.tif", stack, photometric="minisblack", metadata={"axes": "ZYX"})
-    with pytest.raises(OSError, match=r"has 6 pages \(axes ZYX\): --pages says what they are, channels or max"):
+    with pytest.raises(OSError, match=r"has 6 pages \(axes ZYX\): --pages says what they are, channels, max or images"):
         open_image(tmp_path / "x.tif", Reading(1, "uint16"))
     found = read(tmp_path / "x.tif", Reading(6, "uint16", pages="channels"))
     assert np.array_equal(found, np.moveaxis(stack, 0, -1))
@@ -196,7 +197,7 @@ def test_what_does_not_fit_is_said(tmp_path):
     with pytest.raises(OSError, match="has int64 values: save it as one of uint8, uint16"):
         read(tmp_path / "x.npy", Reading())
     np.save(tmp_path / "x.npy", np.zeros((2, 3, 8, 8), np.uint8))
-    with pytest.raises(OSError, match=r"has 4 axes \[2, 3, 8, 8\]"):
+    with pytest.raises(OSError, match=r"has 2 pages: --pages says what they are"):
         read(tmp_path / "x.npy", Reading())
     np.save(tmp_path / "x.npy", np.array([{}], object), allow_pickle=True)
     with pytest.raises(OSError, match="no array that can be read"):
@@ -224,7 +225,7 @@ def test_a_missing_library_is_named(tmp_path, monkeypatch, name, needed):
     tifffile.imwrite(tmp_path / "x.tif", TWELVE_BITS)
     (tmp_path / "x.png").write_bytes(imagecodecs.png_encode(np.zeros((8, 8, 3), np.uint16)))
     monkeypatch.setitem(sys.modules, needed, None)
-    with pytest.raises(OSError, match=rf"needs {needed}: pip install tifffile imagecodecs \(the extra microscopy\)"):
+    with pytest.raises(OSError, match=rf"needs {needed}: pip install tifffile imagecodecs zarr \(the extra micro"):
         open_image(tmp_path / name, Reading())
 
 
@@ -232,7 +233,7 @@ def test_arrays_are_mapped_not_read(tmp_path):
     np.save(tmp_path / "x.npy", np.arange(10000, dtype=np.uint16).reshape(100, 100))
     with (tmp_path / "x.npy").open("rb") as file:
         image = open_image(file, Reading(1, "uint16"))
-    assert isinstance(image.values, np.memmap)
+    assert isinstance(image.values.stack.values, np.memmap)
     assert image.resized_crop((1, 2, 3, 4), (2, 2)).flatten().tolist() == [201, 202, 301, 302]  # the file is closed
     np.save(buffer := io.BytesIO(), np.ones((4, 4), np.uint8))
     buffer.seek(0)

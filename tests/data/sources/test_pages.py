@@ -1,0 +1,103 @@
+"""Pages that are images of their own, against the arrays that were written."""
+
+import numpy as np
+import pytest
+import tifffile
+import torch
+import zarr
+from pydicom import dcmread
+from pydicom.data import get_testdata_file
+
+from sparse_fcmae import UserError
+from sparse_fcmae.data.decoders import open_image
+from sparse_fcmae.data.decoders.image import Reading
+from sparse_fcmae.data.sources.class_folder import class_folder
+from sparse_fcmae.data.sources.opening import open_images
+from sparse_fcmae.data.sources.pages import Pages, labelled_by_page
+
+STACK = np.random.default_rng(0).integers(0, 4096, (6, 20, 30)).astype(np.uint16)
+IMAGES = Reading(1, "uint16", pages="images")
+
+
+def pixels(source, index, reading):
+    with source.open(index) as file:
+        image = open_image(file, reading)
+        width, height = image.size
+        return image.resized_crop((0, 0, width, height), (height, width)).numpy()
+
+
+def write(folder, kind):
+    """The stack as a file or folder of a kind. Returns its name."""
+    path = folder / f"x.{kind}"
+    if kind == "npy":
+        np.save(path, STACK)
+    elif kind == "npz":
+        np.savez_compressed(path, STACK)
+    elif kind == "zarr":
+        zarr.create_array(str(path), data=STACK, chunks=(1, 8, 8))
+    else:
+        packed = {"tif": None, "tiff": "deflate"}[kind]
+        tifffile.imwrite(path, STACK, photometric="minisblack", compression=packed, metadata={"axes": "ZYX"})
+    return path.name
+
+
+@pytest.mark.parametrize("kind", ["tif", "tiff", "npy", "npz", "zarr"])
+def test_each_page_is_an_image(tmp_path, kind):
+    name = write(tmp_path, kind)
+    source = Pages(open_images(tmp_path), IMAGES, 0)
+    assert len(source) == 6
+    assert (source.name(0), source.name(5)) == (f"{name} page 1", f"{name} page 6")
+    assert source.notes == ["6 pages in 1 files, each an image of its own"]
+    for number in range(6):
+        assert np.array_equal(pixels(source, number, IMAGES)[..., 0], STACK[number])
+    with (
+        open_images(tmp_path).open(0) as file,
+        pytest.raises(OSError, match=r"has 6 pages.*, each an image: say"),
+    ):
+        open_image(file, IMAGES)
+
+
+def test_pages_of_several_files_and_one_that_has_changed(tmp_path):
+    np.save(tmp_path / "a.npy", STACK[:2])
+    np.save(tmp_path / "b.npy", STACK[2])
+    np.save(tmp_path / "c.npy", STACK[3:])
+    (tmp_path / "d.npy").write_text("no array")
+    with pytest.raises(UserError, match=r"1 of 4 images are unreadable, such as d.npy"):
+        Pages(open_images(tmp_path), IMAGES, 0.1)
+    source = Pages(open_images(tmp_path), IMAGES, 0.5)
+    for number in range(6):
+        assert np.array_equal(pixels(source, number, IMAGES)[..., 0], STACK[number])
+    assert "left out, as 1 of 4 images can't be read: d.npy" in source.notes[1]
+    np.save(tmp_path / "c.npy", STACK[3:5])
+    with pytest.raises(OSError, match="has 2 pages, and page 3 is to be read: has the file changed"):
+        pixels(source, 5, IMAGES)
+
+
+def test_pages_have_the_class_of_their_file(tmp_path):
+    for name, pages in (("cat", STACK[:2]), ("dog", STACK[2:])):
+        (tmp_path / name).mkdir()
+        np.save(tmp_path / name / "x.npy", pages)
+    images = labelled_by_page(class_folder(tmp_path), IMAGES)
+    assert images.labels.tolist() == [0, 0, 1, 1, 1, 1]
+    part = images.take([5, 1])
+    assert (part.labels.tolist(), part.name(0)) == ([1, 0], "dog/x.npy page 4")
+    assert np.array_equal(pixels(part, 0, IMAGES)[..., 0], STACK[5])
+    same = class_folder(tmp_path)
+    assert labelled_by_page(same, Reading(1, "uint16")) is same
+    assert torch.equal(same.labels, torch.tensor([0, 1]))
+
+
+def test_frames_of_a_dicom_file(tmp_path):
+    path = get_testdata_file("MR_small_RLE.dcm")  # one frame, in a file that begins as a TIFF
+    assert open_image(path, Reading(1, "int16", pages="images")).pages == 1
+    path = get_testdata_file("rtdose_rle.dcm")
+    data = dcmread(path)
+    whole = data.pixel_array * np.float64(data.get("RescaleSlope", 1)) + float(data.get("RescaleIntercept", 0))
+    image = open_image(path, Reading(1, "uint16", pages="images", page=0))
+    assert image.pages == len(whole) > 1
+    reading = Reading(1, image.dtype, pages="images", page=3)
+    image = open_image(path, reading)
+    found = image.resized_crop((0, 0, *image.size), image.size[::-1])[..., 0].numpy()
+    assert np.array_equal(found, whole[3].astype(found.dtype))
+    with pytest.raises(OSError, match=r"has \d+ frames, each an image: say which"):
+        open_image(path, Reading(1, image.dtype, pages="images"))
