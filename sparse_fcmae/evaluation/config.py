@@ -12,7 +12,9 @@ class EvaluateConfig(ReadingConfig, ComputeConfig):
     """Options of `sparse-fcmae evaluate`."""
 
     data: str = option(
-        help="class folders, or these in val or test (and train, for the probes), or a table (.csv, .tsv)", path=True
+        help="class folders, or these in val or test (and train, for the probes), a table (.csv, .tsv), archives "
+        "(.tar), Parquet files or a saved data set",
+        path=True,
     )
     init: str = option(help="weights: run, checkpoint or exported folder, or a file, of any layout", path=True)
     out: str | None = option(None, help="folder for evaluation.json, confusion.json and confusion.png", path=True)

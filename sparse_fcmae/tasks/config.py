@@ -29,8 +29,9 @@ class PretrainConfig(RunConfig):
 
     data: str | tuple[str, ...] | None = option(
         None,
-        help="folder of images, flat or nested, archives as 'shards/{000..099}.tar', a table (.csv, .tsv), a text "
-        "file (.txt) with a path a line, a pattern as 'scans/*.png', or several of these",
+        help="folder of images, flat or nested, archives as 'shards/{000..099}.tar', a table (.csv, .tsv), Parquet "
+        "files or a saved data set, a text file (.txt) with a path a line, a pattern as 'scans/*.png', or several of "
+        "these",
         path=True,
         resumable=True,
     )
@@ -105,7 +106,8 @@ class FinetuneConfig(RunConfig):
 
     data: str | None = option(
         None,
-        help="folder with train and val or test, each of class folders, or a table (.csv, .tsv); see `val_split`",
+        help="folder with train and val or test, each of class folders, a table (.csv, .tsv), archives (.tar), Parquet "
+        "files or a saved data set; see `val_split`",
         path=True,
         resumable=True,
     )

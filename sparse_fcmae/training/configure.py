@@ -47,8 +47,13 @@ def _written_out(kind: type[Config], given: dict[str, Any]) -> dict[str, Any]:
     for f in fields(kind):
         if f.metadata.get("path") and f.name != "out" and options.get(f.name):
             given, several = options[f.name], isinstance(options[f.name], list | tuple)
-            options[f.name] = [os.path.abspath(path) for path in given] if several else os.path.abspath(given)
+            options[f.name] = [absolute(path) for path in given] if several else absolute(given)
     return options
+
+
+def absolute(path: str) -> str:
+    """A path from the root; an address, such as s3://bucket/folder, as it is."""
+    return path if "://" in path else os.path.abspath(path)
 
 
 def _resumed(kind: type[Config], options: dict[str, Any], run: RunFolder) -> Config:

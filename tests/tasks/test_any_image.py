@@ -4,11 +4,13 @@ import json
 import tarfile
 
 import numpy as np
+import pyarrow
 import pytest
 import tifffile
 import torch
 from helpers import relative_error
 from PIL import Image
+from pyarrow import parquet
 from safetensors.torch import load_file
 from timm.models import adapt_input_conv
 
@@ -215,15 +217,23 @@ def test_tables_and_archives_from_pretraining_to_evaluation(tmp_path, monkeypatc
         with tarfile.open(tmp_path / f"{shard}.tar", "w") as archive:
             for path in files[8 * shard : 8 * shard + 8]:
                 archive.add(tmp_path / path, path)
-    for out, where in (("folder", data / "train"), ("table", tmp_path / "train.csv"), ("tar", tmp_path / "{0..1}.tar")):
+    for split, paths in (("train", files), ("val", held_out)):
+        images = [(tmp_path / path).read_bytes() for path in paths]
+        columns = {"image": images, "label": [path.parent.name for path in paths]}
+        parquet.write_table(pyarrow.table(columns), tmp_path / f"{split}-0.parquet")
+    places = {"folder": data / "train", "table": tmp_path / "train.csv", "tar": tmp_path / "{0..1}.tar"}
+    places["parquet"] = tmp_path / "train-0.parquet"
+    for out, where in places.items():
         pretrain(data=where, out=tmp_path / out, **SMALL)
-    folder, table, tar = (
-        load_file(tmp_path / run / "exported" / "model.safetensors") for run in ("folder", "table", "tar")
-    )
-    assert all(torch.equal(folder[key], other[key]) for other in (table, tar) for key in folder)
+    folder, *others = (load_file(tmp_path / run / "exported" / "model.safetensors") for run in places)
+    assert all(torch.equal(folder[key], other[key]) for other in others for key in folder)
     tuning = SMALL | {"epochs": 20, "drop_path": 0.0, "eval_every": 20, "preset": "atto", "rand_augment": 0.0}
     del tuning["stem_stride"]
     finetune(data=tmp_path / "all.csv", init=tmp_path / "table", out=tmp_path / "tuned", **tuning)
     found = evaluate(data=tmp_path / "all.csv", init=tmp_path / "tuned")
     assert (found["images"], found["top1"] > 0.9) == (16, True)
     assert evaluate(data=tmp_path / "all.csv", init=tmp_path / "table", knn=True)["train_images"] == 16
+    data = str(tmp_path / "*.parquet")
+    finetune(data=data, init=tmp_path / "parquet", out=tmp_path / "tuned-parquet", **tuning)
+    again = evaluate(data=data, init=tmp_path / "tuned-parquet")
+    assert (again["top1"], again["confusion"]) == (found["top1"], found["confusion"])

@@ -13,7 +13,11 @@ from torch import Tensor
 from sparse_fcmae.data.config import MAX_MEGAPIXELS
 from sparse_fcmae.data.format import FLOATS, ImageFormat
 
-EXTRAS = {"medical": ("pydicom",), "microscopy": ("tifffile", "imagecodecs", "zarr")}  # and their packages
+EXTRAS = {  # and their packages
+    "datasets": ("datasets",),
+    "medical": ("pydicom",),
+    "microscopy": ("tifffile", "imagecodecs", "zarr"),
+}
 BAND = 1024  # rows that are decoded at once where all are
 LEAST_KNOWN = 0.5  # of a resampled value's weights that are on values: with fewer it is missing
 ROUNDED = {"float64": "float32"}  # dtypes that are read as another one

@@ -12,7 +12,7 @@ from sparse_fcmae.runtime.errors import UserError
 from sparse_fcmae.runtime.files import write_atomic
 
 Index = dict[str, np.ndarray]
-VERSION = 1  # of what indexes hold
+VERSION = 2  # of what indexes hold
 
 
 def cache_folder() -> Path:

@@ -1,5 +1,6 @@
 """Images of any source that each belong to a class."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import BinaryIO
@@ -93,17 +94,19 @@ class Labelled:
 class Rows:
     """Images, of each of which a table or the like says more.
 
-    labels, splits: the name of each image's class and the split that it is in, None where nothing says so.
+    labels, splits: the name of each image's class and the split that it is in, None where nothing says so. unlabelled:
+    what is wrong in that case.
     """
 
     source: ImageSource
     labels: Sequence[str] | None
     splits: Sequence[str] | None
+    unlabelled: str = "no column for the classes: name it by `label_column`"
 
     def labelled(self, chosen: Sequence[int] | None = None) -> Labelled:
         """Some images, or all, with their classes. Raises UserError where one has none."""
         if self.labels is None:
-            raise UserError(f"{self.source}: no column for the classes: name it by `label_column`")
+            raise UserError(f"{self.source}: {self.unlabelled}")
         source = self.source if chosen is None else Some(self.source, chosen)
         names = self.labels if chosen is None else [self.labels[row] for row in chosen]
         if "" in names:
@@ -131,6 +134,15 @@ SPLITS = {
     "dev": "val",
     "test": "test",
 }
+
+
+SPLIT = re.compile(rf"({'|'.join(SPLITS)})(?![a-z])", re.IGNORECASE)
+
+
+def split_in(name: str) -> str | None:
+    """The split that a file's name begins with, as train-000.tar does, or None."""
+    match = SPLIT.match(name)
+    return split_of(match[1]) if match else None
 
 
 def split_of(name: str) -> str:

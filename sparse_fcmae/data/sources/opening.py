@@ -9,6 +9,7 @@ from sparse_fcmae.data.sources import ImageSource
 from sparse_fcmae.data.sources.channel_files import ChannelFiles
 from sparse_fcmae.data.sources.files import ImageFiles
 from sparse_fcmae.data.sources.folder import ImageFolder, image_extensions
+from sparse_fcmae.data.sources.hugging_face import names_dataset, read_dataset
 from sparse_fcmae.data.sources.image_glob import ImageGlob
 from sparse_fcmae.data.sources.image_list import ImageList
 from sparse_fcmae.data.sources.labelled import Rows
@@ -45,6 +46,10 @@ def open_rows(data: str | os.PathLike, columns: Columns = USUAL_COLUMNS) -> Rows
     """What there is to say about each image where `data` is of a kind that says it, as a table does, or else None."""
     if names_table(data):
         return read_table(data, columns)
+    if names_shards(os.fspath(data)):
+        return open_shards(os.fspath(data)).rows()
+    if names_dataset(os.fspath(data)):
+        return read_dataset(os.fspath(data), columns)
     return None
 
 
@@ -54,8 +59,6 @@ def _open(data: str, without: str | os.PathLike | None, columns: Columns) -> Ima
         return rows.source
     if os.path.isdir(data):
         return ImageFolder(data, without)
-    if names_shards(data):
-        return open_shards(data)
     if os.path.isfile(data):
         extension = os.path.splitext(data)[1].lower()
         if extension == ".txt":
@@ -64,7 +67,7 @@ def _open(data: str, without: str | os.PathLike | None, columns: Columns) -> Ima
             return ImageFiles(data, os.path.dirname(data), [os.path.basename(data)])
         if data.lower().endswith((".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")):
             raise UserError(f"{data}: compressed, so unpack it to a .tar first, say by gunzip")
-        known = "no text file with a path a line (.txt), table (.csv, .tsv) or archive (.tar)"
+        known = "no text file with a path a line (.txt), table (.csv, .tsv, .parquet) or archive (.tar)"
         raise UserError(f"{data}: {known}: name the folder that holds the images")
     if glob.has_magic(data):
         return ImageGlob(data, without)

@@ -17,8 +17,10 @@ from tqdm import tqdm
 from sparse_fcmae.data.sources.files import Paths, printable
 from sparse_fcmae.data.sources.folder import image_extensions
 from sparse_fcmae.data.sources.index_cache import Index, remembered
+from sparse_fcmae.data.sources.labelled import Rows, split_in
 from sparse_fcmae.runtime.errors import UserError
 
+CLASS, LONGEST_CLASS = ".cls", 1000  # the extension of files that name a class, and their bytes at most
 PADDING = 1 << 20  # bytes that are looked at behind the last file
 BRACES = re.compile(r"\{([^{}]*)\}")  # {000..003} counts, {a,b} lists
 COUNTED = re.compile(r"(\d+)\.\.(\d+)$")
@@ -28,8 +30,10 @@ class TarShards:
     """The image files in tar archives, in the order of the archives and of what they hold.
 
     place: the archives, for messages. shards: their paths. Where each image lies is found out once, with a progress
-    bar, and kept in the user's cache. Whatever else the archives hold, such as captions, is passed over and counted in
-    `notes`. Raises UserError for an archive that is missing, damaged, compressed or without images.
+    bar, and kept in the user's cache. So is the class of each, which a .cls file beside it names; classes: the names,
+    labels: for each image an index into these, -1 without one. Whatever else the archives hold, such as captions, is
+    passed over and counted in `notes`. Raises UserError for an archive that is missing, damaged, compressed or without
+    images.
     """
 
     def __init__(self, place: str, shards: Sequence[str]) -> None:
@@ -39,6 +43,7 @@ class TarShards:
         except OSError as error:
             raise UserError(f"{error.filename}: {error.strerror}") from None
         self.shard, self.start, self.size = index["shard"], index["start"], index["size"]
+        self.classes, self.labels = index["classes"], index["labels"]
         self.names = Paths(())
         self.names.text, self.names.ends = index["names"].tobytes(), index["ends"]
         parts = (os.path.basename(shard).encode(errors="surrogateescape") + b"\n" for shard in self.shards)
@@ -63,10 +68,20 @@ class TarShards:
         """The archive and the image's path in it."""
         return printable(f"{os.path.basename(self.shards[self.shard[index]])}/{self.names[index]}")
 
+    def rows(self) -> Rows:
+        """The images with their classes, and with the splits that the archives' names begin with, as train-000.tar."""
+        labels = None
+        if len(self.classes):
+            labels = ["" if label < 0 else str(self.classes[label]) for label in self.labels.tolist()]
+        of_shard = [split_in(os.path.basename(shard)) for shard in self.shards]
+        splits = [of_shard[shard] for shard in self.shard.tolist()] if all(of_shard) else None
+        return Rows(self, labels, splits, f"no {CLASS} file beside an image names its class")
+
     def _index(self) -> Index:
         """Where the images lie in the archives."""
         extensions, others, names = image_extensions(), Counter[str](), []
         places: list[tuple[int, int, int]] = []
+        class_of: dict[tuple[int, str], str] = {}
         for number, shard in enumerate(tqdm(self.shards, desc="indexing", unit="archive", dynamic_ncols=True)):
             before = len(places)
             for member in _members(shard):
@@ -74,21 +89,44 @@ class TarShards:
                 if extension in extensions:
                     places.append((number, member.offset_data, member.size))
                     names.append(member.name)
+                elif extension == CLASS:
+                    class_of[number, _key(member.name)] = _text(shard, member)
                 else:
                     others[extension or "without an extension"] += 1
             if len(places) == before:
                 raise UserError(f"{shard}: no image in this archive")
         shard, start, size = np.array(places, np.int64).T
         paths, kinds = Paths(names), sorted(others)
+        found = [class_of.get((number, _key(name))) for (number, _, _), name in zip(places, names, strict=True)]
+        classes = sorted({name for name in found if name is not None})
+        label_of = {name: label for label, name in enumerate(classes)} | {None: -1}
         return {
             "shard": shard.astype(np.int32),
             "start": start,
             "size": size,
             "names": np.frombuffer(paths.text, np.uint8),
             "ends": paths.ends,
+            "classes": np.array(classes, np.str_),
+            "labels": np.array([label_of[name] for name in found], np.int32),
             "kinds": np.array(kinds, np.str_),
             "others": np.array([others[kind] for kind in kinds], np.int64),
         }
+
+
+def _key(name: str) -> str:
+    """What the files of a sample have in common: the path up to the first dot in the file's name."""
+    folder, file = os.path.split(name)
+    return os.path.join(folder, file.split(".", 1)[0])
+
+
+def _text(shard: str, member: tarfile.TarInfo) -> str:
+    """The text in a small file of an archive. Raises UserError for another one."""
+    with open(shard, "rb") as file:
+        file.seek(member.offset_data)
+        text = file.read(min(member.size, LONGEST_CLASS)).decode(errors="replace").strip()
+    if not text.isprintable() or member.size > LONGEST_CLASS:
+        raise UserError(f"{shard}: {member.name} names no class, which is a word or number")
+    return text
 
 
 def _members(shard: str) -> list[tarfile.TarInfo]:

@@ -2,6 +2,7 @@
 
 import csv
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from sparse_fcmae.data.config import Columns
@@ -44,7 +45,7 @@ def read_table(data: str | os.PathLike, columns: Columns) -> Rows:
     header, *rows = lines
     if uneven := next((number for number, row in enumerate(rows, 2) if len(row) != len(header)), None):
         raise UserError(f"{file}: row {uneven} has {len(rows[uneven - 2])} columns, and the first line {len(header)}")
-    place = {kind: _column(file, header, kind, getattr(columns, f"{kind}_column")) for kind in USUAL}
+    place = {kind: place_of_column(str(file), header, kind, getattr(columns, f"{kind}_column")) for kind in USUAL}
     if place["path"] is None:
         raise UserError(f"{file}: no column for the paths: name one of {', '.join(header)} by `path_column`")
     found = {kind: None if at is None else [row[at].strip() for row in rows] for kind, at in place.items()}
@@ -56,7 +57,7 @@ def read_table(data: str | os.PathLike, columns: Columns) -> Rows:
     return Rows(ImageFiles(str(file), file.parent, found["path"]), found["label"], splits)
 
 
-def _column(file: Path, header: list[str], kind: str, asked: str | None) -> int | None:
+def place_of_column(file: str, header: Sequence[str], kind: str, asked: str | None) -> int | None:
     """The place of a column: the one asked for, or the first with a usual name."""
     if asked is not None:
         if asked not in header:

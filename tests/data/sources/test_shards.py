@@ -9,6 +9,7 @@ from PIL import Image
 
 from sparse_fcmae import UserError
 from sparse_fcmae.data.sources import index_cache, shards
+from sparse_fcmae.data.sources.class_folder import open_held_out, open_splits
 from sparse_fcmae.data.sources.files import Paths
 from sparse_fcmae.data.sources.opening import open_images
 
@@ -46,6 +47,31 @@ def archives(tmp_path):
     return tmp_path / "shards"
 
 
+def test_classes_and_splits(tmp_path):
+    def sample(key, name):
+        return [(f"{key}.seg.png", png(1)), (f"{key}.cls", name.encode())]
+
+    write(tmp_path / "train-0.tar", [*sample("a/0", "dog\n"), *sample("b/0", "newt")])
+    write(tmp_path / "train-1.tar", sample("a/0", "cat"))  # the same key, in another archive
+    write(tmp_path / "val-0.tar", [*sample("a/1", "cat"), *sample("a/2", "newt")])
+    for _ in range(2):  # found, and remembered
+        train, val = open_splits(str(tmp_path / "{train-0,train-1,val-0}.tar"), None, 0)
+        assert train.classes == val.classes == ("cat", "dog", "newt")
+        assert (train.labels.tolist(), val.labels.tolist()) == ([1, 2, 0], [0, 2])
+        assert val.name(1) == "val-0.tar/a/2.seg.png"
+        assert open_held_out(str(tmp_path / "val-0.tar")).labels.tolist() == [0, 1]
+    assert len(open_images(str(tmp_path / "*.tar"))) == 5
+    write(tmp_path / "some.tar", [*sample("a", "dog"), ("b.png", png(2))])
+    with pytest.raises(UserError, match=r"some.tar/b.png has no label"):
+        open_held_out(str(tmp_path / "some.tar"))
+    write(tmp_path / "none.tar", [("b.png", png(2))])
+    with pytest.raises(UserError, match=r"none.tar: no .cls file beside an image names its class"):
+        open_held_out(str(tmp_path / "none.tar"))
+    write(tmp_path / "long.tar", [("b.png", png(2)), ("b.cls", b"x" * 2000)])
+    with pytest.raises(UserError, match=r"long.tar: b.cls names no class"):
+        open_held_out(str(tmp_path / "long.tar"))
+
+
 def values(source):
     found = []
     for index in range(len(source)):
@@ -61,7 +87,7 @@ def test_images_of_archives_in_their_order(archives, pattern):
     assert values(source) == [40 * shard + 10 * number for shard in numbers for number in range(4)]
     assert source.name(0) == f"{numbers[0]:03}.tar/deep/{numbers[0]}0.png"
     counts = 4 * len(numbers)
-    assert source.notes == [f"passed over in the archives, as they are no images: {counts} .cls, {counts} .txt"]
+    assert source.notes == [f"passed over in the archives, as they are no images: {counts} .txt"]
     assert str(source) == os.path.join(archives, pattern)
 
 
@@ -131,7 +157,9 @@ def test_mistakes(archives, tmp_path):
     (tmp_path / "packed.tar").write_bytes(gzip.compress(whole))
     fails("packed.tar", r"packed.tar: compressed, so unpack it first")
     (tmp_path / "x.zip").write_bytes(b"x")
-    fails("x.zip", r"x.zip: no text file with a path a line \(.txt\), table \(.csv, .tsv\) or archive \(.tar\)")
+    fails(
+        "x.zip", r"x.zip: no text file with a path a line \(.txt\), table \(.csv, .tsv, .parquet\) or archive \(.tar\)"
+    )
 
 
 @pytest.mark.parametrize(

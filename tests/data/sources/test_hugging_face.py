@@ -1,0 +1,230 @@
+"""Data sets of Hugging Face's library and Parquet files, made by that library, by pyarrow, and on a local hub."""
+
+import hashlib
+import http.server
+import io
+import json
+import os
+import pickle
+import subprocess
+import sys
+import threading
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from sparse_fcmae import UserError
+from sparse_fcmae.data.config import Columns
+from sparse_fcmae.data.decoders import open_image
+from sparse_fcmae.data.decoders.image import Reading
+from sparse_fcmae.data.sources.class_folder import open_held_out, open_splits
+from sparse_fcmae.data.sources.opening import open_images
+
+VALUES = np.random.default_rng(0).integers(0, 4096, (10, 16, 20)).astype(np.uint16)
+
+
+def encoded(values):
+    Image.fromarray(values).save(buffer := io.BytesIO(), format="PNG")
+    return buffer.getvalue()
+
+
+IMAGES = [encoded(values) for values in VALUES]
+CLASSES = ["newt", "cat", "dog"]  # in no alphabetical order
+SPLITS = ["train", "val"] * 5
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+
+
+def dataset(rows=range(10), **more):
+    features = datasets.Features({"img": datasets.Image(), "label": datasets.ClassLabel(names=CLASSES)})
+    columns = {"img": [{"bytes": IMAGES[i], "path": f"{i}.png"} for i in rows], "label": [i % 3 for i in rows]}
+    return datasets.Dataset.from_dict(columns | more, features=features)
+
+
+def check(source, rows=range(10)):
+    """Each image has the values that were written for its row."""
+    assert len(source) == len(rows)
+    for index, row in enumerate(rows):
+        with source.open(index) as file:
+            found = open_image(file, Reading(1, "uint16")).resized_crop((0, 0, 20, 16), (16, 20))
+        assert np.array_equal(found[..., 0].numpy(), VALUES[row])
+
+
+def names_of(labelled):
+    return [labelled.classes[label] for label in labelled.labels.tolist()]
+
+
+def test_a_saved_data_set(tmp_path):
+    dataset().save_to_disk(tmp_path / "saved")
+    source = open_images(tmp_path / "saved")
+    check(source)
+    assert (source.name(3), source.notes) == ("row 3 (3.png)", [])
+    check(pickle.loads(pickle.dumps(source)))
+    labelled = open_held_out(tmp_path / "saved")
+    check(labelled)
+    assert names_of(labelled) == [CLASSES[i % 3] for i in range(10)]
+    dataset().select([7, 2, 4]).save_to_disk(tmp_path / "some")
+    check(open_images(tmp_path / "some"), [7, 2, 4])
+    assert open_images(tmp_path / "some").fingerprint != source.fingerprint
+
+
+def test_a_saved_data_set_of_splits(tmp_path):
+    parts = {"train": dataset(range(6)), "validation": dataset(range(6, 10))}
+    datasets.DatasetDict(parts).save_to_disk(tmp_path / "saved")
+    source = open_images(tmp_path / "saved")
+    check(source)
+    assert source.notes == ["images of the splits train (6), validation (4)"]
+    train, val = open_splits(tmp_path / "saved", None, 0)
+    check(train, range(6))
+    check(val, range(6, 10))
+    assert train.classes == val.classes == ("cat", "dog", "newt")
+    assert names_of(val) == [CLASSES[i % 3] for i in range(6, 10)]
+    with pytest.raises(UserError, match="has a column of splits already"):
+        open_splits(tmp_path / "saved", 0.5, 0)
+
+
+def test_parquet_files_by_split(tmp_path):
+    (tmp_path / "data").mkdir()
+    dataset(range(4)).to_parquet(tmp_path / "data" / "train-00000-of-00002.parquet")
+    dataset(range(4, 6)).to_parquet(tmp_path / "data" / "train-00001-of-00002.parquet")
+    dataset(range(6, 10)).to_parquet(tmp_path / "data" / "test-00000-of-00001.parquet")
+    train, val = open_splits(tmp_path, None, 0)  # the folder above, as the hub has it
+    check(train, range(6))
+    check(val, range(6, 10))
+    check(open_images(str(tmp_path / "data" / "train-*.parquet")), range(6))
+    check(open_images(tmp_path / "data" / "test-00000-of-00001.parquet"), range(6, 10))
+    assert open_images(tmp_path).notes == ["images of the splits test (4), train (6)"]
+
+
+def test_parquet_that_other_programs_wrote(tmp_path):
+    plain = pa.table({"name": list("abcdefghij"), "picture": IMAGES, "kind": [i % 2 for i in range(10)]})
+    pq.write_table(plain, tmp_path / "x.parquet")
+    check(open_images(tmp_path / "x.parquet"))
+    labelled = open_held_out(tmp_path / "x.parquet", Columns(label_column="kind"))
+    assert names_of(labelled) == [str(i % 2) for i in range(10)]
+    pairs = pa.table({"image": [{"bytes": image, "path": None} for image in IMAGES], "split": SPLITS})
+    pq.write_table(pairs, tmp_path / "y.parquet")
+    check(open_images(tmp_path / "y.parquet"))
+    with pytest.raises(UserError, match="no column for the classes"):
+        open_splits(tmp_path / "y.parquet", None, 0)
+    for number, image in enumerate(IMAGES):
+        (tmp_path / f"{number}.png").write_bytes(image)
+    paths = pa.table({"path": [f"{i}.png" for i in range(10)], "label": list("aabbaabbaa"), "split": SPLITS})
+    pq.write_table(paths, tmp_path / "z.parquet")
+    check(open_images(tmp_path / "z.parquet"))
+    train, val = open_splits(tmp_path / "z.parquet", None, 0)
+    check(train, range(0, 10, 2))
+    check(val, range(1, 10, 2))
+
+
+def test_rows_without_an_image_or_a_label(tmp_path):
+    table = pa.table({"image": [IMAGES[0], None, IMAGES[2]], "label": ["a", "b", None]})
+    pq.write_table(table, tmp_path / "x.parquet")
+    source = open_images(tmp_path / "x.parquet")
+    with pytest.raises(OSError, match="this row has no image"):
+        source.open(1)
+    with pytest.raises(UserError, match="row 2 has no label: give one, or leave it out"):
+        open_held_out(tmp_path / "x.parquet")
+
+
+def test_mistakes(tmp_path):
+    with pytest.raises(UserError, match=r"x.parquet: no such file"):
+        open_images(tmp_path / "x.parquet")
+    with pytest.raises(UserError, match="no file matches this pattern"):
+        open_images(tmp_path / "*.parquet")
+    (tmp_path / "x.parquet").write_text("no Parquet")
+    with pytest.raises(UserError, match=r"x.parquet: can't be read: .*"):
+        open_images(tmp_path / "x.parquet")
+    pq.write_table(pa.table({"a": [1, 2], "b": ["x", "y"]}), tmp_path / "y.parquet")
+    with pytest.raises(UserError, match="no column holds images or paths: name one of a, b by `path_column`"):
+        open_images(tmp_path / "y.parquet")
+    with pytest.raises(UserError, match="`path_column` c is none of its columns: a, b"):
+        open_images(tmp_path / "y.parquet", columns=Columns(path_column="c"))
+    pq.write_table(pa.table({"left": IMAGES, "right": IMAGES}), tmp_path / "z.parquet")
+    with pytest.raises(UserError, match="the columns left, right hold images: choose one by `path_column`"):
+        open_images(tmp_path / "z.parquet")
+    check(open_images(tmp_path / "z.parquet", columns=Columns(path_column="right")))
+
+
+def test_the_library_is_named_where_it_is_missing(tmp_path, monkeypatch):
+    pq.write_table(pa.table({"image": IMAGES}), tmp_path / "x.parquet")
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(UserError, match=r"needs datasets: pip install datasets \(the extra datasets\)"):
+        open_images(tmp_path / "x.parquet")
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """As much of the hub as a data set of one Parquet file needs. folder: that holds it."""
+
+    folder = None
+    SHA = "0123456789abcdef0123456789abcdef01234567"
+
+    def log_message(self, *_):
+        pass
+
+    def answer(self, content, **headers):
+        self.send_response(200)
+        for name, value in {"Content-Length": len(content), **headers}.items():
+            self.send_header(name.replace("_", "-"), str(value))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(content)
+
+    def do_GET(self):
+        path = self.path.split("?")[0]
+        file = self.folder / "train-00000-of-00001.parquet"
+        entry = {"type": "file", "path": file.name, "size": file.stat().st_size, "oid": "0" * 40}
+        if path.startswith("/api/datasets/someone/pictures/tree/"):
+            self.answer(json.dumps([entry]).encode())
+        elif path.startswith("/api/datasets/someone/pictures/paths-info/"):
+            self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            self.answer(json.dumps([entry]).encode())
+        elif path.startswith("/api/datasets/someone/pictures"):
+            found = {"id": "someone/pictures", "sha": self.SHA, "siblings": [{"rfilename": file.name}], "tags": []}
+            self.answer(json.dumps(found | {"private": False, "downloads": 0}).encode())
+        elif path.endswith(file.name):
+            content = file.read_bytes()
+            self.answer(content, ETag=f'"{hashlib.sha1(content).hexdigest()}"', X_Repo_Commit=self.SHA)
+        else:
+            self.send_response(404)
+            there = "someone/pictures" in path
+            self.send_header("X-Error-Code", "EntryNotFound" if there else "RepoNotFound")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+    do_HEAD = do_POST = do_GET
+
+
+PROGRAM = """
+import sys
+from sparse_fcmae.data.sources.opening import open_images
+source = open_images("hf://datasets/someone/pictures")
+print(len(source), source.open(3).read() == open(sys.argv[1], "rb").read())
+try:
+    open_images("hf://datasets/someone/nothing")
+except Exception as error:
+    print(type(error).__name__, error)
+"""
+
+
+def test_a_name_on_the_hub(tmp_path):
+    dataset().to_parquet(tmp_path / "train-00000-of-00001.parquet")
+    (tmp_path / "3.png").write_bytes(IMAGES[3])
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), type("OfFolder", (Hub,), {"folder": tmp_path}))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    place = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "home")}
+    command = [sys.executable, "-c", PROGRAM, str(tmp_path / "3.png")]
+    done = subprocess.run(command, env=dict(os.environ) | place, capture_output=True, text=True, timeout=200)
+    server.shutdown()
+    assert done.returncode == 0, done.stderr
+    first, *rest = done.stdout.splitlines()
+    assert first == "10 True", done.stderr
+    assert rest[0].startswith("UserError hf://datasets/someone/nothing: can't be read: ")
+    assert len(rest) == 1
