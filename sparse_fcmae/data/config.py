@@ -5,22 +5,29 @@ from dataclasses import dataclass
 from sparse_fcmae.runtime.errors import UserError
 from sparse_fcmae.runtime.options import listed, option
 
+CACHE_GB = 20.0
 MAX_MEGAPIXELS = 1000.0  # takes 3 GB of memory in colour
 NATIVE_SCALE = 1.0, 1.0
 RATIOS = 3 / 4, 4 / 3  # of a random crop's width to its height, as in the paper's recipe
 
 
 @dataclass(frozen=True, kw_only=True)
-class Columns:
-    """Options of which columns of a table say what."""
+class SourceConfig:
+    """Options of where images come from."""
 
     path_column: str | None = option(None, help="of a table: the column of the images' paths [path, file, image, ...]")
     label_column: str | None = option(None, help="the column of their classes [label, class, target, ...]")
     split_column: str | None = option(None, help="the column that says train, val or test [split, set, ...]")
+    cache_gb: float = option(
+        CACHE_GB,
+        help="of images behind addresses so much is kept on the disk, in 10^9 bytes",
+        at_least=0,
+        resumable=True,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReadingConfig(Columns):
+class ReadingConfig(SourceConfig):
     """Options of how images are read."""
 
     max_megapixels: float = option(

@@ -119,7 +119,7 @@ def measured(config: EvaluateConfig, weights: Weights, view: EvaluationView) -> 
 
 def probe(config: EvaluateConfig, weights: Weights, view: EvaluationView) -> dict[str, Any]:
     """Accuracy of nearest neighbours and of a linear probe on the encoder's features of held-out images."""
-    train, held_out = open_splits(config.data, config.val_split, config.seed, columns=config)
+    train, held_out = open_splits(config.data, config.val_split, config.seed, config=config)
     if config.labels_per_class:
         train = few_labels(train, config.labels_per_class, config.seed)
     train, held_out = (labelled_by_page(part, view.reading) for part in (train, held_out))
@@ -149,7 +149,7 @@ def classify(config: EvaluateConfig, weights: Weights, view: EvaluationView) -> 
     else:
         split = {"val_split": config.val_split, "seed": config.seed}
         warn_of_another_split(config)
-        _, source = open_splits(config.data, config.val_split, config.seed, columns=config)
+        _, source = open_splits(config.data, config.val_split, config.seed, config=config)
     model = weights.classifier(config.backend).to(view.device)
     found, bad = accuracy_on(labelled_by_page(source, view.reading), model, weights, view, "evaluating")
     return {"data": str(source), **split, "unreadable": [image.name for image in bad], **found}

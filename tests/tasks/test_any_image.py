@@ -2,6 +2,9 @@
 
 import json
 import tarfile
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
 
 import numpy as np
 import pyarrow
@@ -223,8 +226,13 @@ def test_tables_and_archives_from_pretraining_to_evaluation(tmp_path, monkeypatc
         parquet.write_table(pyarrow.table(columns), tmp_path / f"{split}-0.parquet")
     places = {"folder": data / "train", "table": tmp_path / "train.csv", "tar": tmp_path / "{0..1}.tar"}
     places["parquet"] = tmp_path / "train-0.parquet"
+    handler = partial(SimpleHTTPRequestHandler, directory=tmp_path)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    Thread(target=server.serve_forever, daemon=True).start()
+    places["web"] = f"http://127.0.0.1:{server.server_port}/{{0..1}}.tar"
     for out, where in places.items():
         pretrain(data=where, out=tmp_path / out, **SMALL)
+    server.shutdown()
     folder, *others = (load_file(tmp_path / run / "exported" / "model.safetensors") for run in places)
     assert all(torch.equal(folder[key], other[key]) for other in others for key in folder)
     tuning = SMALL | {"epochs": 20, "drop_path": 0.0, "eval_every": 20, "preset": "atto", "rand_augment": 0.0}

@@ -17,6 +17,7 @@ EXTRAS = {  # and their packages
     "datasets": ("datasets",),
     "medical": ("pydicom",),
     "microscopy": ("tifffile", "imagecodecs", "zarr"),
+    "remote": ("aiohttp", "fsspec", "gcsfs", "huggingface_hub", "s3fs"),
 }
 BAND = 1024  # rows that are decoded at once where all are
 LEAST_KNOWN = 0.5  # of a resampled value's weights that are on values: with fewer it is missing

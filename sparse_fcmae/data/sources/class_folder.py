@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from sparse_fcmae.data.config import Columns
+from sparse_fcmae.data.config import SourceConfig
 from sparse_fcmae.data.sources.folder import ImageFolder, check_folder
 from sparse_fcmae.data.sources.labelled import Labelled
 from sparse_fcmae.data.sources.opening import open_rows
@@ -13,7 +13,7 @@ from sparse_fcmae.runtime.errors import UserError
 TRAIN = "train"
 SHOWN = 5  # classes that a note names
 HELD_OUT = ("val", "test")  # folders of held-out images, the preferred one first
-USUAL_COLUMNS = Columns()
+USUAL = SourceConfig()
 
 
 def class_folder(root: str | os.PathLike, out: str | os.PathLike | None = None) -> Labelled:
@@ -37,13 +37,13 @@ def class_folder(root: str | os.PathLike, out: str | os.PathLike | None = None) 
     return Labelled.by_names(images, folders)
 
 
-def open_held_out(root: str | os.PathLike, columns: Columns = USUAL_COLUMNS) -> Labelled:
+def open_held_out(root: str | os.PathLike, config: SourceConfig = USUAL) -> Labelled:
     """The images to evaluate on: those of ROOT/val or ROOT/test, or those of ROOT where it holds no splits.
 
     Of a table they are the rows of the split val or test, or all where there is no split. Raises UserError where there
     are images to train on alone.
     """
-    if rows := open_rows(root, columns):
+    if rows := open_rows(root, config):
         if rows.splits is None:
             return rows.labelled()
         if not (held_out := rows.of_split(*HELD_OUT)):
@@ -61,7 +61,7 @@ def open_splits(
     val_split: float | None,
     seed: int,
     out: str | os.PathLike | None = None,
-    columns: Columns = USUAL_COLUMNS,
+    config: SourceConfig = USUAL,
 ) -> tuple[Labelled, Labelled]:
     """Training and held-out images.
 
@@ -72,8 +72,8 @@ def open_splits(
     are missing, and where a held-out class has no images to train on.
     """
     if val_split is None:
-        return open_train_and_held_out(root, out, "make one, or hold images out with `val_split=0.1`", columns)
-    if rows := open_rows(root, columns):
+        return open_train_and_held_out(root, out, "make one, or hold images out with `val_split=0.1`", config)
+    if rows := open_rows(root, config):
         if rows.splits is not None:
             raise UserError(f"{root} has a column of splits already: leave `val_split` out")
         train, val = hold_out(rows.labelled(), val_split, seed)
@@ -92,13 +92,13 @@ def open_train_and_held_out(
     root: str | os.PathLike,
     out: str | os.PathLike | None = None,
     remedy: str = "make one",
-    columns: Columns = USUAL_COLUMNS,
+    config: SourceConfig = USUAL,
 ) -> tuple[Labelled, Labelled]:
     """The images of ROOT/train, and those of ROOT/val or ROOT/test, or of a table the rows of these splits.
 
     remedy: what to do where one of them is missing.
     """
-    if rows := open_rows(root, columns):
+    if rows := open_rows(root, config):
         trained, held = rows.of_split(TRAIN), rows.of_split(*HELD_OUT)
         if not trained or not held:
             missing = " or ".join(HELD_OUT) if trained else TRAIN

@@ -1,6 +1,7 @@
 """Images that are files: what a folder, a list and a pattern of paths have in common."""
 
 import hashlib
+import io
 import os
 from array import array
 from collections.abc import Iterable, Sequence
@@ -10,6 +11,7 @@ from typing import BinaryIO
 import numpy as np
 
 from sparse_fcmae.data.decoders.ome_zarr import ZarrFolder
+from sparse_fcmae.data.sources.addresses import Pieces, is_address
 
 
 class Paths(Sequence[str]):
@@ -40,15 +42,32 @@ class Paths(Sequence[str]):
     __hash__ = None
 
 
+USUAL_PIECES = Pieces()
+
+
+def leads_somewhere(root: Path, files: Iterable[str]) -> bool:
+    """Whether any of these paths leads to a file or Zarr folder; of an address that is taken for granted."""
+    return any(is_address(file) or (root / file).exists() for file in files)
+
+
 class ImageFiles:
     """Image files in a fixed order.
 
     place: where they are, for messages. root: the folder that relative paths start from. files: the paths, as they were
-    given or found, of which a copy is kept. notes: what the user should know of them, a line each.
+    given or found, of which a copy is kept; addresses are files too. notes: what the user should know of them, a line
+    each. pieces: what reads behind addresses.
     """
 
-    def __init__(self, place: str, root: str | os.PathLike, files: Iterable[str], notes: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        place: str,
+        root: str | os.PathLike,
+        files: Iterable[str],
+        notes: Sequence[str] = (),
+        pieces: Pieces = USUAL_PIECES,
+    ) -> None:
         self.place, self.root, self.files, self.notes = place, Path(root), Paths(files), list(notes)
+        self.pieces = pieces
         self.fingerprint = fingerprint_of(self.files)
 
     def __len__(self) -> int:
@@ -59,7 +78,10 @@ class ImageFiles:
 
     def open(self, index: int) -> BinaryIO:
         """The file with an image's bytes, or its Zarr folder."""
-        path = self.root / self.files[index]
+        file = self.files[index]
+        if is_address(file):
+            return io.BytesIO(self.pieces.read(file))
+        path = self.root / file
         try:
             return path.open("rb")
         except IsADirectoryError:

@@ -14,8 +14,9 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from sparse_fcmae.data.config import Columns
+from sparse_fcmae.data.config import SourceConfig
 from sparse_fcmae.data.decoders.image import MissingLibrary, library
+from sparse_fcmae.data.sources.addresses import file_system, is_address
 from sparse_fcmae.data.sources.files import ImageFiles, printable
 from sparse_fcmae.data.sources.labelled import Rows, split_in, split_of
 from sparse_fcmae.data.sources.table import USUAL, place_of_column
@@ -69,7 +70,7 @@ def names_dataset(data: str) -> bool:
     return os.path.isdir(data) and (_is_saved(data) or bool(_parquet_in(data)))
 
 
-def read_dataset(data: str, columns: Columns) -> Rows:
+def read_dataset(data: str, config: SourceConfig) -> Rows:
     """The rows of a data set.
 
     Raises UserError where the library is missing or can't read it, and where no column holds images or paths.
@@ -86,10 +87,10 @@ def read_dataset(data: str, columns: Columns) -> Rows:
     whole = datasets.concatenate_datasets(list(splits.values()))
     if not len(whole):
         raise UserError(f"{data}: holds no rows")
-    column = _image_column(data, whole, columns.path_column)
-    labels = _values(data, whole, "label", columns.label_column)
+    column = _image_column(data, whole, config.path_column)
+    labels = _values(data, whole, "label", config.label_column)
     if list(splits) == [WHOLE]:
-        in_splits, notes = _values(data, whole, "split", columns.split_column), []
+        in_splits, notes = _values(data, whole, "split", config.split_column), []
     else:
         in_splits = [name for name, part in splits.items() for _ in range(len(part))]
         notes = [f"images of the splits {', '.join(f'{name} ({len(part)})' for name, part in splits.items())}"]
@@ -109,14 +110,19 @@ def _load(data: str) -> dict[str, Any]:
     elif os.path.isdir(data) and _is_saved(data):
         found = datasets.load_from_disk(data)
     else:
+        if is_address(data):
+            file_system(data)  # raises UserError for a library that is missing
         found = datasets.load_dataset("parquet", data_files=_by_split(data))
     return dict(found) if isinstance(found, dict) else {WHOLE: found}
 
 
 def _by_split(data: str) -> dict[str, list[str]]:
     """Parquet files by the splits that all their names begin with, as train-00000-of-00002.parquet, or as one."""
-    files = _parquet_in(data) if os.path.isdir(data) else sorted(glob.glob(data)) if glob.has_magic(data) else [data]
-    if missing := next((file for file in files if not os.path.isfile(file)), None):
+    if os.path.isdir(data):
+        files = _parquet_in(data)
+    else:
+        files = sorted(glob.glob(data)) if glob.has_magic(data) and not is_address(data) else [data]
+    if missing := next((file for file in files if not is_address(file) and not os.path.isfile(file)), None):
         raise UserError(f"{missing}: no such file")
     if not files:
         raise UserError(f"{data}: no file matches this pattern")

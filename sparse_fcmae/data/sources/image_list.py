@@ -3,7 +3,8 @@
 import os
 from pathlib import Path
 
-from sparse_fcmae.data.sources.files import ImageFiles
+from sparse_fcmae.data.sources.addresses import Pieces
+from sparse_fcmae.data.sources.files import USUAL_PIECES, ImageFiles, leads_somewhere
 from sparse_fcmae.runtime.errors import UserError
 
 
@@ -14,7 +15,7 @@ class ImageList(ImageFiles):
     leads nowhere counts as an unreadable image. Raises UserError where the text file can't be read or names no image.
     """
 
-    def __init__(self, path: str | os.PathLike) -> None:
+    def __init__(self, path: str | os.PathLike, pieces: Pieces = USUAL_PIECES) -> None:
         path = Path(path)
         try:
             lines = path.read_text(encoding="utf-8-sig", errors="surrogateescape").split("\n")
@@ -23,6 +24,6 @@ class ImageList(ImageFiles):
         files = [line.strip() for line in lines if line.strip()]
         if not files:
             raise UserError(f"{path}: names no images: write the path of one on each line")
-        if not any((path.parent / file).is_file() for file in files):
+        if not leads_somewhere(path.parent, files):
             raise UserError(f"{path}: no line of it names a file: relative paths start from {path.parent}")
-        super().__init__(str(path), path.parent, files)
+        super().__init__(str(path), path.parent, files, pieces=pieces)

@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -20,17 +20,18 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sparse-fcmae" / "indexes"
 
 
-def remembered(kind: str, files: Iterable[str], make: Callable[[], Index]) -> tuple[Index, list[str]]:
+def remembered(
+    kind: str, files: Sequence[str], versions: Iterable[tuple[int, str]], make: Callable[[], Index]
+) -> tuple[Index, list[str]]:
     """The index of files: what an earlier call has kept, or what `make` gives, which is kept.
 
-    kind: what makes it. An index is stale, and made again, where a file's path, size or time of change is another.
-    Returns with it a line where it could not be kept, for want of space, say.
+    kind: what makes it. An index is stale, and made again, where a file's path, size or version is another. Returns
+    with it a line where it could not be kept, for want of space, say.
     """
     digest = hashlib.sha256(f"{VERSION} {kind}".encode())
-    for file in files:
-        found = os.stat(file)
-        place = os.path.abspath(file).encode(errors="surrogateescape")
-        digest.update(b"\0%s\0%d\0%d" % (place, found.st_size, found.st_mtime_ns))
+    for file, (size, version) in zip(files, versions, strict=True):
+        place = file if "://" in file else os.path.abspath(file)
+        digest.update(f"\0{place}\0{size}\0{version}".encode(errors="surrogateescape"))
     with suppress(Exception):  # there is none, or it is damaged
         path = cache_folder() / f"{digest.hexdigest()}.npz"
         with np.load(path, allow_pickle=False) as kept:

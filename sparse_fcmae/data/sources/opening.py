@@ -4,8 +4,9 @@ import glob
 import os
 from collections.abc import Sequence
 
-from sparse_fcmae.data.config import Columns
+from sparse_fcmae.data.config import SourceConfig
 from sparse_fcmae.data.sources import ImageSource
+from sparse_fcmae.data.sources.addresses import Pieces, is_address
 from sparse_fcmae.data.sources.channel_files import ChannelFiles
 from sparse_fcmae.data.sources.files import ImageFiles
 from sparse_fcmae.data.sources.folder import ImageFolder, image_extensions
@@ -13,18 +14,19 @@ from sparse_fcmae.data.sources.hugging_face import names_dataset, read_dataset
 from sparse_fcmae.data.sources.image_glob import ImageGlob
 from sparse_fcmae.data.sources.image_list import ImageList
 from sparse_fcmae.data.sources.labelled import Rows
+from sparse_fcmae.data.sources.remote_folder import RemoteFolder
 from sparse_fcmae.data.sources.several import Several
 from sparse_fcmae.data.sources.shards import names_shards, open_shards
 from sparse_fcmae.data.sources.table import names_table, read_table
 from sparse_fcmae.runtime.errors import UserError
 
-USUAL_COLUMNS = Columns()
+USUAL = SourceConfig()
 
 
 def open_images(
     data: str | Sequence[str],
     without: str | os.PathLike | None = None,
-    columns: Columns = USUAL_COLUMNS,
+    config: SourceConfig = USUAL,
     channel_files: Sequence[str] | None = None,
 ) -> ImageSource:
     """The images of a folder, of tar archives, of a table, of a text file with a path a line, or of a pattern.
@@ -38,31 +40,33 @@ def open_images(
         templates = [channel_files] if isinstance(channel_files, str) else channel_files
         parts = [ChannelFiles(os.fspath(name), templates, without) for name in names]
     else:
-        parts = [_open(os.fspath(name), without, columns) for name in names]
+        parts = [_open(os.fspath(name), without, config) for name in names]
     return parts[0] if len(parts) == 1 else Several(parts)
 
 
-def open_rows(data: str | os.PathLike, columns: Columns = USUAL_COLUMNS) -> Rows | None:
+def open_rows(data: str | os.PathLike, config: SourceConfig = USUAL) -> Rows | None:
     """What there is to say about each image where `data` is of a kind that says it, as a table does, or else None."""
     if names_table(data):
-        return read_table(data, columns)
+        return read_table(data, config)
     if names_shards(os.fspath(data)):
-        return open_shards(os.fspath(data)).rows()
+        return open_shards(os.fspath(data), Pieces(config.cache_gb)).rows()
     if names_dataset(os.fspath(data)):
-        return read_dataset(os.fspath(data), columns)
+        return read_dataset(os.fspath(data), config)
+    if is_address(os.fspath(data)):
+        return RemoteFolder(os.fspath(data), Pieces(config.cache_gb)).rows()
     return None
 
 
-def _open(data: str, without: str | os.PathLike | None, columns: Columns) -> ImageSource:
+def _open(data: str, without: str | os.PathLike | None, config: SourceConfig) -> ImageSource:
     """The images of one name."""
-    if rows := open_rows(data, columns):
+    if rows := open_rows(data, config):
         return rows.source
     if os.path.isdir(data):
         return ImageFolder(data, without)
     if os.path.isfile(data):
         extension = os.path.splitext(data)[1].lower()
         if extension == ".txt":
-            return ImageList(data)
+            return ImageList(data, Pieces(config.cache_gb))
         if extension in image_extensions():
             return ImageFiles(data, os.path.dirname(data), [os.path.basename(data)])
         if data.lower().endswith((".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")):

@@ -8,17 +8,20 @@ import re
 import tarfile
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import product
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
+from sparse_fcmae.data.sources.addresses import FILES_AT_ONCE, Pieces, is_address, listed, on_disk, versions
 from sparse_fcmae.data.sources.files import Paths, printable
 from sparse_fcmae.data.sources.folder import image_extensions
 from sparse_fcmae.data.sources.index_cache import Index, remembered
 from sparse_fcmae.data.sources.labelled import Rows, split_in
 from sparse_fcmae.runtime.errors import UserError
+from sparse_fcmae.runtime.files import one_line
 
 CLASS, LONGEST_CLASS = ".cls", 1000  # the extension of files that name a class, and their bytes at most
 PADDING = 1 << 20  # bytes that are looked at behind the last file
@@ -26,22 +29,32 @@ BRACES = re.compile(r"\{([^{}]*)\}")  # {000..003} counts, {a,b} lists
 COUNTED = re.compile(r"(\d+)\.\.(\d+)$")
 
 
+class Contents(NamedTuple):
+    """What is in an archive.
+
+    images: of each its path, where it starts, and its size in bytes. class_of: the names of classes, by the path up to
+    the first dot. others: other files, by their extension.
+    """
+
+    images: list[tuple[str, int, int]]
+    class_of: dict[str, str]
+    others: Counter[str]
+
+
 class TarShards:
     """The image files in tar archives, in the order of the archives and of what they hold.
 
-    place: the archives, for messages. shards: their paths. Where each image lies is found out once, with a progress
-    bar, and kept in the user's cache. So is the class of each, which a .cls file beside it names; classes: the names,
-    labels: for each image an index into these, -1 without one. Whatever else the archives hold, such as captions, is
-    passed over and counted in `notes`. Raises UserError for an archive that is missing, damaged, compressed or without
-    images.
+    place: the archives, for messages. shards: their paths or addresses. pieces: what reads behind addresses. classes:
+    the names of the classes, which .cls files beside the images hold. labels: for each image an index into these, -1
+    without one. Where each image lies is found out once, with a progress bar, and kept in the user's cache. Whatever
+    else the archives hold, such as captions, is passed over and counted in `notes`. Raises UserError for an archive
+    that is missing, damaged, compressed or without images.
     """
 
-    def __init__(self, place: str, shards: Sequence[str]) -> None:
-        self.place, self.shards = place, list(shards)
-        try:
-            index, self.notes = remembered("tar", self.shards, self._index)
-        except OSError as error:
-            raise UserError(f"{error.filename}: {error.strerror}") from None
+    def __init__(self, place: str, shards: Sequence[str], pieces: Pieces) -> None:
+        self.place, self.shards, self.pieces = place, list(shards), pieces
+        self.versions = versions(self.shards)
+        index, self.notes = remembered("tar", self.shards, self.versions, self._index)
         self.shard, self.start, self.size = index["shard"], index["start"], index["size"]
         self.classes, self.labels = index["classes"], index["labels"]
         self.names = Paths(())
@@ -60,9 +73,12 @@ class TarShards:
 
     def open(self, index: int) -> BinaryIO:
         """An image's bytes."""
-        with open(self.shards[self.shard[index]], "rb") as file:
-            file.seek(int(self.start[index]))
-            return io.BytesIO(file.read(int(self.size[index])))
+        number, start, size = (int(array[index]) for array in (self.shard, self.start, self.size))
+        if is_address(self.shards[number]):
+            return io.BytesIO(self.pieces.read(self.shards[number], self.versions[number][1], start, size))
+        with open(self.shards[number], "rb") as file:
+            file.seek(start)
+            return io.BytesIO(file.read(size))
 
     def name(self, index: int) -> str:
         """The archive and the image's path in it."""
@@ -79,35 +95,29 @@ class TarShards:
 
     def _index(self) -> Index:
         """Where the images lie in the archives."""
-        extensions, others, names = image_extensions(), Counter[str](), []
+        others, names, classes = Counter[str](), [], []
         places: list[tuple[int, int, int]] = []
-        class_of: dict[tuple[int, str], str] = {}
-        for number, shard in enumerate(tqdm(self.shards, desc="indexing", unit="archive", dynamic_ncols=True)):
-            before = len(places)
-            for member in _members(shard):
-                extension = os.path.splitext(member.name)[1].lower()
-                if extension in extensions:
-                    places.append((number, member.offset_data, member.size))
-                    names.append(member.name)
-                elif extension == CLASS:
-                    class_of[number, _key(member.name)] = _text(shard, member)
-                else:
-                    others[extension or "without an extension"] += 1
-            if len(places) == before:
-                raise UserError(f"{shard}: no image in this archive")
+        with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
+            contents = (pool.map if any(map(is_address, self.shards)) else map)(_contents, self.shards)
+            for number, content in enumerate(
+                tqdm(contents, desc="indexing", unit="archive", total=len(self.shards), dynamic_ncols=True)
+            ):
+                others.update(content.others)
+                places += [(number, start, size) for _, start, size in content.images]
+                names += [name for name, _, _ in content.images]
+                classes += [content.class_of.get(_key(name)) for name, _, _ in content.images]
         shard, start, size = np.array(places, np.int64).T
         paths, kinds = Paths(names), sorted(others)
-        found = [class_of.get((number, _key(name))) for (number, _, _), name in zip(places, names, strict=True)]
-        classes = sorted({name for name in found if name is not None})
-        label_of = {name: label for label, name in enumerate(classes)} | {None: -1}
+        known = sorted({name for name in classes if name is not None})
+        label_of = {name: label for label, name in enumerate(known)} | {None: -1}
         return {
             "shard": shard.astype(np.int32),
             "start": start,
             "size": size,
             "names": np.frombuffer(paths.text, np.uint8),
             "ends": paths.ends,
-            "classes": np.array(classes, np.str_),
-            "labels": np.array([label_of[name] for name in found], np.int32),
+            "classes": np.array(known, np.str_),
+            "labels": np.array([label_of[name] for name in classes], np.int32),
             "kinds": np.array(kinds, np.str_),
             "others": np.array([others[kind] for kind in kinds], np.int64),
         }
@@ -119,9 +129,30 @@ def _key(name: str) -> str:
     return os.path.join(folder, file.split(".", 1)[0])
 
 
-def _text(shard: str, member: tarfile.TarInfo) -> str:
+def _contents(shard: str) -> Contents:
+    """What is in an archive. Raises UserError where it can't be read, and where it holds no image."""
+    try:
+        with on_disk(shard) as path:
+            members, extensions = _members(shard, path), image_extensions()
+            content = Contents([], {}, Counter())
+            for member in members:
+                extension = os.path.splitext(member.name)[1].lower()
+                if extension in extensions:
+                    content.images.append((member.name, member.offset_data, member.size))
+                elif extension == CLASS:
+                    content.class_of[_key(member.name)] = _text(shard, path, member)
+                else:
+                    content.others[extension or "without an extension"] += 1
+    except OSError as error:
+        raise UserError(f"{shard}: {error.strerror or one_line(error)}") from None
+    if not content.images:
+        raise UserError(f"{shard}: no image in this archive")
+    return content
+
+
+def _text(shard: str, path: str, member: tarfile.TarInfo) -> str:
     """The text in a small file of an archive. Raises UserError for another one."""
-    with open(shard, "rb") as file:
+    with open(path, "rb") as file:
         file.seek(member.offset_data)
         text = file.read(min(member.size, LONGEST_CLASS)).decode(errors="replace").strip()
     if not text.isprintable() or member.size > LONGEST_CLASS:
@@ -129,18 +160,21 @@ def _text(shard: str, member: tarfile.TarInfo) -> str:
     return text
 
 
-def _members(shard: str) -> list[tarfile.TarInfo]:
-    """The files in an archive, hidden ones left out. Raises UserError where it can't be read to its end."""
-    size = os.path.getsize(shard)
+def _members(shard: str, path: str) -> list[tarfile.TarInfo]:
+    """The files in an archive, hidden ones left out. Raises UserError where it can't be read to its end.
+
+    shard: what it is called. path: where it is on the disk.
+    """
+    size = os.path.getsize(path)
     try:
-        with tarfile.open(shard, "r:") as archive:
+        with tarfile.open(path, "r:") as archive:
             members = archive.getmembers()
     except tarfile.TarError as error:
-        with open(shard, "rb") as file:
+        with open(path, "rb") as file:
             packed = file.read(4)[:2] in (b"\x1f\x8b", b"BZ", b"\xfd7", b"\x28\xb5")
         what = "compressed, so unpack it first, say by gunzip" if packed else f"damaged or no tar archive: {error}"
         raise UserError(f"{shard}: {what}") from None
-    _check_end(shard, members)
+    _check_end(shard, path, members)
     if sparse := next((member.name for member in members if member.issparse()), None):
         raise UserError(f"{shard}: {sparse} is stored with holes: pack the archive without --sparse")
     if links := [member.name for member in members if member.islnk() or member.issym()]:
@@ -151,12 +185,12 @@ def _members(shard: str) -> list[tarfile.TarInfo]:
     return files
 
 
-def _check_end(shard: str, members: list[tarfile.TarInfo]) -> None:
+def _check_end(shard: str, path: str, members: list[tarfile.TarInfo]) -> None:
     """Raises UserError where the members are not followed by the empty blocks that end an archive, and by no more."""
     end = 0
     if members:
         end = members[-1].offset_data + -(-members[-1].size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
-    with open(shard, "rb") as file:
+    with open(path, "rb") as file:
         file.seek(end)
         rest = file.read(PADDING)
     if len(rest) < tarfile.BLOCKSIZE or rest.strip(b"\0"):
@@ -168,18 +202,21 @@ def names_shards(data: str) -> bool:
     return data.lower().endswith(".tar")
 
 
-def open_shards(data: str) -> TarShards:
+def open_shards(data: str, pieces: Pieces) -> TarShards:
     """The archives that a path or a pattern such as `shards/{000..003}.tar` names. Raises UserError for none."""
     found: list[str] = []
     for path in expanded(data):
-        matching = sorted(glob.glob(path)) if glob.has_magic(path) and not os.path.exists(path) else [path]
+        if is_address(path):
+            matching = [found for found, _, _ in listed(path)] if "*" in path else [path]
+        else:
+            matching = sorted(glob.glob(path)) if glob.has_magic(path) and not os.path.exists(path) else [path]
         if not matching:
             raise UserError(f"{path}: no archive matches this pattern")
         found += matching
     for path in found:
-        if not os.path.isfile(path):
+        if not is_address(path) and not os.path.isfile(path):
             raise UserError(f"{path}: no such archive")
-    return TarShards(data, found)
+    return TarShards(data, found, pieces)
 
 
 def expanded(pattern: str) -> list[str]:

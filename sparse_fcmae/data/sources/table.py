@@ -5,8 +5,9 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from sparse_fcmae.data.config import Columns
-from sparse_fcmae.data.sources.files import ImageFiles
+from sparse_fcmae.data.config import SourceConfig
+from sparse_fcmae.data.sources.addresses import Pieces
+from sparse_fcmae.data.sources.files import ImageFiles, leads_somewhere
 from sparse_fcmae.data.sources.labelled import Rows, split_of
 from sparse_fcmae.runtime.errors import UserError
 
@@ -23,7 +24,7 @@ def names_table(data: str | os.PathLike) -> bool:
     return os.path.splitext(data)[1].lower() in DELIMITERS
 
 
-def read_table(data: str | os.PathLike, columns: Columns) -> Rows:
+def read_table(data: str | os.PathLike, config: SourceConfig) -> Rows:
     """The rows of a table, whose first line names the columns.
 
     Relative paths start from the folder of the table. Raises UserError where it can't be read, where a column is
@@ -45,7 +46,7 @@ def read_table(data: str | os.PathLike, columns: Columns) -> Rows:
     header, *rows = lines
     if uneven := next((number for number, row in enumerate(rows, 2) if len(row) != len(header)), None):
         raise UserError(f"{file}: row {uneven} has {len(rows[uneven - 2])} columns, and the first line {len(header)}")
-    place = {kind: place_of_column(str(file), header, kind, getattr(columns, f"{kind}_column")) for kind in USUAL}
+    place = {kind: place_of_column(str(file), header, kind, getattr(config, f"{kind}_column")) for kind in USUAL}
     if place["path"] is None:
         raise UserError(f"{file}: no column for the paths: name one of {', '.join(header)} by `path_column`")
     found = {kind: None if at is None else [row[at].strip() for row in rows] for kind, at in place.items()}
@@ -54,7 +55,8 @@ def read_table(data: str | os.PathLike, columns: Columns) -> Rows:
             raise UserError(f"{file}: row {values.index('') + 2} has no {kind}: give one, or leave the row out")
     _check_paths(file, found["path"], found["label"])
     splits = found["split"] and [split_of(split) for split in found["split"]]
-    return Rows(ImageFiles(str(file), file.parent, found["path"]), found["label"], splits)
+    images = ImageFiles(str(file), file.parent, found["path"], pieces=Pieces(config.cache_gb))
+    return Rows(images, found["label"], splits)
 
 
 def place_of_column(file: str, header: Sequence[str], kind: str, asked: str | None) -> int | None:
@@ -75,5 +77,5 @@ def _check_paths(file: Path, paths: list[str], labels: list[str] | None) -> None
         if earlier != number:
             two = "" if labels is None or labels[earlier] == labels[number] else ", under two classes"
             raise UserError(f"{file}: {path} is there twice{two}: rows {earlier + 2} and {number + 2}")
-    if not any((file.parent / path).is_file() for path in paths):
+    if not leads_somewhere(file.parent, paths):
         raise UserError(f"{file}: no path in it leads to a file: relative ones start from {file.parent}")

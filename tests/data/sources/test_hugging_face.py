@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 from sparse_fcmae import UserError
-from sparse_fcmae.data.config import Columns
+from sparse_fcmae.data.config import SourceConfig
 from sparse_fcmae.data.decoders import open_image
 from sparse_fcmae.data.decoders.image import Reading
 from sparse_fcmae.data.sources.class_folder import open_held_out, open_splits
@@ -107,7 +107,7 @@ def test_parquet_that_other_programs_wrote(tmp_path):
     plain = pa.table({"name": list("abcdefghij"), "picture": IMAGES, "kind": [i % 2 for i in range(10)]})
     pq.write_table(plain, tmp_path / "x.parquet")
     check(open_images(tmp_path / "x.parquet"))
-    labelled = open_held_out(tmp_path / "x.parquet", Columns(label_column="kind"))
+    labelled = open_held_out(tmp_path / "x.parquet", SourceConfig(label_column="kind"))
     assert names_of(labelled) == [str(i % 2) for i in range(10)]
     pairs = pa.table({"image": [{"bytes": image, "path": None} for image in IMAGES], "split": SPLITS})
     pq.write_table(pairs, tmp_path / "y.parquet")
@@ -146,11 +146,11 @@ def test_mistakes(tmp_path):
     with pytest.raises(UserError, match="no column holds images or paths: name one of a, b by `path_column`"):
         open_images(tmp_path / "y.parquet")
     with pytest.raises(UserError, match="`path_column` c is none of its columns: a, b"):
-        open_images(tmp_path / "y.parquet", columns=Columns(path_column="c"))
+        open_images(tmp_path / "y.parquet", config=SourceConfig(path_column="c"))
     pq.write_table(pa.table({"left": IMAGES, "right": IMAGES}), tmp_path / "z.parquet")
     with pytest.raises(UserError, match="the columns left, right hold images: choose one by `path_column`"):
         open_images(tmp_path / "z.parquet")
-    check(open_images(tmp_path / "z.parquet", columns=Columns(path_column="right")))
+    check(open_images(tmp_path / "z.parquet", config=SourceConfig(path_column="right")))
 
 
 def test_the_library_is_named_where_it_is_missing(tmp_path, monkeypatch):

@@ -2,7 +2,7 @@ import pytest
 from PIL import Image
 
 from sparse_fcmae import UserError
-from sparse_fcmae.data.config import Columns
+from sparse_fcmae.data.config import SourceConfig
 from sparse_fcmae.data.sources.class_folder import open_held_out, open_splits
 from sparse_fcmae.data.sources.opening import open_images
 from sparse_fcmae.data.sources.table import read_table
@@ -49,11 +49,11 @@ def test_columns_by_their_usual_and_by_other_names(table):
     data = table(header="where,what,fold", rows=ROWS)
     with pytest.raises(UserError, match="no column for the paths: name one of where, what, fold by `path_column`"):
         open_images(data)
-    columns = Columns(path_column="where", label_column="what", split_column="fold")
-    train, held_out = open_splits(data, None, 0, columns=columns)
+    config = SourceConfig(path_column="where", label_column="what", split_column="fold")
+    train, held_out = open_splits(data, None, 0, config=config)
     assert (names(train), names(held_out)) == (["a/0.png", "a/1.png"], ["a/2.png"])
     with pytest.raises(UserError, match="`label_column` kind is none of its columns: where, what, fold"):
-        read_table(data, Columns(path_column="where", label_column="kind"))
+        read_table(data, SourceConfig(path_column="where", label_column="kind"))
 
 
 def test_splits(table):

@@ -1,0 +1,52 @@
+"""Images below a folder's address, such as s3://bucket/scans, or whose addresses match a pattern."""
+
+import io
+from typing import BinaryIO
+
+import numpy as np
+
+from sparse_fcmae.data.sources.addresses import Pieces, listed
+from sparse_fcmae.data.sources.files import ImageFiles
+from sparse_fcmae.data.sources.folder import images_among
+from sparse_fcmae.data.sources.labelled import SPLITS, Rows, split_of
+from sparse_fcmae.runtime.errors import UserError
+
+
+class RemoteFolder(ImageFiles):
+    """The image files below an address, at any depth, sorted, or those that match it where it has a `*`.
+
+    files: their paths below the folder, or below the one in front of the first `*`. pieces: what fetches and keeps
+    them. Hidden files and folders are left out. Raises UserError where they can't be listed, and where there is none.
+    """
+
+    def __init__(self, address: str, pieces: Pieces) -> None:
+        self.root_address = address.split("*")[0].rpartition("/")[0] if "*" in address else address.rstrip("/")
+        found, start = {}, len(self.root_address) + 1
+        for place, size, version in listed(address):
+            path = place[start:] or place.rpartition("/")[2]
+            if place == self.root_address:  # one file
+                self.root_address = place.rpartition("/")[0]
+            if not any(part.startswith(".") for part in path.split("/")):
+                found[path] = size, version
+        files, notes = images_among(sorted(found))
+        if not files:
+            there = f" ({notes[0]})" if notes else ""
+            raise UserError(f"{address}: no image files there{there}")
+        super().__init__(address, "", files, notes, pieces)
+        self.sizes = np.array([found[file][0] for file in files], np.int64)
+        self.versions = np.array([found[file][1] for file in files], np.bytes_)
+
+    def open(self, index: int) -> BinaryIO:
+        """An image's bytes."""
+        size, version = int(self.sizes[index]), self.versions[index].decode()
+        address = f"{self.root_address}/{self.files[index]}"
+        return io.BytesIO(self.pieces.read(address, version, size=size if size > 0 else None))
+
+    def rows(self) -> Rows:
+        """The images with the classes and splits that their folders name, as in train/cat/1.jpg or cat/1.jpg."""
+        parts = [file.split("/") for file in self.files]
+        in_splits = all(len(path) > 1 and path[0].lower() in SPLITS for path in parts)
+        inner = [path[1:] if in_splits else path for path in parts]
+        labels = [path[0] for path in inner] if all(len(path) > 1 for path in inner) else None
+        splits = [split_of(path[0]) for path in parts] if in_splits else None
+        return Rows(self, labels, splits, "some images lie in no class folder: make a folder for each class")
