@@ -9,7 +9,7 @@ from typing import BinaryIO
 
 from sparse_fcmae.data.decoders.together import FilesTogether
 from sparse_fcmae.data.sources.files import Paths, fingerprint_of, printable
-from sparse_fcmae.data.sources.folder import check_folder, walk
+from sparse_fcmae.data.sources.folder import check_folder, paths_below
 from sparse_fcmae.runtime.errors import UserError
 
 NAME = "{name}"
@@ -33,12 +33,10 @@ class ChannelFiles:
         self.root, self.templates = Path(root), list(templates)
         patterns = [re.compile("(.+)".join(map(re.escape, template.split(NAME)))) for template in templates]
         found: dict[str, set[int]] = defaultdict(set)
-        for folder, files in walk(root, without):
-            for file in files:
-                path = os.path.normpath(os.path.join(os.path.relpath(folder, root), file))
-                for number, pattern in enumerate(patterns):
-                    if match := pattern.fullmatch(path):
-                        found[match[1]].add(number)
+        for path in paths_below(root, without):
+            for number, pattern in enumerate(patterns):
+                if match := pattern.fullmatch(path):
+                    found[match[1]].add(number)
         whole = sorted(name for name, there in found.items() if len(there) == len(templates))
         parts = sorted(found.keys() - set(whole))
         if not whole:

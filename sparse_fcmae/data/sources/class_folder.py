@@ -1,9 +1,11 @@
 """Labelled images: a folder for each class, or a table; and which of them are trained on and which are held out."""
 
 import os
+import sys
 from pathlib import Path
 
 from sparse_fcmae.data.config import SourceConfig
+from sparse_fcmae.data.sources.files import printable
 from sparse_fcmae.data.sources.folder import ImageFolder, check_folder
 from sparse_fcmae.data.sources.labelled import Labelled
 from sparse_fcmae.data.sources.opening import open_rows
@@ -25,12 +27,9 @@ def class_folder(root: str | os.PathLike, out: str | os.PathLike | None = None) 
     images = ImageFolder(root)
     if out is not None and Path(out).resolve().is_relative_to(images.root.resolve()):
         raise UserError(f"`out` {out} lies among the class folders of {root}: choose another")
-    folders = [Path(file).parts[0] for file in images.files]
-    for index, file in enumerate(images.files):
-        if folders[index] == file:
-            raise UserError(
-                f"{root}: {images.name(index)} lies in no class folder: make a folder below it for each class"
-            )
+    folders = [sys.intern(file.partition(os.sep)[0]) for file in images.files]  # not a string for each image
+    if loose := next((file for file in images.files if os.sep not in file), None):
+        raise UserError(f"{root}: {printable(loose)} lies in no class folder: make a folder below it for each class")
     there = {p.name for p in images.root.iterdir() if p.is_dir() and not p.name.startswith(".")}
     if empty := sorted(there - set(folders)):
         raise UserError(f"{root}: class folder {empty[0]} holds no images: fill or remove it")

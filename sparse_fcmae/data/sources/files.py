@@ -27,14 +27,21 @@ class Paths(Sequence[str]):
         for path in paths:
             text += path.encode(errors="surrogateescape")
             ends.append(len(text))
-        self.text, self.ends = bytes(text), np.frombuffer(ends, dtype=np.int64)
+        self.text, self.ends = np.frombuffer(text, np.uint8), np.frombuffer(ends, np.int64)
+
+    @classmethod
+    def of_arrays(cls, text: np.ndarray, ends: np.ndarray) -> "Paths":
+        """Paths of their bytes, uint8, and of where each ends, int64 with a 0 in front."""
+        paths = cls(())
+        paths.text, paths.ends = text, ends
+        return paths
 
     def __len__(self) -> int:
         return len(self.ends) - 1
 
     def __getitem__(self, index: int) -> str:
         place = range(len(self))[index]  # raises IndexError, and counts negative ones from the end
-        return self.text[self.ends[place] : self.ends[place + 1]].decode(errors="surrogateescape")
+        return self.text[self.ends[place] : self.ends[place + 1]].tobytes().decode(errors="surrogateescape")
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Sequence) and list(self) == list(other)
@@ -55,7 +62,7 @@ class ImageFiles:
 
     place: where they are, for messages. root: the folder that relative paths start from. files: the paths, as they were
     given or found, of which a copy is kept; addresses are files too. notes: what the user should know of them, a line
-    each. pieces: what reads behind addresses.
+    each. pieces: what reads behind addresses. fingerprint: as `fingerprint_of` gives it, where it is known.
     """
 
     def __init__(
@@ -65,10 +72,11 @@ class ImageFiles:
         files: Iterable[str],
         notes: Sequence[str] = (),
         pieces: Pieces = USUAL_PIECES,
+        fingerprint: str | None = None,
     ) -> None:
-        self.place, self.root, self.files, self.notes = place, Path(root), Paths(files), list(notes)
-        self.pieces = pieces
-        self.fingerprint = fingerprint_of(self.files)
+        self.place, self.root, self.notes, self.pieces = place, Path(root), list(notes), pieces
+        self.files = files if isinstance(files, Paths) else Paths(files)
+        self.fingerprint = fingerprint or fingerprint_of(self.files)
 
     def __len__(self) -> int:
         return len(self.files)

@@ -1,17 +1,22 @@
 """Images as files in a folder."""
 
 import os
+import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from typing import NoReturn
 
+import numpy as np
 from PIL import Image
+from tqdm import tqdm
 
 from sparse_fcmae.data.decoders import EXTENSIONS
 from sparse_fcmae.data.decoders.ome_zarr import EXTENSION as ZARR
-from sparse_fcmae.data.sources.files import ImageFiles, printable
+from sparse_fcmae.data.sources.files import ImageFiles, Paths, fingerprint_of, printable
+from sparse_fcmae.data.sources.index_cache import Index, remembered
 from sparse_fcmae.runtime.errors import UserError
 
+KEPT_FROM = 50_000  # images from which on an index is kept
+SETTLED = 2 * 10**9  # nanoseconds: a folder that changed within these might have changed unseen
 NOT_IMAGES = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}  # formats that Pillow identifies but can't decode by itself
 
 
@@ -20,33 +25,71 @@ class ImageFolder(ImageFiles):
 
     files: their paths below the folder, sorted. Hidden files and folders are left out. So is the folder `without`,
     which keeps a run that lies inside its own data from training on its own pictures. notes: which other files are left
-    out, a line if there are any. Raises UserError where there is no such folder, where a folder can't be read, and
-    where there is no image.
+    out, a line if there are any. What was found in a folder of KEPT_FROM images or more is kept in the user's cache
+    until a file is added to one of its folders, removed or renamed. Raises UserError where there is no such folder,
+    where a folder can't be read, and where there is no image.
     """
 
     def __init__(self, root: str | os.PathLike, without: str | os.PathLike | None = None) -> None:
         check_folder(root)
-        found = ((os.path.relpath(folder, root), names) for folder, names in walk(root, without))
-        below = ((folder if folder != os.curdir else "", names) for folder, names in found)
-        files, notes = images_among(os.path.join(folder, name) for folder, names in below for name in names)
+        began = time.time_ns()
+        key = "\0".join(
+            [os.path.abspath(root), os.path.abspath(without) if without else "", *sorted(image_extensions())]
+        )
+        index, notes = remembered(
+            "folder",
+            key,
+            make=lambda: _index(root, without),
+            holds=lambda index: _unchanged(root, index),
+            worth=lambda index: len(index["ends"]) > KEPT_FROM and index["times"].max() < began - SETTLED,
+        )
+        notes = [*index["notes"].tolist(), *notes]
+        files = Paths.of_arrays(index["names"], index["ends"])
         if not files:
             there = f" ({notes[0]})" if notes else ""
             raise UserError(f"{root}: no image files in this folder or below it{there}")
-        super().__init__(str(root), root, sorted(files), notes)
+        super().__init__(str(root), root, files, notes, fingerprint=str(index["fingerprint"]))
 
 
-def images_among(paths: Iterable[str]) -> tuple[list[str], list[str]]:
+def _index(root: str | os.PathLike, without: str | os.PathLike | None) -> Index:
+    """What is in a folder: names and ends of the images' paths, and its folders with the times of their last change."""
+    visited: list[tuple[str, int]] = []
+    files, notes = images_among(paths_below(root, without, visited))
+    folders = Paths(folder for folder, _ in visited)
+    return {
+        "names": files.text,
+        "ends": files.ends,
+        "fingerprint": np.array(fingerprint_of(files)),
+        "notes": np.array(notes, np.str_),
+        "folders": folders.text,
+        "folder_ends": folders.ends,
+        "times": np.array([changed for _, changed in visited], np.int64),
+    }
+
+
+def _unchanged(root: str | os.PathLike, index: Index) -> bool:
+    """Whether all folders have the times of their last change that are in an index."""
+    folders = Paths.of_arrays(index["folders"], index["folder_ends"])
+    times = (os.stat(os.path.join(root, folder)).st_mtime_ns for folder in folders)
+    return all(now == then for now, then in zip(times, index["times"].tolist(), strict=True))
+
+
+def images_among(paths: Iterable[str]) -> tuple[Paths, list[str]]:
     """The paths of image files, told by their extensions, and a line about the other files that are not hidden."""
-    extensions, files, others = image_extensions(), [], Counter[str]()
-    for path in paths:
-        name = os.path.basename(path)
-        extension = os.path.splitext(name)[1].lower()
-        if name.startswith("."):
-            continue
-        if extension in extensions:
-            files.append(path)
-        else:
-            others[printable(extension) or "without an extension"] += 1
+    extensions, others = image_extensions(), Counter[str]()
+
+    def images() -> Iterator[str]:
+        for path in tqdm(paths, desc="looking for images", unit="file", delay=2, leave=False, dynamic_ncols=True):
+            name = os.path.basename(path)
+            extension = os.path.splitext(name)[1].lower()
+            if name.startswith("."):
+                continue
+            if extension in extensions:
+                yield path
+            else:
+                others[printable(extension) or "without an extension"] += 1
+
+    files = Paths(images())
     kinds = ", ".join(f"{count} {extension}" for extension, count in sorted(others.items()))
     return files, [f"left out, as they are in no format that can be read: {kinds}"] if others else []
 
@@ -67,22 +110,39 @@ def image_extensions() -> set[str]:
     return known.union(EXTENSIONS)
 
 
-def walk(root: str | os.PathLike, without: str | os.PathLike | None) -> Iterator[tuple[str, list[str]]]:
-    """Every folder under `root` and the names of its files, among which Zarr folders count.
+def paths_below(
+    root: str | os.PathLike, without: str | os.PathLike | None = None, visited: list[tuple[str, int]] | None = None
+) -> Iterator[str]:
+    """The paths of the files below a folder, sorted. Zarr folders count as files. Hidden folders are left out.
 
-    Links are followed, and no folder comes twice.
+    Links are followed, and no folder comes twice. visited: gets each folder's path below `root`, and the time of its
+    last change in nanoseconds. Raises UserError for a folder that can't be read.
     """
-
-    def unreadable(error: OSError) -> NoReturn:
-        raise UserError(f"{root}: can't read {error.filename}: {error.strerror}")
-
     seen = {os.path.realpath(without)} if without else set()
-    for folder, folders, names in os.walk(root, followlinks=True, onerror=unreadable):
-        real = os.path.realpath(folder)
+
+    def below(folder: str) -> Iterator[str]:
+        path = os.path.join(root, folder)
+        real = os.path.realpath(path)
         if real in seen:
-            folders.clear()
-            continue
+            return
         seen.add(real)
-        names += [f for f in folders if f.lower().endswith(ZARR)]
-        folders[:] = sorted(f for f in folders if not f.startswith(".") and f not in names)
-        yield folder, names
+        try:
+            if visited is not None:
+                visited.append((folder, os.stat(path).st_mtime_ns))
+            with os.scandir(path) as found:
+                entries = sorted(_key(entry) for entry in found)
+        except OSError as error:
+            raise UserError(f"{root}: can't read {error.filename}: {error.strerror}") from None
+        for entry in entries:
+            if not entry.endswith(os.sep):
+                yield folder + entry
+            elif not entry.startswith("."):
+                yield from below(folder + entry)
+
+    return below("")
+
+
+def _key(entry: os.DirEntry) -> str:
+    """A name by which the entries of a folder are in the order of the paths below it: that of a folder ends with /."""
+    is_folder = entry.is_dir() and not entry.name.lower().endswith(ZARR)
+    return entry.name + os.sep if is_folder else entry.name

@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from sparse_fcmae.runtime.errors import UserError
 from sparse_fcmae.runtime.files import write_atomic
 
 Index = dict[str, np.ndarray]
-VERSION = 2  # of what indexes hold
+VERSION = 3  # of what indexes hold
 
 
 def cache_folder() -> Path:
@@ -21,24 +21,29 @@ def cache_folder() -> Path:
 
 
 def remembered(
-    kind: str, files: Sequence[str], versions: Iterable[tuple[int, str]], make: Callable[[], Index]
+    kind: str,
+    key: str,
+    make: Callable[[], Index],
+    holds: Callable[[Index], bool] = lambda index: True,
+    worth: Callable[[Index], bool] = lambda index: True,
 ) -> tuple[Index, list[str]]:
-    """The index of files: what an earlier call has kept, or what `make` gives, which is kept.
+    """An index: what an earlier call has kept, or what `make` gives, which is kept.
 
-    kind: what makes it. An index is stale, and made again, where a file's path, size or version is another. Returns
-    with it a line where it could not be kept, for want of space, say.
+    kind: what makes it. key: a text that says of what, and changes where the index would. holds: whether a kept index
+    still does. worth: whether one is to be kept. Returns with it a line where it could not be kept, for want of space,
+    say.
     """
-    digest = hashlib.sha256(f"{VERSION} {kind}".encode())
-    for file, (size, version) in zip(files, versions, strict=True):
-        place = file if "://" in file else os.path.abspath(file)
-        digest.update(f"\0{place}\0{size}\0{version}".encode(errors="surrogateescape"))
+    digest = hashlib.sha256(f"{VERSION} {kind} {key}".encode(errors="surrogateescape")).hexdigest()
     with suppress(Exception):  # there is none, or it is damaged
-        path = cache_folder() / f"{digest.hexdigest()}.npz"
-        with np.load(path, allow_pickle=False) as kept:
-            return dict(kept), []
+        with np.load(cache_folder() / f"{digest}.npz", allow_pickle=False) as kept:
+            index = dict(kept)
+        if holds(index):
+            return index, []
     index = make()
+    if not worth(index):
+        return index, []
     try:
-        path = cache_folder() / f"{digest.hexdigest()}.npz"
+        path = cache_folder() / f"{digest}.npz"
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, lambda p: _save(p, index))
     except (OSError, RuntimeError, UserError) as error:  # RuntimeError: of a user without a home

@@ -54,11 +54,14 @@ class TarShards:
     def __init__(self, place: str, shards: Sequence[str], pieces: Pieces) -> None:
         self.place, self.shards, self.pieces = place, list(shards), pieces
         self.versions = versions(self.shards)
-        index, self.notes = remembered("tar", self.shards, self.versions, self._index)
+        places = (shard if is_address(shard) else os.path.abspath(shard) for shard in self.shards)
+        key = "\0".join(
+            f"{place}\0{size}\0{version}" for place, (size, version) in zip(places, self.versions, strict=True)
+        )
+        index, self.notes = remembered("tar", f"{sorted(image_extensions())}\0{key}", self._index)
         self.shard, self.start, self.size = index["shard"], index["start"], index["size"]
         self.classes, self.labels = index["classes"], index["labels"]
-        self.names = Paths(())
-        self.names.text, self.names.ends = index["names"].tobytes(), index["ends"]
+        self.names = Paths.of_arrays(index["names"], index["ends"])
         parts = (os.path.basename(shard).encode(errors="surrogateescape") + b"\n" for shard in self.shards)
         self.fingerprint = hashlib.sha256(b"".join(parts) + index["names"].tobytes() + self.size.tobytes()).hexdigest()
         if len(index["others"]):
@@ -114,7 +117,7 @@ class TarShards:
             "shard": shard.astype(np.int32),
             "start": start,
             "size": size,
-            "names": np.frombuffer(paths.text, np.uint8),
+            "names": paths.text,
             "ends": paths.ends,
             "classes": np.array(known, np.str_),
             "labels": np.array([label_of[name] for name in classes], np.int32),

@@ -1,10 +1,12 @@
 import hashlib
 import os
+import shutil
 
 import pytest
 from PIL import Image
 
 from sparse_fcmae import UserError
+from sparse_fcmae.data.sources import folder
 from sparse_fcmae.data.sources.folder import ImageFolder
 
 
@@ -44,6 +46,68 @@ def test_fingerprint_is_the_digest_of_the_names_that_runs_have_saved(tmp_path):
     assert folder.fingerprint == ImageFolder(tmp_path).fingerprint == hashlib.sha256(b"a/x.png\nb.png").hexdigest()
     (tmp_path / "b.png").unlink()
     assert folder.fingerprint != ImageFolder(tmp_path).fingerprint
+
+
+def test_the_index_of_a_large_folder_is_kept_until_the_folder_changes(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(folder, "KEPT_FROM", 3)
+    root, scans = tmp_path / "data", []
+    for name in ("a.png", "b/c.png", "b/d/e.png", "b/d/f.png"):
+        save(root / name)
+    (root / "g.mat").write_text("")
+
+    def paths_below(*arguments):
+        scans.append(arguments)
+        return below(*arguments)
+
+    below = folder.paths_below
+    monkeypatch.setattr(folder, "paths_below", paths_below)
+
+    def settle():
+        """All folders were changed long ago."""
+        for path in (root, root / "b", root / "b" / "d"):
+            os.utime(path, (1e9 + len(scans), 1e9 + len(scans)))
+
+    ImageFolder(root)  # which has just been changed: another file might come unseen
+    ImageFolder(root)
+    assert len(scans) == 2
+    settle()
+    first, again = ImageFolder(root), ImageFolder(root)
+    assert len(scans) == 3
+    assert list(first.files) == list(again.files) == ["a.png", "b/c.png", "b/d/e.png", "b/d/f.png"]
+    assert (first.fingerprint, first.notes) == (again.fingerprint, again.notes)
+    assert first.notes == ["left out, as they are in no format that can be read: 1 .mat"]
+    save(root / "b" / "d" / "new.png")
+    assert len(ImageFolder(root)) == 5
+    settle()
+    assert (len(ImageFolder(root)), len(ImageFolder(root, without=root / "b"))) == (5, 1)
+    (root / "b" / "d" / "e.png").rename(root / "b" / "d" / "é.png")
+    assert ImageFolder(root).name(4) == "b/d/é.png"
+    settle()
+    ImageFolder(root)
+    shutil.rmtree(root / "b" / "d")
+    assert len(ImageFolder(root)) == 2
+    for path in (tmp_path / "cache").rglob("*.npz"):
+        path.write_bytes(path.read_bytes()[:100])
+    assert len(ImageFolder(root)) == 2
+
+
+def test_paths_come_in_the_order_of_their_text(tmp_path):
+    names = [
+        "a.b/x.png",
+        "a/x.png",
+        "a-b/y.png",
+        "a.png",
+        "ab.png",
+        "a/a.png",
+        "a/a/z.png",
+        "Z.png",
+        "é/x.png",
+        "z z/x.png",
+    ]
+    for name in names:
+        save(tmp_path / name)
+    assert list(ImageFolder(tmp_path).files) == sorted(names)
 
 
 def test_linked_folders_come_once(tmp_path):
