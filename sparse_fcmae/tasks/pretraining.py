@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from sparse_fcmae.backends import choose_dtype, resolve_backend
 from sparse_fcmae.data.batches import Batch, TrainingImages
 from sparse_fcmae.data.format import ImageFormat
-from sparse_fcmae.data.sources.opening import open_images
+from sparse_fcmae.data.sources import ImageSource
+from sparse_fcmae.data.sources.map_style import MapStyleImages
+from sparse_fcmae.data.sources.opening import is_named, open_images
 from sparse_fcmae.data.sources.pages import by_page
 from sparse_fcmae.data.sources.windows import Windows
 from sparse_fcmae.data.survey import asked_reading
@@ -46,15 +48,20 @@ SAMPLES = 8  # images in a picture of reconstructions
 def pretrain(options: dict[str, Any]) -> Path:
     """Pretrains an encoder on unlabelled images and returns the folder that it is exported to.
 
-    With `resume=True` only `out` is needed: what is left out is as the run was started with. With `init`, what is left
+    `data` may also be a data set of torch's map-style, or a list or array of images (see `MapStyleImages`). With
+    `resume=True` only `out` is needed: what is left out is as the run was started with. With `init`, what is left
     out is as these weights are. Raises UserError for what the user can put right, and Interrupted, after saving a
     checkpoint, on Ctrl-C or SIGTERM.
     """
     if options.get("init") and not options.get("resume"):
         options = options_of_weights(options["init"]) | options
+    source = None
+    if not is_named(options.get("data", "")):
+        source = MapStyleImages(options["data"])
+        options = options | {"data": str(source)}
     config = configure(PretrainConfig, options)
     with process_group(config.device) as ranks:
-        return train(Pretraining(config, ranks))
+        return train(Pretraining(config, ranks, source))
 
 
 class PretrainingObjective(nn.Module):
@@ -75,9 +82,9 @@ class Pretraining(Task):
 
     outputs = ("loss.png", "reconstructions")
 
-    def __init__(self, config: PretrainConfig, ranks: Ranks) -> None:
+    def __init__(self, config: PretrainConfig, ranks: Ranks, source: ImageSource | None = None) -> None:
         self.ranks, self.size = ranks, image_size_of(config.image_size)
-        self.source = open_images(config.data, config.out, config, config.channel_files)
+        self.source = source or open_images(config.data, config.out, config, config.channel_files)
         self.source = by_page(self.source, asked_reading(config), config.max_bad_images)
         self.form, found = ranks.by_main(lambda: format_of_run(config, self.source))
         crop = config.crop or ("native" if self.form.native else "resized")

@@ -6,6 +6,7 @@ from typing import Any, BinaryIO
 from zipfile import BadZipFile
 
 import numpy as np
+from PIL import Image
 
 from sparse_fcmae.data.decoders.image import OpenImage, Reading
 from sparse_fcmae.data.decoders.pages import AxesStack, open_stack
@@ -14,6 +15,21 @@ from sparse_fcmae.data.format import DTYPES
 MAGIC, ZIP = b"\x93NUMPY", b"PK\x03\x04"
 KNOWN = {*DTYPES, "float64"}
 COLOURS = 4  # a last axis that is no longer than that counts channels, even where pages are expected
+
+
+class InMemory:
+    """An image in the place of a file: one of Pillow's, or an array. Raises TypeError for anything else."""
+
+    def __init__(self, image: Image.Image | np.ndarray) -> None:
+        if not isinstance(image, Image.Image | np.ndarray):
+            raise TypeError(f"is a {type(image).__name__}, and not an image of Pillow's, an array, a tensor or a path")
+        self.image = image
+
+    def __enter__(self) -> "InMemory":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
 
 
 def recognises(head: bytes) -> bool:

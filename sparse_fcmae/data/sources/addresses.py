@@ -45,6 +45,8 @@ def file_system(address: str) -> tuple[Any, str]:
     Raises UserError for a kind of address that is not known, and where a library is missing.
     """
     kind = address.split("://")[0]
+    if kind == "memory":
+        raise UserError(f"{address}: these images were given in Python, so give `data` again")
     if kind not in LIBRARIES:
         raise UserError(f"{address}: addresses begin with s3://, gs://, hf:// or https://")
     try:

@@ -3,6 +3,7 @@
 import glob
 import os
 from collections.abc import Sequence
+from typing import Any
 
 from sparse_fcmae.data.config import SourceConfig
 from sparse_fcmae.data.sources import ImageSource
@@ -14,6 +15,7 @@ from sparse_fcmae.data.sources.hugging_face import names_dataset, read_dataset
 from sparse_fcmae.data.sources.image_glob import ImageGlob
 from sparse_fcmae.data.sources.image_list import ImageList
 from sparse_fcmae.data.sources.labelled import Rows
+from sparse_fcmae.data.sources.map_style import MapStyleImages
 from sparse_fcmae.data.sources.remote_folder import RemoteFolder
 from sparse_fcmae.data.sources.several import Several
 from sparse_fcmae.data.sources.shards import names_shards, open_shards
@@ -24,24 +26,43 @@ USUAL = SourceConfig()
 
 
 def open_images(
-    data: str | Sequence[str],
+    data: Any,
     without: str | os.PathLike | None = None,
     config: SourceConfig = USUAL,
     channel_files: Sequence[str] | None = None,
 ) -> ImageSource:
     """The images of a folder, of tar archives, of a table, of a text file with a path a line, or of a pattern.
 
-    Of several such names they are the images of all, one after the other. without: a folder whose files are left out.
-    columns: of a table. channel_files: templates of the files that an image's channels lie in, below a folder. Raises
-    UserError where there are no such images.
+    Of several such names they are the images of all, one after the other; of a list of images' paths these, in its
+    order. Anything else is taken as `MapStyleImages` says. without: a folder whose files are left out. channel_files:
+    templates of the files that an image's channels lie in, below a folder. Raises UserError where there are no such
+    images.
     """
+    if not is_named(data):
+        return MapStyleImages(data)
     names = [data] if isinstance(data, str | os.PathLike) else data
+    if len(names) > 1 and not channel_files and _name_images(names):
+        return ImageFiles(f"{len(names)} paths", "", map(os.fspath, names), pieces=Pieces(config.cache_gb))
     if channel_files:
         templates = [channel_files] if isinstance(channel_files, str) else channel_files
         parts = [ChannelFiles(os.fspath(name), templates, without) for name in names]
     else:
         parts = [_open(os.fspath(name), without, config) for name in names]
     return parts[0] if len(parts) == 1 else Several(parts)
+
+
+def is_named(data: Any) -> bool:
+    """Whether images are given by a name or names, and not as objects in Python."""
+    one = str | os.PathLike
+    return isinstance(data, one) or (isinstance(data, list | tuple) and all(isinstance(name, one) for name in data))
+
+
+def _name_images(names: Sequence[str | os.PathLike]) -> bool:
+    """Whether each of these names is an image's path, and no pattern."""
+    extensions = image_extensions()
+    return all(
+        os.path.splitext(name)[1].lower() in extensions and not glob.has_magic(os.fspath(name)) for name in names
+    )
 
 
 def open_rows(data: str | os.PathLike, config: SourceConfig = USUAL) -> Rows | None:
