@@ -57,7 +57,7 @@ clean:
 	touch $@
 
 .venv/installed: .venv/torch $(SOURCES)
-	$(PIP) install --editable '.[finetune,plots]'
+	$(PIP) install --editable '.[finetune,jpeg,plots]'
 	touch $@
 
 .venv/installed-for-tests: .venv/installed

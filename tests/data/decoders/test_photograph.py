@@ -2,11 +2,14 @@ import io
 
 import numpy as np
 import pytest
+import simplejpeg
+import torch
 from PIL import Image
 
-from sparse_fcmae.data.decoders import open_image
+from sparse_fcmae.data.decoders import open_image, photograph
 from sparse_fcmae.data.decoders.image import PHOTOGRAPHS
 from sparse_fcmae.data.decoders.photograph import decode
+from sparse_fcmae.data.views import RandomView
 
 
 def pixels_of(file, in_chans=3):
@@ -83,3 +86,47 @@ def test_jpegs_are_reduced_by_no_more_than_asked(tmp_path, photograph, shrink, s
 def test_what_is_no_image_is_said_in_words():
     with pytest.raises(OSError, match="no image of a known format"):
         open_image(io.BytesIO(b"no picture"), PHOTOGRAPHS)
+
+
+@pytest.mark.parametrize("subsampling", ["4:4:4", "4:2:2", "4:2:0", "4:1:1", "4:4:0"])
+def test_turbo_decodes_the_pixels_that_pillow_decodes(monkeypatch, subsampling):
+    rng, sampled = np.random.default_rng(0), []
+    for number, (height, width) in enumerate([(61, 83), (64, 64), (7, 130), (200, 33), (1, 1)]):
+        smooth = Image.fromarray(rng.integers(0, 256, (9, 9, 3)).astype(np.uint8)).resize((width, height))
+        smooth.save(buffer := io.BytesIO(), "JPEG", quality=60 + 9 * number, progressive=number % 2 == 1)
+        sampled.append(buffer.getvalue())
+        colours = subsampling.replace(":", "")
+        sampled.append(simplejpeg.encode_jpeg(np.asarray(smooth), quality=60 + 9 * number, colorsubsampling=colours))
+    view = RandomView((48, 32))
+    for encoded in sampled:
+        opened = photograph.opened(io.BytesIO(encoded))
+        assert photograph.Photograph(opened, PHOTOGRAPHS)._decoded_by_turbo(3, 1.0) is not None
+        for seed in range(5):
+            by_turbo = view(io.BytesIO(encoded), np.random.default_rng(seed))
+            with monkeypatch.context() as patch:
+                patch.setattr(photograph, "simplejpeg", None)
+                by_pillow = view(io.BytesIO(encoded), np.random.default_rng(seed))
+            assert torch.equal(by_turbo, by_pillow)
+
+
+def test_turbo_is_left_out_where_pillow_knows_better(monkeypatch):
+    def turbo(image, shrink=1.0, in_chans=3):
+        image.save(buffer := io.BytesIO(), "JPEG", **options)
+        opened = photograph.opened(io.BytesIO(buffer.getvalue()))
+        return photograph.Photograph(opened, PHOTOGRAPHS)._decoded_by_turbo(in_chans, shrink)
+
+    options = {}
+    colour = Image.effect_mandelbrot((64, 64), (-2, -1, 1, 1), 50).convert("RGB")
+    assert turbo(colour) is not None
+    assert turbo(colour, shrink=2.0) is None
+    assert turbo(colour, in_chans=1) is None
+    assert turbo(colour.convert("L")) is None
+    assert turbo(colour.convert("CMYK")) is None
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    options = {"exif": exif}
+    assert turbo(colour) is None
+    colour.save(buffer := io.BytesIO(), "JPEG")
+    cut = io.BytesIO(buffer.getvalue()[:-300])
+    with pytest.raises(OSError, match="truncated"):
+        RandomView((48, 32))(cut, np.random.default_rng(0))
