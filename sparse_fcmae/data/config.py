@@ -18,6 +18,9 @@ class SourceConfig:
     path_column: str | None = option(None, help="of a table: the column of the images' paths [path, file, image, ...]")
     label_column: str | None = option(None, help="the column of their classes [label, class, target, ...]")
     split_column: str | None = option(None, help="the column that says train, val or test [split, set, ...]")
+    channel_files: tuple[str, ...] | None = option(
+        None, help="the channels' files of an image below `data`, as '{name}_w1.tif' '{name}_w2.tif'"
+    )
     cache_gb: float = option(
         CACHE_GB,
         help="of images behind addresses so much is kept on the disk, in 10^9 bytes",
@@ -50,9 +53,6 @@ class FormatConfig(ReadingConfig):
 
     in_chans: int | None = option(
         None, help="channels [those of the images; of photographs 3, or 1 where all are grey]", above=0
-    )
-    channel_files: tuple[str, ...] | None = option(
-        None, help="the channels' files of an image below `data`, as '{name}_w1.tif' '{name}_w2.tif'"
     )
     channels: str | None = option(None, help="which channels of the files to read, counted from 1, as 4,3,2 [all]")
     stats: str | None = option(

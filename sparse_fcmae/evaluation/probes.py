@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparse_fcmae.data.batches import BadImage
+from sparse_fcmae.data.config import SourceConfig
 from sparse_fcmae.data.sources import LabelledSource
-from sparse_fcmae.data.sources.class_folder import open_train_and_held_out
+from sparse_fcmae.data.sources.class_folder import USUAL, open_train_and_held_out
 from sparse_fcmae.data.sources.pages import labelled_by_page
 from sparse_fcmae.evaluation.run import EvaluationView, run_model
 from sparse_fcmae.model.convnext import SparseEncoder
@@ -49,12 +50,15 @@ def nearest_neighbours(
 class KNNMonitor:
     """k-NN accuracy of an encoder while it trains. All ranks compute the features of their part of the images.
 
-    root: a folder with train and val or test, each of class folders.
+    root: a folder with train and val or test, each of class folders, or what else names labelled images. config: how.
     """
 
-    def __init__(self, root: str | os.PathLike, view: EvaluationView, ranks: Ranks) -> None:
+    def __init__(
+        self, root: str | os.PathLike, view: EvaluationView, ranks: Ranks, config: SourceConfig = USUAL
+    ) -> None:
         self.view, self.ranks = view, ranks
-        train, held_out = (labelled_by_page(part, view.reading) for part in open_train_and_held_out(root))
+        parts = open_train_and_held_out(root, config=config)
+        train, held_out = (labelled_by_page(part, view.reading) for part in parts)
         self.train = train.take(range(ranks.rank, len(train), ranks.world))
         self.held_out = held_out.take(range(ranks.rank, len(held_out), ranks.world))
 

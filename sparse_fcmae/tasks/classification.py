@@ -50,8 +50,6 @@ def finetune(options: dict[str, Any]) -> Path:
     config = configure(FinetuneConfig, options)
     if bool(config.init) == config.from_scratch:
         raise UserError("give `init` with the weights to fine-tune, or `from_scratch=True` for none")
-    if config.channel_files:
-        raise UserError("`channel_files` can't be used with labels yet: save each image in one file")
     for name in OF_WEIGHTS:
         if config.init and name in options:
             raise UserError(f"`{name}` goes with `from_scratch` alone: the weights of `init` have their own")

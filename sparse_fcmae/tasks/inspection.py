@@ -47,7 +47,7 @@ def inspect(options: dict[str, Any]) -> dict[str, Any]:
     out = Path(config.out) if config.out else None
     if out and (out / REPORT).exists() and not config.overwrite:
         raise UserError(f"`out` {out} holds an inspection: choose another or give `overwrite=True`")
-    source, size = open_images(config.data, config.out, config, config.channel_files), image_size_of(config.image_size)
+    source, size = open_images(config.data, config.out, config), image_size_of(config.image_size)
     reading = asked_reading(config)
     found = look_at(source, reading, config.images)
     print("\n".join([*report(source, found), *source.notes]), flush=True)

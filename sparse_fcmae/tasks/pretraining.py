@@ -84,7 +84,7 @@ class Pretraining(Task):
 
     def __init__(self, config: PretrainConfig, ranks: Ranks, source: ImageSource | None = None) -> None:
         self.ranks, self.size = ranks, image_size_of(config.image_size)
-        self.source = source or open_images(config.data, config.out, config, config.channel_files)
+        self.source = source or open_images(config.data, config.out, config)
         self.source = by_page(self.source, asked_reading(config), config.max_bad_images)
         self.form, found = ranks.by_main(lambda: format_of_run(config, self.source))
         crop = config.crop or ("native" if self.form.native else "resized")
@@ -107,7 +107,7 @@ class Pretraining(Task):
         self.objective = PretrainingObjective(trained, self.form, self.model.num_visible(self.size))
         self.step_type = GraphedTrainStep if self.cuda_graphs else Task.step_type
         view = evaluation_view(config, self.size, self.form, ranks.device)
-        self.monitor = KNNMonitor(config.knn, view, ranks) if config.knn else None
+        self.monitor = KNNMonitor(config.knn, view, ranks, config) if config.knn else None
         self.evaluates = self.evaluates_untrained = self.monitor is not None
         whole = CentreView(self.size, self.training_view.reading, native=config.crop == "native")
         samples = sample_images(self.source, SAMPLES if ranks.main else 0, whole)

@@ -26,11 +26,12 @@ class ChannelFiles:
 
     def __init__(self, root: str, templates: Sequence[str], without: str | os.PathLike | None = None) -> None:
         check_folder(root)
+        templates = [templates] if isinstance(templates, str) else list(templates)
         if wrong := [template for template in templates if template.count(NAME) != 1]:
             raise UserError(
                 f"`channel_files` {wrong[0]}: it needs {NAME} once, for what an image's files have in common"
             )
-        self.root, self.templates = Path(root), list(templates)
+        self.root, self.templates = Path(root), templates
         patterns = [re.compile("(.+)".join(map(re.escape, template.split(NAME)))) for template in templates]
         found: dict[str, set[int]] = defaultdict(set)
         for path in paths_below(root, without):

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 from sparse_fcmae.data.config import SourceConfig
+from sparse_fcmae.data.sources.channel_files import ChannelFiles
 from sparse_fcmae.data.sources.files import printable
 from sparse_fcmae.data.sources.folder import ImageFolder, check_folder
 from sparse_fcmae.data.sources.labelled import Labelled
@@ -18,17 +19,20 @@ HELD_OUT = ("val", "test")  # folders of held-out images, the preferred one firs
 USUAL = SourceConfig()
 
 
-def class_folder(root: str | os.PathLike, out: str | os.PathLike | None = None) -> Labelled:
+def class_folder(
+    root: str | os.PathLike, out: str | os.PathLike | None = None, config: SourceConfig = USUAL
+) -> Labelled:
     """Images in one folder for each class. The classes are the folders' names, sorted.
 
-    Raises UserError as `ImageFolder` does, for images outside of the class folders, for class folders without images,
+    Raises UserError as `open_images` does, for images outside of the class folders, for class folders without images,
     and where `out`, the folder that a run is to write to, lies among the class folders.
     """
-    images = ImageFolder(root)
+    images = ChannelFiles(root, config.channel_files) if config.channel_files else ImageFolder(root)
     if out is not None and Path(out).resolve().is_relative_to(images.root.resolve()):
         raise UserError(f"`out` {out} lies among the class folders of {root}: choose another")
-    folders = [sys.intern(file.partition(os.sep)[0]) for file in images.files]  # not a string for each image
-    if loose := next((file for file in images.files if os.sep not in file), None):
+    names = images.names if config.channel_files else images.files
+    folders = [sys.intern(name.partition(os.sep)[0]) for name in names]  # not a string for each image
+    if loose := next((name for name in names if os.sep not in name), None):
         raise UserError(f"{root}: {printable(loose)} lies in no class folder: make a folder below it for each class")
     there = {p.name for p in images.root.iterdir() if p.is_dir() and not p.name.startswith(".")}
     if empty := sorted(there - set(folders)):
@@ -52,7 +56,7 @@ def open_held_out(root: str | os.PathLike, config: SourceConfig = USUAL) -> Labe
     held_out = held_out_folder(root)
     if held_out is None and (root / TRAIN).is_dir():
         raise UserError(f"{root} has no folder {' or '.join(HELD_OUT)}: name a folder of classes")
-    return class_folder(held_out or root)
+    return class_folder(held_out or root, config=config)
 
 
 def open_splits(
@@ -82,7 +86,7 @@ def open_splits(
     has_train, held_out = (root / TRAIN).is_dir(), held_out_folder(root)
     if has_train and held_out:
         raise UserError(f"{root} has {held_out.name} already: leave `val_split` out")
-    train, val = hold_out(class_folder(root / TRAIN if has_train else root, out), val_split, seed)
+    train, val = hold_out(class_folder(root / TRAIN if has_train else root, out, config), val_split, seed)
     train.notes += without_held_out(val)
     return train, val
 
@@ -111,7 +115,7 @@ def open_train_and_held_out(
         if not has_train or held_out is None:
             missing = " or ".join(HELD_OUT) if has_train else TRAIN
             raise UserError(f"{root} has no folder {missing}: {remedy}")
-        train, val, where = class_folder(root / TRAIN, out), class_folder(held_out, out), held_out.name
+        train, val, where = (*(class_folder(part, out, config) for part in (root / TRAIN, held_out)), held_out.name)
     if unknown := sorted(set(val.classes) - set(train.classes)):
         raise UserError(f"{root}: class {unknown[0]} of {where} is missing in {TRAIN}")
     val = val.with_classes(train.classes)

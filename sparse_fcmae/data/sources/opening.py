@@ -29,25 +29,19 @@ def open_images(
     data: Any,
     without: str | os.PathLike | None = None,
     config: SourceConfig = USUAL,
-    channel_files: Sequence[str] | None = None,
 ) -> ImageSource:
     """The images of a folder, of tar archives, of a table, of a text file with a path a line, or of a pattern.
 
     Of several such names they are the images of all, one after the other; of a list of images' paths these, in its
-    order. Anything else is taken as `MapStyleImages` says. without: a folder whose files are left out. channel_files:
-    templates of the files that an image's channels lie in, below a folder. Raises UserError where there are no such
-    images.
+    order. Anything else is taken as `MapStyleImages` says. without: a folder whose files are left out. Raises UserError
+    where there are no such images.
     """
     if not is_named(data):
         return MapStyleImages(data)
     names = [data] if isinstance(data, str | os.PathLike) else data
-    if len(names) > 1 and not channel_files and _name_images(names):
+    if len(names) > 1 and not config.channel_files and _name_images(names):
         return ImageFiles(f"{len(names)} paths", "", map(os.fspath, names), pieces=Pieces(config.cache_gb))
-    if channel_files:
-        templates = [channel_files] if isinstance(channel_files, str) else channel_files
-        parts = [ChannelFiles(os.fspath(name), templates, without) for name in names]
-    else:
-        parts = [_open(os.fspath(name), without, config) for name in names]
+    parts = [_open(os.fspath(name), without, config) for name in names]
     return parts[0] if len(parts) == 1 else Several(parts)
 
 
@@ -67,6 +61,8 @@ def _name_images(names: Sequence[str | os.PathLike]) -> bool:
 
 def open_rows(data: str | os.PathLike, config: SourceConfig = USUAL) -> Rows | None:
     """What there is to say about each image where `data` is of a kind that says it, as a table does, or else None."""
+    if config.channel_files:
+        return None
     if names_table(data):
         return read_table(data, config)
     if names_shards(os.fspath(data)):
@@ -80,6 +76,8 @@ def open_rows(data: str | os.PathLike, config: SourceConfig = USUAL) -> Rows | N
 
 def _open(data: str, without: str | os.PathLike | None, config: SourceConfig) -> ImageSource:
     """The images of one name."""
+    if config.channel_files:
+        return ChannelFiles(data, config.channel_files, without)
     if rows := open_rows(data, config):
         return rows.source
     if os.path.isdir(data):
