@@ -18,6 +18,7 @@ from sparse_fcmae.runtime.files import one_line
 from sparse_fcmae.runtime.streams import Stream, numpy_generator
 
 LOOKED_AT, MEASURED = 64, 256  # images that are opened, and those that are decoded for statistics
+CERTAIN = 3  # standard deviations by which a sample has more unreadable images than are allowed
 TRIED = 8  # images that are decoded to see whether they suit weights
 BOX_SIDE, VALUES = 1024, 1 << 16  # pixels a side of the box that is measured of an image, and of these at most
 MOST_VALUES = 1 << 25  # of the whole sample
@@ -39,18 +40,23 @@ class Kind(NamedTuple):
 
 
 def survey(
-    source: ImageSource, config: FormatConfig, seed: int, weights: ImageFormat | None = None
+    source: ImageSource,
+    config: FormatConfig,
+    seed: int,
+    weights: ImageFormat | None = None,
+    max_bad_images: float = 1.0,
 ) -> tuple[ImageFormat, list[str]]:
     """The format of a source's images, and what there is to say about them, a line each.
 
     Where images differ, most of them decide, and the others are unreadable in training. weights: the images that the
     model's first weights take; where these are the same, so are the statistics. Raises UserError where no image can be
-    read, where a library is missing for them, and for options that do not suit the images.
+    read or surely more than the fraction `max_bad_images` can't, where a library is missing for them, and for options
+    that do not suit the images.
     """
     reading = asked_reading(config)
     if weights and weights.channels and not reading.channels:
         reading = replace(reading, channels=weights.channels)
-    kind, grey, notes = _kind(source, reading)
+    kind, grey, notes = _kind(source, reading, max_bad_images)
     form = _without_statistics(kind, grey, reading, config.in_chans, weights)
     if config.mean or config.std:
         mean, std = (_numbers(config, name, form.in_chans) for name in ("mean", "std"))
@@ -125,10 +131,11 @@ def _robust(column: np.ndarray) -> tuple[float, float]:
     return float(f"{values.mean():.10g}"), float(f"{values.std():.10g}")
 
 
-def _kind(source: ImageSource, reading: Reading) -> tuple[Kind, bool, list[str]]:
+def _kind(source: ImageSource, reading: Reading, max_bad_images: float) -> tuple[Kind, bool, list[str]]:
     """What most images looked at are, whether all these are grey photographs, and a line on each that is not like them.
 
-    Raises UserError where most can't be opened for want of a library, or none at all.
+    Raises UserError where most can't be opened for want of a library, or none at all, and where training would surely
+    end for more than the fraction `max_bad_images` that it can't read.
     """
     kinds: Counter[Kind] = Counter()
     examples: dict[Kind, str] = {}
@@ -154,6 +161,13 @@ def _kind(source: ImageSource, reading: Reading) -> tuple[Kind, bool, list[str]]
     (chosen, _), *others = kinds.most_common()
     for kind, count in others:
         lines.append(f"{count} of the {len(indices)} images looked at are {kind}, such as {examples[kind]}")
+    bad, expected = len(indices) - kinds[chosen], max_bad_images * len(indices)
+    chance = 0 if len(indices) == len(source) else CERTAIN * expected**0.5
+    if bad > expected + chance and bad > len(broken):  # broken files are named when training meets them
+        raise UserError(
+            f"{source}: {'; '.join(lines)}: more are {chosen}, so choose these by a pattern, as in "
+            "`data='folder/*.tif'`, or raise `max_bad_images`"
+        )
     return chosen, grey, [f"{line}: they count as unreadable, as more are {chosen}" for line in lines]
 
 

@@ -43,7 +43,8 @@ def format_of_run(config: PretrainConfig, source: ImageSource) -> tuple[ImageFor
         saved = RunFolder(config.out, config.task).saved_options() or {}
         known = saved.get("images")  # which runs of earlier versions have not
         return (ImageFormat.of_json(known) if known else ImageFormat.imagenet(config.in_chans)), []
-    return survey(source, config, config.seed, read_weights(config.init, whole=True).form if config.init else None)
+    weights = read_weights(config.init, whole=True).form if config.init else None
+    return survey(source, config, config.seed, weights, config.max_bad_images)
 
 
 def build_fcmae(config: PretrainConfig, resumed: bool) -> tuple[FCMAE, list[str]]:
@@ -119,7 +120,9 @@ def build_classifier(
     """
     source, classes = checkpoint or config.init, images.classes
     if source is None:
-        form, remarks = survey(labelled_by_page(images, asked_reading(config)), config, config.seed)
+        form, remarks = survey(
+            labelled_by_page(images, asked_reading(config)), config, config.seed, max_bad_images=config.max_bad_images
+        )
         weights, size, notes = None, (224, 224), ["starting from random weights", *remarks]
         shape = {"name": config.model, "in_chans": form.in_chans, "stem_stride": config.stem_stride}
     else:

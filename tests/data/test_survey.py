@@ -96,6 +96,19 @@ def test_most_images_decide_and_the_others_are_said(tmp_path):
     )
 
 
+def test_a_mixture_that_training_would_end_for_is_refused_first(tmp_path):
+    folder = arrays(tmp_path / "x", np.random.default_rng(4).integers(0, 4096, (9, 16, 16)).astype(np.uint16))
+    for number in range(8):
+        Image.new("RGB", (8, 8)).save(folder / f"photo{number}.png")
+    source, config = ImageFolder(folder), FormatConfig()
+    with pytest.raises(UserError, match=r"8 of the 17 images looked at are photographs of 8 bits, such as photo0"):
+        survey(source, config, 0, max_bad_images=0.1)
+    assert survey(source, config, 0, max_bad_images=0.5)[0].dtype == "uint16"
+    for number in range(200):  # 8 of 217 at most: a sample that says more may be chance
+        np.save(folder / f"more{number}.npy", np.load(folder / "000.npy"))
+    assert survey(ImageFolder(folder), config, 0, max_bad_images=0.03)[0].dtype == "uint16"
+
+
 def test_what_stands_out_is_said(tmp_path):
     images = np.random.default_rng(5).integers(0, 4096, (5, 32, 32, 3)).astype(np.uint16)
     images[..., 1] = 7

@@ -111,15 +111,17 @@ class ArrayImage(OpenImage):
     """An image of values that are kept as they are.
 
     values: [H, W, C], an array or anything else that is sliced as one. missing: the file's own value for missing ones.
+    valid: where there are values, [H, W, 1], None for everywhere.
     """
 
-    def __init__(self, values: Any, reading: Reading, missing: float | None = None) -> None:
+    def __init__(self, values: Any, reading: Reading, missing: float | None = None, valid: Any = None) -> None:
         height, width, self.in_chans = values.shape
         self.size, self.values, self.reading = (width, height), values, reading
         reading.check_size(width, height)
         stored = ROUNDED.get(values.dtype.name, values.dtype.name)
         self.missing = missing if reading.nodata is None and _can_be(missing, values.dtype) else reading.nodata
-        self.dtype = stored if self.missing is None or stored in FLOATS else "float32"
+        self.valid, whole = valid, self.missing is None and valid is None
+        self.dtype = stored if whole or stored in FLOATS else "float32"
 
     def resized_crop(self, box: Box, size: tuple[int, int]) -> Tensor:
         if self.dtype != self.reading.dtype:
@@ -129,6 +131,8 @@ class ArrayImage(OpenImage):
         crop = np.array(crop, dtype=crop.dtype.newbyteorder("="), order="C")
         if self.reading.dtype in FLOATS:
             absent = np.zeros(crop.shape, bool)
+            if self.valid is not None:
+                absent |= ~np.asarray(self.valid[top:bottom, left:right]).astype(bool)
             if self.missing is not None and _can_be(self.missing, crop.dtype):
                 absent = crop == np.asarray(self.missing).astype(crop.dtype)
             with np.errstate(over="ignore"):  # what is beyond float32 becomes infinite, and is missing then

@@ -68,11 +68,13 @@ class OfPages:
         return self.make(np.asarray(self.stack[(self.pages, *place)]))
 
 
-def open_stack(stack: Stack, reading: Reading, what: str = "pages", missing: float | None = None) -> ArrayImage:
+def open_stack(
+    stack: Stack, reading: Reading, what: str = "pages", missing: float | None = None, valid: Any = None
+) -> ArrayImage:
     """The image that a reading makes of a file's pages.
 
-    what: they are called. missing: as in `ArrayImage`. Raises OSError for several pages where the reading says nothing
-    of them, and for a page that is not there.
+    what: they are called. missing, valid: as in `ArrayImage`. Raises OSError for several pages where the reading says
+    nothing of them, and for a page that is not there.
     """
     count, _, _, channels = stack.shape
     if count > 1 and reading.pages is None:
@@ -88,7 +90,7 @@ def open_stack(stack: Stack, reading: Reading, what: str = "pages", missing: flo
         values = OfPages(stack, slice(None), lambda pages: pages.max(0), channels)
     else:
         values = OfPages(stack, slice(number, number + 1), lambda pages: pages[0], channels)
-    image = ArrayImage(values, reading, missing)
+    image = ArrayImage(values, reading, missing, valid)
     image.pages = count
     return image
 

@@ -29,6 +29,7 @@ TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {  # by the tag's value, 
     8: lambda image: np.rot90(image),
 }
 WHITE_IS_LEAST, CMYK, ALPHA = 0, 5, (1, 2)  # values of PHOTOMETRIC and of EXTRA_SAMPLES
+MASK = 4  # the bit of a page's type that says it is one, as GDAL writes it: 1 where there are values
 FILE_OF_SET = re.compile(r'FileName="([^"]*)"')  # in OME's metadata
 
 
@@ -77,7 +78,8 @@ def _opened_by_pillow(file: BinaryIO) -> Image.Image | None:
 def _image_of(tiff: Any, file: BinaryIO, reading: Reading) -> OpenImage:
     """The image in the first series of an open file. Raises OSError where there are others as large."""
     series = tiff.series[0]
-    others = [s for s in tiff.series[1:] if math.prod(s.shape) >= math.prod(series.shape)]
+    masks = [s.keyframe for s in tiff.series[1:] if s.keyframe.subfiletype & MASK]
+    others = [s for s in tiff.series[1:] if s.keyframe not in masks and math.prod(s.shape) >= math.prod(series.shape)]
     if others:
         raise OSError(f"holds {1 + len(others)} images: save each in a file of its own")
     sizes = {a: size for a, size in zip(series.axes, series.shape, strict=True) if size > 1 or a in "YX"}
@@ -99,11 +101,15 @@ def _image_of(tiff: Any, file: BinaryIO, reading: Reading) -> OpenImage:
         stack = AxesStack(series.asarray().reshape(list(sizes.values())), letters)
     if page.photometric == WHITE_IS_LEAST and stack.dtype.kind == "u":
         stack = Reversed(stack, (1 << page.bitspersample) - 1)
-    image = open_stack(stack, reading, f"pages (axes {letters})", _missing(tiff.pages[0]))
+    missing = _missing(tiff.pages[0])
+    valid = next((TiffPage(mask) for mask in masks if mask.shape == (sizes["Y"], sizes["X"])), None)
+    image = open_stack(stack, reading, f"pages (axes {letters})", missing, valid)
     orientation = tiff.pages[0].tags.get(ORIENTATION)
     if turn := TURNS.get(orientation.value if orientation else 1):
         width, height = image.size
-        turned = ArrayImage(turn(image.values[0:height, 0:width]), reading, _missing(tiff.pages[0]))
+        if valid is not None:
+            valid = turn(valid[0:height, 0:width])
+        turned = ArrayImage(turn(image.values[0:height, 0:width]), reading, missing, valid)
         turned.pages = image.pages
         return turned
     return image

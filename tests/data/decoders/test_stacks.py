@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import rasterio
 import tifffile
 import torch
 import zarr
@@ -163,3 +164,30 @@ def test_a_scene_has_the_same_pixels_in_every_format(tmp_path):
             npy, tif, folder = (view(tmp_path / f"x.{n}", np.random.default_rng(seed)) for n in ("npy", "tif", "zarr"))
             assert torch.equal(npy, tif)
             assert torch.equal(npy, folder)
+
+
+@pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
+@pytest.mark.parametrize(
+    "layout",
+    [{}, {"tiled": True, "blockxsize": 16, "blockysize": 16, "compress": "deflate"}, {"interleave": "pixel"}],
+    ids=["strips", "tiles", "interleaved"],
+)
+def test_masks_within_a_geotiff(tmp_path, layout):
+    values = np.random.default_rng(0).integers(1, 4000, (3, 70, 90)).astype(np.uint16)
+    mask = np.zeros((70, 90), bool)
+    mask[10:60, 20:80] = True
+    mask[30, 40] = False
+    size = {"height": 70, "width": 90, "count": 3, "dtype": "uint16"}
+    inside = rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True)
+    with inside, rasterio.open(tmp_path / "x.tif", "w", driver="GTiff", **size, **layout) as file:
+        file.write(values)
+        file.write_mask(mask)
+    with rasterio.open(tmp_path / "x.tif") as file:
+        expected = np.where(file.read_masks() > 0, file.read().astype(np.float32), np.nan)
+    expected = np.moveaxis(expected, 0, -1)
+    assert open_image(tmp_path / "x.tif", Reading(3, "float32")).dtype == "float32"
+    for place in ((0, 0, 90, 70), (15, 5, 43, 35)):
+        left, top, right, bottom = place
+        with (tmp_path / "x.tif").open("rb") as file:
+            found = box(file, Reading(3, "float32"), place)
+        assert np.array_equal(found, expected[top:bottom, left:right], equal_nan=True)
