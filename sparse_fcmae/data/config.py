@@ -62,6 +62,9 @@ class FormatConfig(ReadingConfig):
     )
     mean: str | None = option(None, help="or these means, one a channel, in the values' own units, as 1510,380")
     std: str | None = option(None, help="and these deviations")
+    value_range: str | None = option(
+        None, help="or as if values were spread evenly over a range, as 0,4095, or between percentiles, as 1%,99%"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

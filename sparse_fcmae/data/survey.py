@@ -58,6 +58,11 @@ def survey(
         reading = replace(reading, channels=weights.channels)
     kind, grey, notes = _kind(source, reading, max_bad_images)
     form = _without_statistics(kind, grey, reading, config.in_chans, weights)
+    if given := [name for name in ("stats", "mean", "std") if config.value_range and getattr(config, name)]:
+        raise UserError(f"`value_range` and `{given[0]}` say the same: leave one out")
+    if config.value_range:
+        reading = reading_of(form, **reading_options(config))
+        return _of_range(source, form, config.value_range, reading, seed), notes
     if config.mean or config.std:
         mean, std = (_numbers(config, name, form.in_chans) for name in ("mean", "std"))
         return replace(form, mean=mean, std=std), notes
@@ -221,6 +226,31 @@ def _values(image: OpenImage, rng: np.random.Generator) -> np.ndarray:
     left, top = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
     rows = image.resized_crop((left, top, left + w, top + h), (h, w)).flatten(0, 1).numpy()
     return rows[rng.permutation(len(rows))[: min(VALUES, max(1, MOST_VALUES // (MEASURED * rows.shape[1])))]]
+
+
+def _of_range(source: ImageSource, form: ImageFormat, text: str, reading: Reading, seed: int) -> ImageFormat:
+    """A format with the mean and deviation of values that are spread evenly over a range.
+
+    text: its ends, the same for all channels, or percentiles of each channel's values in a sample. Raises UserError for
+    what is no range, and for a channel whose percentiles are the same.
+    """
+    percent = "%" in text
+    ends = _parts("value_range", text.replace("%", ""))
+    if len(ends) != 2 or text.count("%") not in (0, 2) or not np.isfinite(ends).all() or ends[0] >= ends[1]:
+        raise UserError(
+            f"`value_range` {text}: give two numbers or percentiles, the smaller first, as 0,4095 or 1%,99%"
+        )
+    if percent and not (ends[0] >= 0 and ends[1] <= 100):
+        raise UserError(f"`value_range` {text}: percentiles are from 0 to 100")
+    if not percent:
+        low, high = (np.full(form.in_chans, end) for end in ends)
+    else:
+        columns = sample_values(source, reading, seed).astype(np.float64)
+        low, high = np.nanquantile(np.where(np.isfinite(columns), columns, np.nan), np.array(ends) / 100, axis=1)
+    if same := [str(channel) for channel in np.flatnonzero(~(low < high)) + 1]:
+        raise UserError(f"`value_range` {text}: channel {', '.join(same)} has no values between these")
+    mean, std = (low + high) / 2, (high - low) / 12**0.5
+    return replace(form, mean=tuple(mean.tolist()), std=tuple(std.tolist()))
 
 
 def _parts(name: str, text: str) -> list[float]:

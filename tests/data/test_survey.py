@@ -109,6 +109,33 @@ def test_a_mixture_that_training_would_end_for_is_refused_first(tmp_path):
     assert survey(ImageFolder(folder), config, 0, max_bad_images=0.03)[0].dtype == "uint16"
 
 
+def test_ranges_and_percentiles(tmp_path):
+    images = np.random.default_rng(4).integers(0, 4096, (5, 64, 64, 2)).astype(np.uint16)
+    images[..., 1] //= 4
+    folder = arrays(tmp_path / "x", images)
+    form, _ = survey_of(folder, value_range="0,4095")
+    assert form.mean == (2047.5, 2047.5)
+    assert form.std == pytest.approx([4095 / 12**0.5] * 2)
+    form, _ = survey_of(folder, value_range="1%,99%")
+    low, high = np.quantile(images.reshape(-1, 2), [0.01, 0.99], axis=0)
+    assert form.mean == pytest.approx((low + high) / 2, rel=0.01)
+    assert form.std == pytest.approx((high - low) / 12**0.5, rel=0.01)
+    for text, message in (
+        ("4095", "give two numbers or percentiles"),
+        ("9,3", "give two numbers or percentiles, the smaller first"),
+        ("1%,99", "give two numbers or percentiles"),
+        ("1%,101%", "percentiles are from 0 to 100"),
+        ("a,b", "give numbers with commas"),
+    ):
+        with pytest.raises(UserError, match=f"`value_range` {text}: .*{message}"):
+            survey_of(folder, value_range=text)
+    with pytest.raises(UserError, match="`value_range` and `mean` say the same"):
+        survey_of(folder, value_range="0,1", mean="1,1", std="1,1")
+    images[..., 1] = 7
+    with pytest.raises(UserError, match="channel 2 has no values between these"):
+        survey_of(arrays(tmp_path / "y", images), value_range="1%,99%")
+
+
 def test_what_stands_out_is_said(tmp_path):
     images = np.random.default_rng(5).integers(0, 4096, (5, 32, 32, 3)).astype(np.uint16)
     images[..., 1] = 7
