@@ -6,6 +6,7 @@ Help and mistyped flags are answered without importing torch: the modules that d
 import argparse
 import difflib
 import os
+import re
 import sys
 import types
 import typing
@@ -102,6 +103,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options, allow_abbrev=False)
+        self._negative_number_matcher = re.compile(r"-[\d.]")  # so that "-1000,1000" is a value too, and no flag
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")

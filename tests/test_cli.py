@@ -110,3 +110,10 @@ def test_drawn_images_are_deterministic_and_labelled(tmp_path):
     assert draw_image(3, (0, 1)).tobytes() != draw_image(3, (0, 2)).tobytes()
     draw_images(tmp_path / "x", 30, seed=1)
     assert {p.name: len(list(p.iterdir())) for p in (tmp_path / "x").iterdir()} == dict.fromkeys(CLASSES, 3)
+
+
+@pytest.mark.parametrize("values", [["--value-range", "-9,-12"], ["--mean", "-.5,-2"], ["--nodata", "-9999"]])
+def test_values_that_begin_with_a_minus_are_no_flags(tmp_path, capsys, values):
+    with pytest.raises(SystemExit):
+        main(["pretrain", "--data", str(tmp_path), "--out", str(tmp_path / "x"), *values])
+    assert "no image files" in capsys.readouterr().err

@@ -1,5 +1,6 @@
 """Images as people look at them: sheets of small pictures, and histograms of values."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -33,12 +34,16 @@ def rgb(images: Tensor) -> np.ndarray:
     return (255 * colour.clamp(0, 1)).round().byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
-def sheet(columns: dict[str, np.ndarray]) -> Image.Image:
-    """Columns of pictures [N, H, W, 3] under their names, enlarged to a width of at least LEAST_WIDTH."""
+def sheet(columns: dict[str, np.ndarray], rows: Sequence[str] = ()) -> Image.Image:
+    """Columns of pictures [N, H, W, 3] under their names, enlarged to a width of at least LEAST_WIDTH.
+
+    rows: the names of the N rows, which are written above them, where there are any.
+    """
     count, height, width, _ = next(iter(columns.values())).shape
     scale = max(1, -(-LEAST_WIDTH // width))
     height, width = height * scale, width * scale
-    size = (len(columns) * (width + GAP) + GAP, count * (height + GAP) + GAP + LABEL_HEIGHT)
+    each = height + GAP + (LABEL_HEIGHT if rows else 0)
+    size = (len(columns) * (width + GAP) + GAP, count * each + GAP + LABEL_HEIGHT)
     picture = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(picture)
     for column, (name, tiles) in enumerate(columns.items()):
@@ -46,8 +51,19 @@ def sheet(columns: dict[str, np.ndarray]) -> Image.Image:
         draw.text((left, 2), name, fill="black")
         for row, tile in enumerate(tiles):
             enlarged = Image.fromarray(tile).resize((width, height), Image.Resampling.NEAREST)
-            picture.paste(enlarged, (left, LABEL_HEIGHT + GAP + row * (height + GAP)))
+            picture.paste(enlarged, (left, LABEL_HEIGHT + row * each + each - height))
+    for row, name in enumerate(rows):
+        draw.text((GAP, LABEL_HEIGHT + row * each + 2), _fitting(draw, name, size[0] - 2 * GAP), fill="black")
     return picture
+
+
+def _fitting(draw: ImageDraw.ImageDraw, text: str, width: int) -> str:
+    """The end of a text, as much of it as is no wider than so many pixels."""
+    if draw.textlength(text) <= width:
+        return text
+    while len(text) > 1 and draw.textlength(f"...{text}") > width:
+        text = text[1:]
+    return f"...{text}"
 
 
 def save_picture(picture: Image.Image, path: Path) -> None:
@@ -59,7 +75,7 @@ def draw_histograms(columns: np.ndarray, form: ImageFormat, path: Path) -> None:
     """Writes a PNG of how often each value occurs in each of the first PANELS channels. Needs matplotlib.
 
     columns: values [C, N], of which those that are not finite are left out. The mean is marked, and one deviation to
-    either side of it.
+    either side of it is grey, as a line below the panels says.
     """
     from matplotlib.figure import Figure
 
@@ -77,6 +93,9 @@ def draw_histograms(columns: np.ndarray, form: ImageFormat, path: Path) -> None:
         axes.set_yscale("log")
         axes.axvline(form.mean[number], color="black")
         axes.axvspan(form.mean[number] - form.std[number], form.mean[number] + form.std[number], color="0.9", zorder=0)
-        axes.set_title(f"channel {number + 1}: {form.mean[number]:.4g} ± {form.std[number]:.3g}", fontsize=9)
+        channel = (form.channels or range(1, count + 1))[number]
+        axes.set_title(f"channel {channel}: {form.mean[number]:.4g} ± {form.std[number]:.3g}", fontsize=9)
         axes.tick_params(labelsize=7)
+    figure.supxlabel("value; black line: mean, grey: one deviation to either side", fontsize=8)
+    figure.supylabel("how often, of the values measured", fontsize=8)
     write_atomic(path, lambda p: figure.savefig(p, format="png", dpi=100))

@@ -1,6 +1,6 @@
 """The models that tasks start with, and their views of images in training and in evaluation."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +162,9 @@ def training_view(
     reading, turns = reading_of(form, **reading_options(config)), {"hflip": config.hflip, "rotate": config.rotate}
     scale, ratios = range_of("scale", config.scale, NATIVE_SCALE), range_of("crop_ratio", config.crop_ratio, RATIOS)
     if config.crop == "native":
+        usual = {f.name: f.default for f in fields(type(config))}
+        if given := [name for name in ("crop_ratio", "min_crop") if getattr(config, name) != usual[name]]:
+            raise UserError(f"`{given[0]}` goes with `crop=resized` alone")
         enough = {"min_valid": config.min_valid, "min_std": config.min_std, "std": form.std}
         return NativeView(size, reading, scale, augment=augment, **enough, **turns)
     if given := [name for name in ("scale", "min_valid", "min_std") if getattr(config, name)]:

@@ -118,7 +118,7 @@ def digest(file: BinaryIO | ZarrFolder) -> bytes:
 def report(source: ImageSource, found: dict[str, Any]) -> list[str]:
     """What was found, for people, a line for each thing."""
     lines = [f"{found['images']} images of {source}, of which {found['looked_at']} were looked at"]
-    lines += [f"{count} are {kind}" for kind, count in found["kinds"].items()]
+    lines += [f"{kind}: {count}" for kind, count in found["kinds"].items()]
     if found["sizes"]:
         words = (f"{name} {height}x{width}" for name, (height, width) in found["sizes"].items())
         lines.append(f"pixels by area: {', '.join(words)}")
@@ -129,7 +129,8 @@ def report(source: ImageSource, found: dict[str, Any]) -> list[str]:
         lines.append(f"{len(names)} can't be read ({reason}): {_some(names)}")
     if found["copies"]:
         extra = sum(len(names) - 1 for names in found["copies"])
-        lines.append(f"{extra} have the same bytes as another: {_some([' = '.join(c) for c in found['copies']])}")
+        have = "has" if extra == 1 else "have"
+        lines.append(f"{extra} {have} the same bytes as another: {_some([' = '.join(c) for c in found['copies']])}")
     return lines
 
 
@@ -143,14 +144,15 @@ def draw(source: ImageSource, form: ImageFormat, config: InspectConfig, size: tu
     except ImportError:
         print(f"{HISTOGRAMS} is not drawn, as matplotlib is not installed (extra: plots)")
     crops = TrainingImages(source, training_view(config, size, form), config.seed)
-    samples = [[crops[epoch, index].pixels for epoch in range(VIEWS_EACH)] for index in spread(source, ROWS)]
-    samples = [row for row in samples if all(pixels is not None for pixels in row)]
+    drawn_of = {i: [crops[epoch, i].pixels for epoch in range(VIEWS_EACH)] for i in spread(source, ROWS)}
+    drawn_of = {i: row for i, row in drawn_of.items() if all(pixels is not None for pixels in row)}
+    samples, names = list(drawn_of.values()), list(map(source.name, drawn_of))
     if not samples:
         raise UserError(f"{source}: no image can be shown as training would see it")
     images = form.normalise(torch.stack([pixels for row in samples for pixels in row]))
     tiles = rgb(shown(form, images, images)).reshape(len(samples), VIEWS_EACH, *size, 3)
     columns = {f"view {number + 1}": np.ascontiguousarray(tiles[:, number]) for number in range(VIEWS_EACH)}
-    save_picture(sheet(columns), out / VIEWS)
+    save_picture(sheet(columns, names), out / VIEWS)
     return drawn
 
 

@@ -27,7 +27,7 @@ def model_config(weights: Weights) -> str:
     preprocessor: dict[str, Any] = {
         "mean": list(weights.form.mean),
         "std": list(weights.form.std),
-        "to_rgb": shape["in_chans"] == 3,
+        "to_rgb": weights.form.is_photograph and shape["in_chans"] == 3,  # as photographs are loaded in BGR there
     }
     if weights.num_classes:
         model["head"] = {

@@ -29,11 +29,11 @@ def test_report_and_pictures(stacks, tmp_path, capsys):
     found = inspect(data=stacks, out=tmp_path / "out", image_size=32, rotate=True)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"9 images of {stacks}, of which 9 were looked at"
-    assert "7 are of 2 channels of uint16" in lines
-    assert "1 are photographs of 8 bits" in lines
+    assert "of 2 channels of uint16: 7" in lines
+    assert "photographs of 8 bits: 1" in lines
     assert "pixels by area: least 8x8, median 60x64, greatest 90x64" in lines
     assert any(line.startswith("1 can't be read (") and line.endswith(": broken.png") for line in lines)
-    assert "1 have the same bytes as another: 0.npy = copy.npy" in lines
+    assert "1 has the same bytes as another: 0.npy = copy.npy" in lines
     assert "left out, as they are in no format that can be read: 1 .mat" in lines
     assert any(line.startswith("channel 2: values from ") for line in lines)
     assert "training reads 2 channels of uint16" in lines
@@ -43,7 +43,7 @@ def test_report_and_pictures(stacks, tmp_path, capsys):
     assert list(saved["unreadable"]) == ["broken.png"]
     assert saved["format"]["mean"] == pytest.approx([1000, 49.5], rel=0.01)
     with Image.open(tmp_path / "out" / "views.png") as picture:
-        assert picture.size == (4 * 100 + 4, 18 + 100 * 6)
+        assert picture.size == (4 * 100 + 4, 18 + 114 * 6)
     with Image.open(tmp_path / "out" / "histograms.png") as picture:
         assert picture.size[0] > 700
     with pytest.raises(UserError, match="holds an inspection: choose another or give `overwrite=True`"):
@@ -63,7 +63,7 @@ def test_the_report_comes_before_what_is_wrong(tmp_path, capsys):
         main(["inspect", "--data", str(tmp_path)])
     printed = capsys.readouterr()
     assert stop.value.code == 2
-    assert "1 are of 1 channel of int16" in printed.out
+    assert "of 1 channel of int16: 1" in printed.out
     assert "all values of the images measured are 3: nothing to learn" in printed.err
     with pytest.raises(SystemExit):
         main(["inspect"])
