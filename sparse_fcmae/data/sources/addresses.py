@@ -1,5 +1,6 @@
 """Files behind addresses such as s3://bucket/scan.tif: reached by fsspec, and kept on the disk up to a limit."""
 
+import errno
 import hashlib
 import os
 import sys
@@ -72,6 +73,8 @@ def reach(address: str, ask: Callable[[Any, str], T]) -> T:
                 if not isinstance(cause, OSError) and getattr(cause, "status", NOT_FOUND) == NOT_FOUND:
                     raise
                 error = cause
+            if getattr(error, "errno", None) == errno.ENOSPC:
+                raise UserError(f"{address}: no space left in {cache_folder()}: XDG_CACHE_HOME names another") from None
             if wait is None:
                 raise OSError(f"can't be reached: {one_line(error)}") from None
         time.sleep(wait)
@@ -144,6 +147,11 @@ def on_disk(path: str) -> Iterator[str]:
         yield copy
 
 
+def _pieces() -> Path:
+    """The folder that pieces are kept in."""
+    return cache_folder().parent / "pieces"
+
+
 class Pieces:
     """Files behind addresses, and parts of them, which are kept on the disk once they were read.
 
@@ -151,20 +159,21 @@ class Pieces:
     """
 
     def __init__(self, limit_gb: float = CACHE_GB) -> None:
-        self.limit, self.folder = int(limit_gb * 1e9), cache_folder().parent / "pieces"
-        self.written, self.complained = self.limit, False
+        self.limit, self.complained = int(limit_gb * 1e9), False
+        self.written = self.limit  # by this process since it looked through the cache: so the first piece has it look
 
     def read(self, address: str, version: str = "", start: int = 0, size: int | None = None) -> bytes:
         """The bytes of a file from `start` on. size: how many, None for all. Raises OSError where they can't be had."""
-        kept = self._place(address, version, start, size)
-        with suppress(OSError):
+        name = hashlib.sha256(f"{address}\0{version}\0{start}\0{size}".encode(errors="surrogateescape")).hexdigest()
+        with suppress(OSError, RuntimeError):  # RuntimeError: of a user without a home
+            kept = _pieces() / name[:2] / name
             data = kept.read_bytes()
             if size is None or len(data) == size:
                 os.utime(kept)
                 return data
         data = reach(address, lambda system, path: self._fetched(system, path, start, size))
         if self.limit:
-            self._keep(kept, data)
+            self._keep(name, data)
         return data
 
     def _fetched(self, system: Any, path: str, start: int, size: int | None) -> bytes:
@@ -177,16 +186,13 @@ class Pieces:
             raise ValueError(f"{len(data)} bytes came of {size}: has the file changed?")
         return data
 
-    def _place(self, address: str, version: str, start: int, size: int | None) -> Path:
-        name = hashlib.sha256(f"{address}\0{version}\0{start}\0{size}".encode(errors="surrogateescape")).hexdigest()
-        return self.folder / name[:2] / name
-
-    def _keep(self, kept: Path, data: bytes) -> None:
+    def _keep(self, name: str, data: bytes) -> None:
         """Writes a piece to the cache. Where that is not possible, says so once and does without."""
         try:
+            kept = _pieces() / name[:2] / name
             kept.parent.mkdir(parents=True, exist_ok=True)
             write_atomic(kept, lambda path: path.write_bytes(data))
-        except (OSError, UserError) as error:
+        except (OSError, RuntimeError, UserError) as error:
             if not self.complained:
                 print(f"images are fetched each time anew: {one_line(error)}", file=sys.stderr)
             self.complained = True
@@ -199,7 +205,7 @@ class Pieces:
     def _tidy(self) -> None:
         """Deletes the pieces that were used least recently, where all together exceed the limit."""
         found = []
-        for path in self.folder.glob("*/*"):
+        for path in _pieces().glob("*/*"):
             with suppress(OSError):  # another process may have deleted it
                 info = path.stat()
                 found.append((info.st_mtime, info.st_size, path))

@@ -58,8 +58,8 @@ class DatasetImages:
 
     def name(self, index: int) -> str:
         """The row, counted from 0, and the name that the image once had as a file."""
-        value = self.data[int(index)][self.column]
-        path = value.get("path") if isinstance(value, dict) else None
+        value = self.data.data.column(self.column)[int(index)]  # of which the bytes are not read
+        path = value["path"].as_py() if "path" in str(value.type) else None
         return f"row {index}" + (f" ({printable(os.path.basename(path))})" if path else "")
 
 

@@ -1,5 +1,6 @@
 """Images behind addresses, from a local S3 and from local web servers, with and without parts of files."""
 
+import errno
 import functools
 import http.server
 import io
@@ -259,3 +260,12 @@ def test_options_reach_the_cache(s3):
     assert source.pieces.limit == 3_500_000_000
     assert np.array_equal(source.sizes, [len(FILES[name]) for name in IMAGES])
     assert [size for _, size, _ in listed("s3://images/set/readme.md")] == [7]
+
+
+def test_a_disk_that_is_too_small_for_an_archive_is_said_at_once(s3, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("s3fs.S3FileSystem.get_file", full)
+    with pytest.raises(UserError, match=r"train-0.tar: no space left in .*indexes: XDG_CACHE_HOME names another"):
+        open_images("s3://images/shards/train-0.tar")
