@@ -39,6 +39,9 @@ class Kind(NamedTuple):
         return f"of {counted(self.channels)} of {self.dtype}"
 
 
+GREY_PHOTOGRAPH, GREY_ARRAY = Kind("uint8", 3, True), Kind("uint8", 1, False)
+
+
 def survey(
     source: ImageSource,
     config: FormatConfig,
@@ -146,6 +149,7 @@ def _kind(source: ImageSource, reading: Reading, max_bad_images: float) -> tuple
     examples: dict[Kind, str] = {}
     problems: Counter[str] = Counter()
     broken, grey, indices = [], True, spread(source, LOOKED_AT)
+    lacking = 0  # channels of an image that lacks some of those to be read
     for index in indices:
         image = _look(source, index, lambda file: open_image(file, reading))
         if isinstance(image, MissingLibrary):
@@ -154,15 +158,25 @@ def _kind(source: ImageSource, reading: Reading, max_bad_images: float) -> tuple
             broken.append(f"{source.name(index)}: {one_line(image)}")
         else:
             as_colour = image.is_photograph or (image.dtype, image.in_chans) == ("uint8", 3)
-            kind = Kind(image.dtype, 3 if as_colour else image.in_chans, as_colour)
+            channels = 3 if as_colour else image.in_chans
+            if reading.channels and max(reading.channels) <= channels:
+                channels, as_colour = len(reading.channels), False
+            elif reading.channels:
+                lacking = channels
+                continue
+            kind = Kind(image.dtype, channels, as_colour)
             kinds[kind] += 1
             examples.setdefault(kind, source.name(index))
             grey &= image.in_chans == 1
     lines = [f"{count} of the {len(indices)} images looked at {problem}" for problem, count in problems.items()]
     if problems.total() > kinds.total():
         raise UserError(f"{source}: {lines[0]}")
+    if not kinds and lacking:
+        raise UserError(f"`channels` {', '.join(map(str, reading.channels))}: the images have {lacking}")
     if not kinds:
         raise UserError(f"{source}: none of the {len(indices)} images looked at can be read: {broken[0]}")
+    if grey and kinds[GREY_PHOTOGRAPH] and kinds[GREY_ARRAY]:  # which are read in the same way
+        kinds[GREY_PHOTOGRAPH] += kinds.pop(GREY_ARRAY)
     (chosen, _), *others = kinds.most_common()
     for kind, count in others:
         lines.append(f"{count} of the {len(indices)} images looked at are {kind}, such as {examples[kind]}")
@@ -170,8 +184,8 @@ def _kind(source: ImageSource, reading: Reading, max_bad_images: float) -> tuple
     chance = 0 if len(indices) == len(source) else CERTAIN * expected**0.5
     if bad > expected + chance and bad > len(broken):  # broken files are named when training meets them
         raise UserError(
-            f"{source}: {'; '.join(lines)}: more are {chosen}, so choose these by a pattern, as in "
-            "`data='folder/*.tif'`, or raise `max_bad_images`"
+            f"{source}: {'; '.join(lines)}: more are {chosen}, so choose these by a pattern or a list, or raise "
+            "`max_bad_images`"
         )
     return chosen, grey, [f"{line}: they count as unreadable, as more are {chosen}" for line in lines]
 
@@ -180,8 +194,6 @@ def _without_statistics(
     kind: Kind, grey: bool, reading: Reading, in_chans: int | None, weights: ImageFormat | None
 ) -> ImageFormat:
     """The format of images of a kind, with a mean and a deviation that stand for those still to be found."""
-    if reading.channels and max(reading.channels) > kind.channels:
-        raise UserError(f"`channels` {', '.join(map(str, reading.channels))}: the images have {kind.channels}")
     found = len(reading.channels) if reading.channels else 1 if kind.photograph and grey else kind.channels
     choices = {1, 3} if kind.photograph and not reading.channels else {found}
     if in_chans is not None and in_chans not in choices:

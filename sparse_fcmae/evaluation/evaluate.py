@@ -130,7 +130,7 @@ def probe(config: EvaluateConfig, weights: Weights, view: EvaluationView) -> dic
         "data": config.data,
         "train_images": len(labels),
         "images": len(truth),
-        "unreadable": [image.name for image in bad + bad_queries],
+        "unreadable": [*train.left_out, *held_out.left_out, *(image.name for image in bad + bad_queries)],
     }
     if config.knn:
         predicted = nearest_neighbours(features, labels, queries, config.neighbours)
@@ -151,8 +151,9 @@ def classify(config: EvaluateConfig, weights: Weights, view: EvaluationView) -> 
         warn_of_another_split(config)
         _, source = open_splits(config.data, config.val_split, config.seed, config=config)
     model = weights.classifier(config.backend).to(view.device)
-    found, bad = accuracy_on(labelled_by_page(source, view.reading), model, weights, view, "evaluating")
-    return {"data": str(source), **split, "unreadable": [image.name for image in bad], **found}
+    source = labelled_by_page(source, view.reading)
+    found, bad = accuracy_on(source, model, weights, view, "evaluating")
+    return {"data": str(source), **split, "unreadable": [*source.left_out, *(image.name for image in bad)], **found}
 
 
 def warn_of_another_split(config: EvaluateConfig) -> None:
@@ -183,7 +184,8 @@ def classify_corrupted(
     for name, severities in corruptions.items():
         errors[name] = {}
         for severity, open_source in severities.items():
-            found, bad = accuracy_on(open_source(), model, weights, view, f"{name} {severity}")
+            source = labelled_by_page(open_source(), view.reading)
+            found, bad = accuracy_on(source, model, weights, view, f"{name} {severity}")
             errors[name][severity] = 1 - found["top1"]
             images += found["images"]
             unreadable += [image.name for image in bad]

@@ -16,7 +16,7 @@ from sparse_fcmae.data.decoders.image import Reading, counted, reading_of
 from sparse_fcmae.data.decoders.ome_zarr import ZarrFolder
 from sparse_fcmae.data.format import ImageFormat
 from sparse_fcmae.data.sources import ImageSource
-from sparse_fcmae.data.sources.opening import open_images
+from sparse_fcmae.data.sources.opening import is_named, open_images
 from sparse_fcmae.data.sources.pages import by_page
 from sparse_fcmae.data.sources.windows import Windows
 from sparse_fcmae.data.survey import Kind, asked_reading, reading_options, sample_values, spread, survey
@@ -42,7 +42,7 @@ def inspect(options: dict[str, Any]) -> dict[str, Any]:
     """
     config = InspectConfig(**options)
     check(config)
-    if not config.data:
+    if config.data is None or (is_named(config.data) and not config.data):
         raise UserError("`data` is missing: name the folder with the images")
     out = Path(config.out) if config.out else None
     if out and (out / REPORT).exists() and not config.overwrite:

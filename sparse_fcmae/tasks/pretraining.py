@@ -56,7 +56,7 @@ def pretrain(options: dict[str, Any]) -> Path:
     if options.get("init") and not options.get("resume"):
         options = options_of_weights(options["init"]) | options
     source = None
-    if not is_named(options.get("data", "")):
+    if options.get("data") is not None and not is_named(options["data"]):
         source = MapStyleImages(options["data"])
         options = options | {"data": str(source)}
     config = configure(PretrainConfig, options)
@@ -84,7 +84,7 @@ class Pretraining(Task):
 
     def __init__(self, config: PretrainConfig, ranks: Ranks, source: ImageSource | None = None) -> None:
         self.ranks, self.size = ranks, image_size_of(config.image_size)
-        self.source = source or open_images(config.data, config.out, config)
+        self.source = source if source is not None else open_images(config.data, config.out, config)
         self.source = by_page(self.source, asked_reading(config), config.max_bad_images)
         self.form, found = ranks.by_main(lambda: format_of_run(config, self.source))
         crop = config.crop or ("native" if self.form.native else "resized")

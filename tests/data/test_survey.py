@@ -109,6 +109,20 @@ def test_a_mixture_that_training_would_end_for_is_refused_first(tmp_path):
     assert survey(ImageFolder(folder), config, 0, max_bad_images=0.03)[0].dtype == "uint16"
 
 
+def test_images_that_are_read_alike_are_of_one_kind(tmp_path):
+    for number, channels in enumerate((4, 8, 4, 8)):
+        np.save(tmp_path / f"{number}.npy", np.full((16, 17, channels), number, np.uint16))
+    form, notes = survey(ImageFolder(tmp_path), FormatConfig(channels="1,3"), 0, max_bad_images=0)
+    assert (form.in_chans, [note for note in notes if "unreadable" in note]) == (2, [])
+    with pytest.raises(UserError, match="`channels` 9: the images have"):
+        survey_of(tmp_path, channels="9")
+    (tmp_path / "grey").mkdir()
+    Image.new("L", (16, 16), 3).save(tmp_path / "grey" / "a.png")
+    np.save(tmp_path / "grey" / "b.npy", np.full((16, 16), 9, np.uint8))
+    form, notes = survey(ImageFolder(tmp_path / "grey"), FormatConfig(), 0, max_bad_images=0)
+    assert (form.in_chans, [note for note in notes if "unreadable" in note]) == (1, [])
+
+
 def test_ranges_and_percentiles(tmp_path):
     images = np.random.default_rng(4).integers(0, 4096, (5, 64, 64, 2)).astype(np.uint16)
     images[..., 1] //= 4

@@ -134,7 +134,7 @@ class ArrayImage(OpenImage):
             if self.valid is not None:
                 absent |= ~np.asarray(self.valid[top:bottom, left:right]).astype(bool)
             if self.missing is not None and _can_be(self.missing, crop.dtype):
-                absent = crop == np.asarray(self.missing).astype(crop.dtype)
+                absent |= crop == np.asarray(self.missing).astype(crop.dtype)
             with np.errstate(over="ignore"):  # what is beyond float32 becomes infinite, and is missing then
                 crop = crop.astype(self.reading.dtype)
             crop[absent | ~np.isfinite(crop)] = np.nan

@@ -25,8 +25,6 @@ class ZarrFolder:
     def __exit__(self, *_: object) -> None:
         pass
 
-    close = __exit__
-
 
 def open_image(folder: ZarrFolder, reading: Reading) -> OpenImage:
     """The image in a folder, of OME's images at its full resolution. Raises OSError where there is none."""

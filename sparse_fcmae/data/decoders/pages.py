@@ -29,8 +29,8 @@ class Page:
     def __enter__(self) -> "Page":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.file.close()
+    def __exit__(self, *raised: object) -> None:
+        self.file.__exit__(*raised)
 
 
 class AxesStack:

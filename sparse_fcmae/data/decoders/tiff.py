@@ -28,7 +28,7 @@ TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {  # by the tag's value, 
     7: lambda image: np.rot90(image, 2).swapaxes(0, 1),
     8: lambda image: np.rot90(image),
 }
-WHITE_IS_LEAST, CMYK, ALPHA = 0, 5, (1, 2)  # values of PHOTOMETRIC and of EXTRA_SAMPLES
+WHITE_IS_LEAST, PALETTE, CMYK, ALPHA = 0, 3, 5, (1, 2)  # values of PHOTOMETRIC and of EXTRA_SAMPLES
 MASK = 4  # the bit of a page's type that says it is one, as GDAL writes it: 1 where there are values
 FILE_OF_SET = re.compile(r'FileName="([^"]*)"')  # in OME's metadata
 
@@ -63,12 +63,12 @@ def _opened_by_pillow(file: BinaryIO) -> Image.Image | None:
     """The image, where Pillow reads all that is in the file."""
     try:
         image = photograph.opened(file)
-        pages = image.n_frames
+        alone = not image.is_animated  # `n_frames` would look at all of thousands of pages
     except (OSError, SyntaxError):  # the latter for pixels that it has no mode for
         return None
     bits = image.tag_v2.get(BITS, (1,))
     interleaved = image.tag_v2.get(PLANAR, 1) == 1 or len(bits) == 1
-    whole = pages == 1 and NODATA not in image.tag_v2
+    whole = alone and NODATA not in image.tag_v2
     unsigned = set(image.tag_v2.get(SAMPLE_FORMAT, (1,))) == {1}
     cmyk, alpha = image.tag_v2.get(PHOTOMETRIC) == CMYK, image.tag_v2.get(EXTRA_SAMPLES, (0,))[0] in ALPHA
     of_colour = len(bits) in (1, 3) or (len(bits) == 4 and (cmyk or alpha))
@@ -90,6 +90,8 @@ def _image_of(tiff: Any, file: BinaryIO, reading: Reading) -> OpenImage:
     name = series.dtype.name
     if name not in KNOWN:
         raise OSError(f"has {name} values: save it as one of {', '.join(DTYPES)}")
+    if series.keyframe.photometric == PALETTE:
+        raise OSError("has pages of palette colours: save them in grey or RGB")
     page, stored = series.keyframe, np.dtype(tiff.byteorder + series.keyframe.dtype.char)
     outer = {letter: size for letter, size in sizes.items() if letter not in "YXS"}
     if series.dataoffset is not None and isinstance(file, io.BufferedReader):  # the values lie in a file as they are

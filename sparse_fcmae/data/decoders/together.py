@@ -32,6 +32,9 @@ class ChannelsTogether(OpenImage):
             if part.size != first.size:
                 width, height = part.size
                 raise OSError(f"has channels of {height}x{width} pixels and of {first.size[1]}x{first.size[0]}")
+        if len({part.pages for part in self.parts}) > 1:
+            raise OSError(f"has channels of {', '.join(str(part.pages) for part in self.parts)} pages")
+        self.pages = first.pages
         self.size, self.dtype = first.size, max((part.dtype for part in self.parts), key=DTYPES.index)
         self.in_chans = sum(part.in_chans for part in self.parts)
 

@@ -1,6 +1,7 @@
 """Files behind addresses such as s3://bucket/scan.tif: reached by fsspec, and kept on the disk up to a limit."""
 
 import errno
+import glob
 import hashlib
 import os
 import sys
@@ -10,13 +11,13 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from sparse_fcmae.data.config import CACHE_GB
 from sparse_fcmae.data.decoders.image import MissingLibrary, library
 from sparse_fcmae.data.sources.index_cache import cache_folder
 from sparse_fcmae.runtime.errors import UserError
-from sparse_fcmae.runtime.files import one_line, write_atomic
+from sparse_fcmae.runtime.files import one_line
 
 T = TypeVar("T")
 LIBRARIES = {  # by the kind of address, the library that reaches it
@@ -30,9 +31,21 @@ LIBRARIES = {  # by the kind of address, the library that reaches it
 WAITS = 1.0, 2.0, 4.0, 8.0  # seconds before each further try
 FILES_AT_ONCE, ASKED_AT_ONCE = 4, 32  # that are copied to the disk, and whose versions are asked for
 SCANNED_EVERY = 0.01  # of the limit: so much is written by a process before the cache is looked through
-NOT_FOUND = 404  # the status of an answer
+NOT_FOUND, AGAIN = 404, (408, 429)  # the status of an answer, and those after which to try again
+LASTING = ("NoCredentialsError", "GatedRepoError", "RepositoryNotFoundError")  # errors that stay
 LEFT = 0.9  # of the limit that is kept where it was exceeded
-VERSIONS = ("ETag", "etag", "md5Hash", "LastModified", "updated", "mtime")  # what file systems call a file's version
+VERSIONS = (  # what file systems call a file's version
+    "ETag",
+    "etag",
+    "md5Hash",
+    "LastModified",
+    "Last-Modified",
+    "updated",
+    "xet_hash",
+    "blob_id",
+    "oid",
+    "mtime",
+)
 
 
 def is_address(path: str) -> bool:
@@ -75,32 +88,55 @@ def reach(address: str, ask: Callable[[Any, str], T]) -> T:
                 error = cause
             if getattr(error, "errno", None) == errno.ENOSPC:
                 raise UserError(f"{address}: no space left in {cache_folder()}: XDG_CACHE_HOME names another") from None
-            if wait is None:
+            refused = 400 <= getattr(error, "status", 0) < 500 and error.status not in AGAIN
+            if wait is None or refused or isinstance(error, ValueError) or type(error).__name__ in LASTING:
                 raise OSError(f"can't be reached: {one_line(error)}") from None
         time.sleep(wait)
     raise AssertionError
 
 
-def listed(address: str) -> list[tuple[str, int, str]]:
-    """The files below a folder's address, or those that match a pattern: of each its address, size and version.
+class Listing(NamedTuple):
+    """Files behind an address. root: the address that their paths begin at. files: of each path its size and version,
+    -1 and "" where they are not known."""
 
-    Raises UserError where they can't be listed.
-    """
+    root: str
+    files: dict[str, tuple[int, str]]
 
-    def ask(system: Any, path: str) -> list[tuple[str, int, str]]:
+
+def listed(address: str) -> Listing:
+    """The files below a folder's address, or those that match a pattern. UserError where they can't be listed."""
+
+    def ask(system: Any, path: str) -> Listing:
         system.invalidate_cache()
         # or folders of a web server that can't be listed would be left out
         strictly = {"on_error": "raise"} if address.startswith("http") else {}
         found = system.glob(path, detail=True) if "*" in path else system.find(path, detail=True, **strictly)
         if not found:
             system.info(path)  # raises what is wrong, if anything is
-        files = [(name, info) for name, info in found.items() if info["type"] == "file"]
-        return [(system.unstrip_protocol(name), info.get("size") or -1, _version(info)) for name, info in files]
+        files = {name: info for name, info in found.items() if info["type"] == "file"}
+        root = path.split("*")[0] if "*" in path else f"{path.rstrip('/')}/"
+        if list(files) == [path]:  # one file
+            root = path
+        root = root.rpartition("/")[0]
+        known = {name[len(root) + 1 :]: (info.get("size") or -1, _version(info)) for name, info in files.items()}
+        return Listing(system.unstrip_protocol(root), known)
 
     try:
-        return sorted(reach(address, ask))
+        root, files = reach(address, ask)
     except OSError as error:
         raise UserError(f"{address}: {_why(error)}") from None
+    if address.startswith("http") and files:  # whose folders list names alone
+        files = dict(zip(files, versions([f"{root}/{path}" for path in files]), strict=True))
+    return Listing(root, files)
+
+
+def matching(pattern: str) -> list[str]:
+    """The files that a pattern of paths or addresses names, sorted, or the one that is named itself."""
+    if is_address(pattern):
+        root, files = listed(pattern) if "*" in pattern else (None, [])
+        return sorted(f"{root}/{path}" for path in files) if root else [pattern]
+    magic = glob.has_magic(pattern) and not os.path.exists(pattern)
+    return sorted(glob.glob(pattern)) if magic else [pattern]
 
 
 def versions(paths: Sequence[str]) -> list[tuple[int, str]]:
@@ -139,8 +175,11 @@ def on_disk(path: str) -> Iterator[str]:
     if not is_address(path):
         yield path
         return
-    folder = cache_folder()
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder = cache_folder()
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"no folder for a copy of {path}: {one_line(error)}: XDG_CACHE_HOME names another") from None
     with tempfile.TemporaryDirectory(dir=folder, prefix=".copy-") as place:
         copy = os.path.join(place, "file")
         reach(path, lambda system, inner: system.get_file(inner, copy))
@@ -168,8 +207,9 @@ class Pieces:
         with suppress(OSError, RuntimeError):  # RuntimeError: of a user without a home
             kept = _pieces() / name[:2] / name
             data = kept.read_bytes()
-            if size is None or len(data) == size:
-                os.utime(kept)
+            if data and size in (None, len(data)):
+                with suppress(OSError):  # it is another user's
+                    os.utime(kept)
                 return data
         data = reach(address, lambda system, path: self._fetched(system, path, start, size))
         if self.limit:
@@ -177,9 +217,10 @@ class Pieces:
         return data
 
     def _fetched(self, system: Any, path: str, start: int, size: int | None) -> bytes:
+        whole = {"cache_type": "none"} if system.protocol == "hf" else {}  # or it fetches megabytes ahead
         if size is None:
             return system.cat_file(path)
-        data = system.cat_file(path, start=start, end=start + size)
+        data = system.cat_file(path, start=start, end=start + size, **whole)
         if len(data) > size:  # from a server that does not know parts of files
             data = data[start : start + size]
         if len(data) != size:
@@ -191,7 +232,9 @@ class Pieces:
         try:
             kept = _pieces() / name[:2] / name
             kept.parent.mkdir(parents=True, exist_ok=True)
-            write_atomic(kept, lambda path: path.write_bytes(data))
+            with tempfile.NamedTemporaryFile(dir=kept.parent, delete=False) as file:
+                file.write(data)  # not synced: a piece that is not whole is fetched again
+            os.replace(file.name, kept)
         except (OSError, RuntimeError, UserError) as error:
             if not self.complained:
                 print(f"images are fetched each time anew: {one_line(error)}", file=sys.stderr)

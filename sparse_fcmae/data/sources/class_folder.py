@@ -35,9 +35,9 @@ def class_folder(
     if loose := next((name for name in names if os.sep not in name), None):
         raise UserError(f"{root}: {printable(loose)} lies in no class folder: make a folder below it for each class")
     there = {p.name for p in images.root.iterdir() if p.is_dir() and not p.name.startswith(".")}
-    if empty := sorted(there - set(folders)):
+    if not config.channel_files and (empty := sorted(there - set(folders))):
         raise UserError(f"{root}: class folder {empty[0]} holds no images: fill or remove it")
-    return Labelled.by_names(images, folders)
+    return Labelled.by_names(images, folders, labels_in_names=True)
 
 
 def open_held_out(root: str | os.PathLike, config: SourceConfig = USUAL) -> Labelled:
@@ -77,9 +77,9 @@ def open_splits(
     if val_split is None:
         return open_train_and_held_out(root, out, "make one, or hold images out with `val_split=0.1`", config)
     if rows := open_rows(root, config):
-        if rows.splits is not None:
-            raise UserError(f"{root} has a column of splits already: leave `val_split` out")
-        train, val = hold_out(rows.labelled(), val_split, seed)
+        if rows.of_split(*HELD_OUT):
+            raise UserError(f"{root} has splits already: leave `val_split` out")
+        train, val = hold_out(rows.labelled(rows.of_split(TRAIN) if rows.splits else None), val_split, seed)
         train.notes += without_held_out(val)
         return train, val
     root = Path(root)

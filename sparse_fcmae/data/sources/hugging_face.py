@@ -3,7 +3,6 @@
 The library turns Parquet into Arrow files in its own cache once, whose rows are then read from the disk one by one.
 """
 
-import glob
 import hashlib
 import io
 import os
@@ -16,15 +15,16 @@ import numpy as np
 
 from sparse_fcmae.data.config import SourceConfig
 from sparse_fcmae.data.decoders.image import MissingLibrary, library
-from sparse_fcmae.data.sources.addresses import file_system, is_address
+from sparse_fcmae.data.sources.addresses import file_system, is_address, matching
 from sparse_fcmae.data.sources.files import ImageFiles, printable
-from sparse_fcmae.data.sources.labelled import Rows, split_in, split_of
+from sparse_fcmae.data.sources.folder import images_among, paths_below
+from sparse_fcmae.data.sources.labelled import Rows, split_of, splits_in
 from sparse_fcmae.data.sources.table import USUAL, place_of_column
 from sparse_fcmae.runtime.errors import UserError
 from sparse_fcmae.runtime.files import one_line
 
 HUB = re.compile(r"hf://datasets/([^/@]+/[^/@]+)(?:@([^/]+))?/?$")  # hf://datasets/owner/name@revision
-SAVED = ("dataset_dict.json", "dataset_info.json")  # files in folders that the library has saved
+SAVED = [("dataset_dict.json",), ("dataset_info.json", "state.json")]  # files in folders that the library has saved
 PARQUET = ".parquet"
 WHOLE = "whole"  # the name of what has no splits
 
@@ -39,8 +39,10 @@ class DatasetImages:
         self.place, self.column, self.notes = place, column, list(notes)
         self.data = data.select_columns([column])
         sizes = library("pyarrow.compute", "datasets").binary_length(_bytes_of(self.data, column))
-        sizes = sizes.fill_null(-1).to_numpy().astype(np.int64)
-        self.fingerprint = hashlib.sha256(sizes.tobytes()).hexdigest()
+        digest = hashlib.sha256(sizes.fill_null(-1).to_numpy().astype(np.int64).tobytes())
+        for index in np.flatnonzero(sizes.is_null().to_numpy()):
+            digest.update(self.name(index).encode(errors="surrogateescape"))
+        self.fingerprint = digest.hexdigest()
 
     def __len__(self) -> int:
         return len(self.data)
@@ -49,12 +51,14 @@ class DatasetImages:
         return self.place
 
     def open(self, index: int) -> BinaryIO:
-        """An image's bytes."""
+        """An image's bytes, or the file that the row names in their place."""
         value = self.data[int(index)][self.column]
-        value = value["bytes"] if isinstance(value, dict) else value
-        if value is None:
+        content, path = (value["bytes"], value["path"]) if isinstance(value, dict) else (value, None)
+        if content is None and path:
+            return ImageFiles("", "", [path]).open(0)
+        if content is None:
             raise OSError("this row has no image")
-        return io.BytesIO(value)
+        return io.BytesIO(content)
 
     def name(self, index: int) -> str:
         """The row, counted from 0, and the name that the image once had as a file."""
@@ -67,7 +71,9 @@ def names_dataset(data: str) -> bool:
     """Whether `data` is a saved folder, Parquet files or a folder of them, or a name on the hub."""
     if HUB.match(data) or data.lower().endswith(PARQUET):
         return True
-    return os.path.isdir(data) and (_is_saved(data) or bool(_parquet_in(data)))
+    if not os.path.isdir(data):
+        return False
+    return _is_saved(data) or (bool(_parquet_in(data)) and not any(images_among(paths_below(data))[0]))
 
 
 def read_dataset(data: str, config: SourceConfig) -> Rows:
@@ -77,14 +83,13 @@ def read_dataset(data: str, config: SourceConfig) -> Rows:
     """
     try:
         splits = _load(data)
+        whole = library("datasets", "datasets").concatenate_datasets(list(splits.values()))
     except MissingLibrary as error:
         raise UserError(f"{data}: {error}") from None
     except UserError:
         raise
     except Exception as error:  # of files, the hub, and each of the libraries below
         raise UserError(f"{data}: can't be read: {one_line(error)}") from None
-    datasets = library("datasets", "datasets")
-    whole = datasets.concatenate_datasets(list(splits.values()))
     if not len(whole):
         raise UserError(f"{data}: holds no rows")
     column = _image_column(data, whole, config.path_column)
@@ -97,9 +102,9 @@ def read_dataset(data: str, config: SourceConfig) -> Rows:
     in_splits = in_splits and [split_of(name) for name in in_splits]
     if _holds_bytes(whole.features[column]):
         whole = _encoded(whole, column)
-        return Rows(DatasetImages(data, whole, column, notes), labels, in_splits)
+        return Rows(DatasetImages(data, whole, column, notes), labels, in_splits, strict=list(splits) == [WHOLE])
     root = data if os.path.isdir(data) else os.path.dirname(data)
-    return Rows(ImageFiles(data, root, whole[column], notes), labels, in_splits)
+    return Rows(ImageFiles(data, root, whole[column], notes), labels, in_splits, strict=list(splits) == [WHOLE])
 
 
 def _load(data: str) -> dict[str, Any]:
@@ -118,24 +123,20 @@ def _load(data: str) -> dict[str, Any]:
 
 def _by_split(data: str) -> dict[str, list[str]]:
     """Parquet files by the splits that all their names begin with, as train-00000-of-00002.parquet, or as one."""
-    if os.path.isdir(data):
-        files = _parquet_in(data)
-    else:
-        files = sorted(glob.glob(data)) if glob.has_magic(data) and not is_address(data) else [data]
+    files = _parquet_in(data) if os.path.isdir(data) else matching(data)
     if missing := next((file for file in files if not is_address(file) and not os.path.isfile(file)), None):
         raise UserError(f"{missing}: no such file")
     if not files:
         raise UserError(f"{data}: no file matches this pattern")
-    found = [split_in(os.path.basename(file)) for file in files]
     by_split: dict[str, list[str]] = {}
-    for split, file in zip(found, files, strict=True):
-        by_split.setdefault(split if all(found) else WHOLE, []).append(file)
+    for split, file in zip(splits_in(files) or [WHOLE] * len(files), files, strict=True):
+        by_split.setdefault(re.sub(r"\W", "_", split), []).append(file)
     return by_split
 
 
 def _is_saved(folder: str) -> bool:
-    """Whether the library has saved a data set in a folder."""
-    return any(os.path.isfile(os.path.join(folder, name)) for name in SAVED)
+    """Whether the library has saved a data set in a folder, whole or in splits."""
+    return any(all(os.path.isfile(os.path.join(folder, name)) for name in names) for names in SAVED)
 
 
 def _parquet_in(folder: str) -> list[str]:

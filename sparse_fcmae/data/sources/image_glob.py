@@ -4,6 +4,7 @@ import glob
 import os
 from pathlib import Path
 
+from sparse_fcmae.data.decoders.ome_zarr import EXTENSION as ZARR
 from sparse_fcmae.data.sources.files import ImageFiles
 from sparse_fcmae.data.sources.folder import images_among
 from sparse_fcmae.runtime.errors import UserError
@@ -18,7 +19,7 @@ class ImageGlob(ImageFiles):
     """
 
     def __init__(self, pattern: str, without: str | os.PathLike | None = None) -> None:
-        found = (path for path in glob.iglob(pattern, recursive=True) if os.path.isfile(path))
+        found = (path for path in glob.iglob(pattern, recursive=True) if is_file(path))
         if without:
             hidden = Path(without).resolve()
             found = (path for path in found if not Path(path).resolve().is_relative_to(hidden))
@@ -28,6 +29,14 @@ class ImageGlob(ImageFiles):
             there = f" ({notes[0]})" if notes else ""
             raise UserError(f"{pattern}: no image file matches this pattern{there}")
         super().__init__(pattern, root, sorted(set(files)), notes)
+
+
+def is_file(path: str) -> bool:
+    """Whether a path is that of a file, or of a Zarr folder, whose own files are none."""
+    folder, name = os.path.split(path.rstrip(os.sep))
+    if ZARR + os.sep in folder.lower() + os.sep:
+        return False
+    return os.path.isfile(path) or (name.lower().endswith(ZARR) and os.path.isdir(path))
 
 
 def above_magic(pattern: str) -> str:

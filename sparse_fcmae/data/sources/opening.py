@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from sparse_fcmae.data.config import SourceConfig
+from sparse_fcmae.data.decoders.ome_zarr import EXTENSION as ZARR
 from sparse_fcmae.data.sources import ImageSource
 from sparse_fcmae.data.sources.addresses import Pieces, is_address
 from sparse_fcmae.data.sources.channel_files import ChannelFiles
@@ -80,9 +81,10 @@ def _open(data: str, without: str | os.PathLike | None, config: SourceConfig) ->
         return ChannelFiles(data, config.channel_files, without)
     if rows := open_rows(data, config):
         return rows.source
-    if os.path.isdir(data):
+    if os.path.isdir(data) and not data.rstrip(os.sep).lower().endswith(ZARR):
         return ImageFolder(data, without)
-    if os.path.isfile(data):
+    if os.path.exists(data):
+        data = data.rstrip(os.sep)
         extension = os.path.splitext(data)[1].lower()
         if extension == ".txt":
             return ImageList(data, Pieces(config.cache_gb))

@@ -44,4 +44,5 @@ def labelled_by_page(images: Labelled, reading: Reading, max_bad_images: float =
     files = np.searchsorted(pages.ends, np.arange(len(pages)), side="right")
     labelled = Labelled(pages, images.classes, images.labels[torch.from_numpy(files)])
     labelled.notes = [*images.notes, *pages.notes[len(images.source.notes) :]]
+    labelled.left_out = pages.left_out
     return labelled

@@ -20,14 +20,8 @@ class RemoteFolder(ImageFiles):
     """
 
     def __init__(self, address: str, pieces: Pieces) -> None:
-        self.root_address = address.split("*")[0].rpartition("/")[0] if "*" in address else address.rstrip("/")
-        found, start = {}, len(self.root_address) + 1
-        for place, size, version in listed(address):
-            path = place[start:] or place.rpartition("/")[2]
-            if place == self.root_address:  # one file
-                self.root_address = place.rpartition("/")[0]
-            if not any(part.startswith(".") for part in path.split("/")):
-                found[path] = size, version
+        self.root_address, found = listed(address)
+        found = {p: known for p, known in found.items() if not any(part.startswith(".") for part in p.split("/"))}
         files, notes = images_among(sorted(found))
         if not files:
             there = f" ({notes[0]})" if notes else ""
@@ -45,8 +39,10 @@ class RemoteFolder(ImageFiles):
     def rows(self) -> Rows:
         """The images with the classes and splits that their folders name, as in train/cat/1.jpg or cat/1.jpg."""
         parts = [file.split("/") for file in self.files]
-        in_splits = all(len(path) > 1 and path[0].lower() in SPLITS for path in parts)
-        inner = [path[1:] if in_splits else path for path in parts]
-        labels = [path[0] for path in inner] if all(len(path) > 1 for path in inner) else None
-        splits = [split_of(path[0]) for path in parts] if in_splits else None
-        return Rows(self, labels, splits, "some images lie in no class folder: make a folder for each class")
+        splits = None
+        if any(len(path) > 1 and path[0].lower() in SPLITS for path in parts):  # others are left out of both
+            splits = [split_of(path[0]) if len(path) > 1 else "no folder" for path in parts]
+            parts = [path[1:] if len(path) > 1 else ["", ""] for path in parts]
+        labels = [path[0] for path in parts] if all(len(path) > 1 for path in parts) else None
+        unlabelled = "some images lie in no class folder: make a folder for each class"
+        return Rows(self, labels, splits, unlabelled, strict=False)

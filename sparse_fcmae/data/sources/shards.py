@@ -1,6 +1,5 @@
 """Images in tar archives, by the convention of webdataset: many images a file, and what belongs to one beside it."""
 
-import glob
 import hashlib
 import io
 import os
@@ -9,17 +8,18 @@ import tarfile
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from itertools import product
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
-from sparse_fcmae.data.sources.addresses import FILES_AT_ONCE, Pieces, is_address, listed, on_disk, versions
+from sparse_fcmae.data.sources.addresses import FILES_AT_ONCE, Pieces, is_address, matching, on_disk, versions
 from sparse_fcmae.data.sources.files import Paths, printable
 from sparse_fcmae.data.sources.folder import image_extensions
 from sparse_fcmae.data.sources.index_cache import Index, remembered
-from sparse_fcmae.data.sources.labelled import Rows, split_in
+from sparse_fcmae.data.sources.labelled import Rows, splits_in
 from sparse_fcmae.runtime.errors import UserError
 from sparse_fcmae.runtime.files import one_line
 
@@ -92,8 +92,8 @@ class TarShards:
         labels = None
         if len(self.classes):
             labels = ["" if label < 0 else str(self.classes[label]) for label in self.labels.tolist()]
-        of_shard = [split_in(os.path.basename(shard)) for shard in self.shards]
-        splits = [of_shard[shard] for shard in self.shard.tolist()] if all(of_shard) else None
+        of_shard = splits_in(self.shards)
+        splits = of_shard and [of_shard[shard] for shard in self.shard.tolist()]
         return Rows(self, labels, splits, f"no {CLASS} file beside an image names its class")
 
     def _index(self) -> Index:
@@ -157,10 +157,11 @@ def _text(shard: str, path: str, member: tarfile.TarInfo) -> str:
     """The text in a small file of an archive. Raises UserError for another one."""
     with open(path, "rb") as file:
         file.seek(member.offset_data)
-        text = file.read(min(member.size, LONGEST_CLASS)).decode(errors="replace").strip()
-    if not text.isprintable() or member.size > LONGEST_CLASS:
-        raise UserError(f"{shard}: {member.name} names no class, which is a word or number")
-    return text
+        content = file.read(min(member.size, LONGEST_CLASS))
+    with suppress(UnicodeDecodeError):
+        if (text := content.decode().strip()).isprintable() and member.size <= LONGEST_CLASS:
+            return text
+    raise UserError(f"{shard}: {member.name} names no class, which is a word or number in UTF-8")
 
 
 def _members(shard: str, path: str) -> list[tarfile.TarInfo]:
@@ -209,13 +210,10 @@ def open_shards(data: str, pieces: Pieces) -> TarShards:
     """The archives that a path or a pattern such as `shards/{000..003}.tar` names. Raises UserError for none."""
     found: list[str] = []
     for path in expanded(data):
-        if is_address(path):
-            matching = [found for found, _, _ in listed(path)] if "*" in path else [path]
-        else:
-            matching = sorted(glob.glob(path)) if glob.has_magic(path) and not os.path.exists(path) else [path]
-        if not matching:
+        named = matching(path)
+        if not named:
             raise UserError(f"{path}: no archive matches this pattern")
-        found += matching
+        found += named
     for path in found:
         if not is_address(path) and not os.path.isfile(path):
             raise UserError(f"{path}: no such archive")

@@ -172,8 +172,10 @@ def test_a_scene_has_the_same_pixels_in_every_format(tmp_path):
     [{}, {"tiled": True, "blockxsize": 16, "blockysize": 16, "compress": "deflate"}, {"interleave": "pixel"}],
     ids=["strips", "tiles", "interleaved"],
 )
-def test_masks_within_a_geotiff(tmp_path, layout):
+@pytest.mark.parametrize("nodata", [None, 7])
+def test_masks_within_a_geotiff(tmp_path, layout, nodata):
     values = np.random.default_rng(0).integers(1, 4000, (3, 70, 90)).astype(np.uint16)
+    values[:, 20:25] = 7
     mask = np.zeros((70, 90), bool)
     mask[10:60, 20:80] = True
     mask[30, 40] = False
@@ -184,10 +186,12 @@ def test_masks_within_a_geotiff(tmp_path, layout):
         file.write_mask(mask)
     with rasterio.open(tmp_path / "x.tif") as file:
         expected = np.where(file.read_masks() > 0, file.read().astype(np.float32), np.nan)
+    if nodata is not None:
+        expected[expected == nodata] = np.nan
     expected = np.moveaxis(expected, 0, -1)
     assert open_image(tmp_path / "x.tif", Reading(3, "float32")).dtype == "float32"
     for place in ((0, 0, 90, 70), (15, 5, 43, 35)):
         left, top, right, bottom = place
         with (tmp_path / "x.tif").open("rb") as file:
-            found = box(file, Reading(3, "float32"), place)
+            found = box(file, Reading(3, "float32", nodata=nodata), place)
         assert np.array_equal(found, expected[top:bottom, left:right], equal_nan=True)

@@ -22,6 +22,7 @@ from sparse_fcmae.data.config import SourceConfig
 from sparse_fcmae.data.decoders import open_image
 from sparse_fcmae.data.decoders.image import Reading
 from sparse_fcmae.data.sources.class_folder import open_held_out, open_splits
+from sparse_fcmae.data.sources.hugging_face import DatasetImages
 from sparse_fcmae.data.sources.opening import open_images
 
 VALUES = np.random.default_rng(0).integers(0, 4096, (10, 16, 20)).astype(np.uint16)
@@ -86,7 +87,7 @@ def test_a_saved_data_set_of_splits(tmp_path):
     check(val, range(6, 10))
     assert train.classes == val.classes == ("cat", "dog", "newt")
     assert names_of(val) == [CLASSES[i % 3] for i in range(6, 10)]
-    with pytest.raises(UserError, match="has a column of splits already"):
+    with pytest.raises(UserError, match="has splits already"):
         open_splits(tmp_path / "saved", 0.5, 0)
 
 
@@ -134,7 +135,58 @@ def test_rows_without_an_image_or_a_label(tmp_path):
         open_held_out(tmp_path / "x.parquet")
 
 
+def test_rows_that_name_files_in_the_place_of_bytes(tmp_path):
+    """As the library gives them for repositories of image files."""
+    for number, image in enumerate(IMAGES):
+        (tmp_path / f"{number}.png").write_bytes(image)
+    columns = {"image": [{"bytes": None, "path": str(tmp_path / f"{i}.png")} for i in range(10)]}
+    found = datasets.Dataset.from_dict(columns, features=datasets.Features({"image": datasets.Image(decode=False)}))
+    source = DatasetImages("here", found, "image", [])
+    check(source)
+    columns["image"].reverse()
+    other = datasets.Dataset.from_dict(columns, features=datasets.Features({"image": datasets.Image(decode=False)}))
+    assert DatasetImages("here", other, "image", []).fingerprint != source.fingerprint
+
+
+def test_other_splits_are_left_out_and_said(tmp_path):
+    parts = {"train": dataset(range(6)), "test": dataset(range(6, 9)), "unsupervised": dataset(range(9, 10))}
+    datasets.DatasetDict(parts).save_to_disk(tmp_path / "saved")
+    assert len(open_images(tmp_path / "saved")) == 10
+    train, held_out = open_splits(tmp_path / "saved", None, 0)
+    check(train, range(6))
+    check(held_out, range(6, 9))
+    assert "left out, as these are in none of train, val and test: 1 of unsupervised" in train.notes
+
+
+def test_a_folder_of_images_is_no_data_set(tmp_path):
+    for number, image in enumerate(IMAGES):
+        (tmp_path / "deep").mkdir(exist_ok=True)
+        (tmp_path / "deep" / f"{number}.png").write_bytes(image)
+    pq.write_table(pa.table({"path": ["deep/0.png"]}), tmp_path / "scores.parquet")
+    (tmp_path / "dataset_info.json").write_text("{}")
+    source = open_images(tmp_path)
+    check(source)
+    assert source.notes == ["left out, as they are in no format that can be read: 1 .json, 1 .parquet"]
+
+
+def test_fingerprints_of_parts_follow_images_and_labels(tmp_path):
+    def train_of(images, labels):
+        pq.write_table(pa.table({"image": images, "label": labels}), tmp_path / "x.parquet")
+        return open_splits(tmp_path / "x.parquet", 0.5, 0)[0].fingerprint
+
+    labels = list("aabbaabbab")
+    first = train_of(IMAGES, labels)
+    assert first == train_of(IMAGES, labels)
+    assert first != train_of([image + b" " for image in IMAGES], labels)
+    assert first != train_of(IMAGES, labels[::-1])
+
+
 def test_mistakes(tmp_path):
+    other = dataset().cast_column("label", datasets.Value("string"))
+    datasets.DatasetDict({"train": dataset(), "test": other}).save_to_disk(tmp_path / "saved")
+    with pytest.raises(UserError, match="saved: can't be read: "):
+        open_images(tmp_path / "saved")
+
     with pytest.raises(UserError, match=r"x.parquet: no such file"):
         open_images(tmp_path / "x.parquet")
     with pytest.raises(UserError, match="no file matches this pattern"):
@@ -204,6 +256,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
 PROGRAM = """
 import sys
+from sparse_fcmae.data.sources.hugging_face import DatasetImages
 from sparse_fcmae.data.sources.opening import open_images
 source = open_images("hf://datasets/someone/pictures")
 print(len(source), source.open(3).read() == open(sys.argv[1], "rb").read())

@@ -4,10 +4,13 @@ import torch
 from PIL import Image
 from torch.utils.data import TensorDataset
 
-from sparse_fcmae import UserError, pretrain
+from sparse_fcmae import UserError, inspect, pretrain
+from sparse_fcmae.data.batches import TrainingImages, make_loader
 from sparse_fcmae.data.decoders import open_image
 from sparse_fcmae.data.decoders.image import Reading
 from sparse_fcmae.data.sources.opening import open_images
+from sparse_fcmae.data.sources.pages import by_page
+from sparse_fcmae.data.views import RandomView
 from sparse_fcmae.weights.read import read_weights
 
 VALUES = np.random.default_rng(0).integers(0, 4096, (12, 40, 48)).astype(np.uint16)
@@ -67,3 +70,40 @@ def test_pretraining_and_resuming(tmp_path):
         pretrain(out=tmp_path / "run", resume=True)
     with pytest.raises(UserError, match="the images in memory://ndarray are not those"):
         pretrain(data=VALUES[:8], out=tmp_path / "run", resume=True)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_opened_images_stay_as_they_are_in_every_process(tmp_path, kind):
+    """Processes that read the same open file would move each other's place in it, and views would reduce the image."""
+    opened = []
+    for number, values in enumerate(COLOURS):
+        Image.fromarray(values).resize((640, 480)).save(tmp_path / f"{number}.{kind.lower()}", kind)
+        opened.append(Image.open(tmp_path / f"{number}.{kind.lower()}"))
+    images = TrainingImages(open_images(opened), RandomView((32, 32)), 0)
+    first = [images[0, index].pixels for index in range(12)]
+    loader = make_loader(images, [[(0, index) for index in range(12)]] * 4, 2, pin_memory=False)
+    for batch in loader:
+        assert batch.bad == []
+        assert torch.equal(batch.pixels, torch.stack(first))
+    assert all(image.size == (640, 480) for image in opened)
+
+
+def test_stacks_in_memory_by_page(tmp_path):
+    source = by_page(open_images([VALUES[:5], VALUES[5:]]), Reading(1, "uint16", pages="images"))
+    assert len(source) == 12
+    for index in range(12):
+        found = pixels(source, index, Reading(1, "uint16", pages="images"))
+        assert np.array_equal(found[..., 0], VALUES[index])
+
+
+def test_what_can_not_be_data_is_said(tmp_path):
+    for data, message in (
+        (5, "`data` is a int: give a path"),
+        ((x for x in "ab"), "is a generator"),
+        (VALUES[:0], "empty"),
+    ):
+        with pytest.raises(UserError, match=message):
+            pretrain(data=data, out=tmp_path / "run")
+    with pytest.raises(UserError, match="`data` is missing"):
+        pretrain(data=None, out=tmp_path / "run")
+    assert inspect(data=VALUES)["images"] == 12

@@ -5,15 +5,18 @@ import pytest
 import tifffile
 import torch
 import zarr
+from PIL import Image
 from pydicom import dcmread
 from pydicom.data import get_testdata_file
 
 from sparse_fcmae import UserError
+from sparse_fcmae.data.config import SourceConfig
 from sparse_fcmae.data.decoders import open_image
 from sparse_fcmae.data.decoders.image import Reading
 from sparse_fcmae.data.sources.class_folder import class_folder
 from sparse_fcmae.data.sources.opening import open_images
 from sparse_fcmae.data.sources.pages import Pages, labelled_by_page
+from sparse_fcmae.data.sources.windows import Windows
 
 STACK = np.random.default_rng(0).integers(0, 4096, (6, 20, 30)).astype(np.uint16)
 IMAGES = Reading(1, "uint16", pages="images")
@@ -101,3 +104,45 @@ def test_frames_of_a_dicom_file(tmp_path):
     assert np.array_equal(found, whole[3].astype(found.dtype))
     with pytest.raises(OSError, match=r"has \d+ frames, each an image: say which"):
         open_image(path, Reading(1, image.dtype, pages="images"))
+
+
+def test_pages_of_channel_files(tmp_path):
+    for wave in (1, 2):
+        np.save(tmp_path / f"x_w{wave}.npy", STACK + np.uint16(wave))
+    reading = Reading(2, "uint16", pages="images")
+    config = SourceConfig(channel_files=("{name}_w1.npy", "{name}_w2.npy"))
+    source = Pages(open_images(tmp_path, config=config), reading, 0)
+    assert len(source) == 6
+    assert np.array_equal(pixels(source, 4, reading), np.stack([STACK[4] + 1, STACK[4] + 2], -1))
+    np.save(tmp_path / "x_w2.npy", STACK[:3])
+    with pytest.raises(UserError, match="has channels of 6, 3 pages"):
+        Pages(open_images(tmp_path, config=config), reading, 0)
+
+
+def test_windows_of_pages_open_each_file_once(tmp_path, monkeypatch):
+    np.save(tmp_path / "a.npy", STACK)
+    np.save(tmp_path / "b.npy", STACK[:2])
+    files, opened = open_images(tmp_path), []
+    source = Pages(files, IMAGES, 0)
+    monkeypatch.setattr(files, "open", lambda index: opened.append(index) or type(files).open(files, index))
+    windows = Windows(source, (10, 10), IMAGES, 0)
+    assert opened == [0, 1]
+    assert len(windows) == 8 * 6
+    assert (windows.name(0), windows.name(47)) == ("a.npy page 1", "b.npy page 2")
+
+
+def test_palettes_are_no_values(tmp_path):
+    pages = [Image.new("P", (8, 8), 1) for _ in range(3)]
+    for page in pages:
+        page.putpalette([0, 0, 0, 250, 10, 10])
+    pages[0].save(tmp_path / "x.tif", save_all=True, append_images=pages[1:])
+    with pytest.raises(OSError, match="has pages of palette colours: save them in grey or RGB"):
+        open_image(tmp_path / "x.tif", IMAGES)
+
+
+def test_zarr_folders_are_named_like_files(tmp_path):
+    name = write(tmp_path, "zarr")
+    for data in (tmp_path / name, f"{tmp_path / name}/", str(tmp_path / "*.zarr"), str(tmp_path / "**")):
+        source = Pages(open_images(data), IMAGES, 0)
+        assert (len(source), source.notes[:-1]) == (6, [])
+        assert np.array_equal(pixels(source, 3, IMAGES)[..., 0], STACK[3])

@@ -12,6 +12,7 @@ import threading
 import boto3
 import numpy as np
 import pytest
+import s3fs
 from moto.server import ThreadedMotoServer
 from PIL import Image
 
@@ -219,13 +220,47 @@ def test_the_cache_keeps_to_its_limit(s3, cache):
         assert pieces.read(f"s3://images/{name}", "1", 100, 50) == content[100:150]
 
 
-def test_a_full_disk_is_said_once_and_done_without(s3, cache, capfd):
-    cache.parent.mkdir(parents=True, exist_ok=True)
-    cache.symlink_to("/dev/full")
+def test_a_full_disk_is_said_once_and_done_without(s3, monkeypatch, capfd):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("sparse_fcmae.data.sources.addresses.os.replace", full)
     check(open_images("s3://images/set"))
-    lines = capfd.readouterr().err.splitlines()
-    assert len(lines) == 1
-    assert lines[0].startswith("images are fetched each time anew: ")
+    assert capfd.readouterr().err == f"images are fetched each time anew: [Errno 28] {os.strerror(errno.ENOSPC)}\n"
+
+
+def test_without_a_home_nothing_is_kept(s3, monkeypatch, capfd):
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr("pathlib.Path.home", homeless)
+    check(open_images("s3://images/set"))
+    assert "images are fetched each time anew: Could not determine home" in capfd.readouterr().err
+    with pytest.raises(UserError, match=r"no folder for a copy of .*: Could not determine home"):
+        open_images("s3://images/shards/train-0.tar")
+
+
+def test_what_changes_on_a_web_server_is_read_anew(web, tmp_path):
+    for place, index in ((f"{web}/train", 0), (f"{web}/shards/0.tar", 0)):
+        with open_images(place).open(index) as file:
+            assert file.read() == png(0)
+    (tmp_path / "web" / "train" / "cat" / "0.png").write_bytes(png(9))
+    (tmp_path / "web" / "shards" / "0.tar").write_bytes(archive({"train/cat/0.png": png(9)}))
+    for path in (tmp_path / "web").rglob("*"):
+        os.utime(path, (1e9, 1e9))
+    for place in (f"{web}/train", f"{web}/shards/0.tar"):
+        with open_images(place).open(0) as file:
+            assert file.read() == png(9)
+
+
+def test_folders_beside_the_splits_are_left_out_and_said(s3):
+    for name in ("train/cat/0.png", "train/dog/1.png", "val/cat/2.png", "extra/x/3.png", "banner.png"):
+        s3.put_object(Bucket="images", Key=f"beside/{name}", Body=png(0))
+    assert len(open_images("s3://images/beside")) == 5
+    train, val = open_splits("s3://images/beside", None, 0)
+    assert (train.classes, len(train), len(val)) == (("cat", "dog"), 2, 1)
+    assert "left out, as these are in none of train, val and test: 1 of extra, 1 of no folder" in train.notes
 
 
 def test_what_can_not_be_reached_is_tried_again_and_said(s3, monkeypatch):
@@ -259,13 +294,15 @@ def test_options_reach_the_cache(s3):
     source = open_images("s3://images/set", config=SourceConfig(cache_gb=3.5))
     assert source.pieces.limit == 3_500_000_000
     assert np.array_equal(source.sizes, [len(FILES[name]) for name in IMAGES])
-    assert [size for _, size, _ in listed("s3://images/set/readme.md")] == [7]
+    root, files = listed("s3://images/set/readme.md")
+    assert (root, {name: size for name, (size, _) in files.items()}) == ("s3://images/set", {"readme.md": 7})
 
 
 def test_a_disk_that_is_too_small_for_an_archive_is_said_at_once(s3, monkeypatch):
-    def full(*_, **__):
+    async def full(*_, **__):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("s3fs.S3FileSystem.get_file", full)
+    monkeypatch.setattr("s3fs.S3FileSystem._get_file", full)
+    s3fs.S3FileSystem.clear_instance_cache()
     with pytest.raises(UserError, match=r"train-0.tar: no space left in .*indexes: XDG_CACHE_HOME names another"):
         open_images("s3://images/shards/train-0.tar")

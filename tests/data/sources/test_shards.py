@@ -67,6 +67,12 @@ def test_classes_and_splits(tmp_path):
     write(tmp_path / "none.tar", [("b.png", png(2))])
     with pytest.raises(UserError, match=r"none.tar: no .cls file beside an image names its class"):
         open_held_out(str(tmp_path / "none.tar"))
+    write(tmp_path / "latin.tar", [("b.png", png(2)), ("b.cls", b"caf\xe9")])
+    with pytest.raises(UserError, match=r"b.cls names no class, which is a word or number in UTF-8"):
+        open_held_out(str(tmp_path / "latin.tar"))
+    write(tmp_path / "extra-0.tar", sample("c", "cat"))
+    with pytest.raises(UserError, match=r"the split extra-0.tar is none of train, val and test: rename it"):
+        open_splits(str(tmp_path / "{train-0,val-0,extra-0}.tar"), None, 0)
     write(tmp_path / "long.tar", [("b.png", png(2)), ("b.cls", b"x" * 2000)])
     with pytest.raises(UserError, match=r"long.tar: b.cls names no class"):
         open_held_out(str(tmp_path / "long.tar"))

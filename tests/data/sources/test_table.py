@@ -93,14 +93,24 @@ def test_missing_splits_and_classes(table):
     ):
         with pytest.raises(UserError, match=message):
             open_splits(table(rows=rows), None, 0)
-    with pytest.raises(UserError, match="has a column of splits already: leave `val_split` out"):
+    with pytest.raises(UserError, match="has splits already: leave `val_split` out"):
         open_splits(table(), 0.5, 0)
     with pytest.raises(UserError, match="no rows of the split val or test"):
         open_held_out(table(rows=ROWS[:2]))
+    rows = [(f"a/{i}.png", "cat", "train") for i in range(4)]
+    train, held_out = open_splits(table(rows=rows), 0.5, 0)  # of the training images, where none are held out
+    assert (len(train), len(held_out)) == (2, 2)
     with pytest.raises(UserError, match="no column for the classes: name it by `label_column`"):
         open_splits(table("path,split", [row[::2] for row in ROWS]), None, 0)
     with pytest.raises(UserError, match="class newt of held-out rows is missing in train"):
         open_splits(table(rows=[*ROWS[:2], ("a/2.png", "newt", "val")]), None, 0)
+
+
+def test_other_labels_are_another_fingerprint(table):
+    first = open_splits(table(), None, 0)[0].fingerprint
+    assert first == open_splits(table(), None, 0)[0].fingerprint
+    swapped = [(path, {"cat": "dog", "dog": "cat"}[label], split) for path, label, split in ROWS]
+    assert first != open_splits(table(rows=swapped), None, 0)[0].fingerprint
 
 
 def test_labels_are_needed_for_classes_alone(table):
