@@ -15,6 +15,7 @@ from sparse_fcmae.data.format import FLOATS, ImageFormat
 from sparse_fcmae.data.sources import ImageSource
 from sparse_fcmae.runtime.errors import UserError
 from sparse_fcmae.runtime.files import one_line
+from sparse_fcmae.runtime.options import as_flags
 from sparse_fcmae.runtime.streams import Stream, numpy_generator
 
 LOOKED_AT, MEASURED = 64, 256  # images that are opened, and those that are decoded for statistics
@@ -149,7 +150,7 @@ def _kind(source: ImageSource, reading: Reading, max_bad_images: float) -> tuple
     examples: dict[Kind, str] = {}
     problems: Counter[str] = Counter()
     broken, grey, indices = [], True, spread(source, LOOKED_AT)
-    lacking = 0  # channels of an image that lacks some of those to be read
+    hint, lacking = None, 0  # channels of an image that lacks some of those to be read
     for index in indices:
         image = _look(source, index, lambda file: open_image(file, reading))
         if isinstance(image, MissingLibrary):
@@ -166,6 +167,7 @@ def _kind(source: ImageSource, reading: Reading, max_bad_images: float) -> tuple
                 continue
             kind = Kind(image.dtype, channels, as_colour)
             kinds[kind] += 1
+            hint = hint or image.hint
             examples.setdefault(kind, source.name(index))
             grey &= image.in_chans == 1
     lines = [f"{count} of the {len(indices)} images looked at {problem}" for problem, count in problems.items()]
@@ -187,7 +189,8 @@ def _kind(source: ImageSource, reading: Reading, max_bad_images: float) -> tuple
             f"{source}: {'; '.join(lines)}: more are {chosen}, so choose these by a pattern or a list, or raise "
             "`max_bad_images`"
         )
-    return chosen, grey, [f"{line}: they count as unreadable, as more are {chosen}" for line in lines]
+    lines = [f"{line}: they count as unreadable, as more are {chosen}" for line in lines]
+    return chosen, grey, [*lines, *([as_flags(hint, ["pages"])] if hint else [])]
 
 
 def _without_statistics(

@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import MISSING, Field, field, fields
 from functools import wraps
+from shlex import quote
 from typing import Any, ParamSpec, TypeVar
 
 from sparse_fcmae.runtime.errors import UserError
@@ -113,6 +114,16 @@ def keywords_of(config: Callable[P, Config]) -> Callable[[Callable[[dict[str, An
 def flag(name: str) -> str:
     """The command line's flag of an option: "--kebab-case"."""
     return "--" + name.replace("_", "-")
+
+
+def given_flags(config: Any, kind: type) -> str:
+    """The flags of the options of `kind` in which a config is not the default, for a shell, each after a space."""
+    words: list[str] = []
+    for f in fields(kind):
+        value = getattr(config, f.name)
+        if value != f.default:
+            words += [flag(f.name), *map(str, value if isinstance(value, list | tuple) else [value])]
+    return "".join(f" {quote(word)}" for word in words)
 
 
 def as_flags(message: str, names: Iterable[str]) -> str:

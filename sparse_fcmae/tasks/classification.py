@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from sparse_fcmae.backends import choose_dtype, resolve_backend
 from sparse_fcmae.data.augmentation import RandAugment
 from sparse_fcmae.data.batches import Batch, TrainingImages
+from sparse_fcmae.data.config import ReadingConfig
 from sparse_fcmae.data.mixing import Mixing
 from sparse_fcmae.data.sources.class_folder import open_splits
 from sparse_fcmae.data.sources.pages import labelled_by_page
@@ -22,7 +23,7 @@ from sparse_fcmae.evaluation.accuracy import measure
 from sparse_fcmae.model.convnext import SIZES
 from sparse_fcmae.runtime.distributed import Ranks, process_group
 from sparse_fcmae.runtime.errors import UserError
-from sparse_fcmae.runtime.options import image_size_of, keywords_of
+from sparse_fcmae.runtime.options import given_flags, image_size_of, keywords_of
 from sparse_fcmae.runtime.run_folder import newest_checkpoint
 from sparse_fcmae.runtime.streams import Stream, torch_seed
 from sparse_fcmae.tasks.build import build_classifier, evaluation_view, moving_average, training_view
@@ -154,5 +155,6 @@ class Classification(Task):
         log.draw(lambda: draw_loss(run / "metrics.jsonl", run / "loss.png", "loss"))
         log.draw(lambda: draw_accuracy(run / "evaluations.jsonl", run / "accuracy.png"))
         config = self.config
-        example = classifier_example(self.model, exported, config.data, config.val_split, config.seed)
+        reading = given_flags(config, ReadingConfig)
+        example = classifier_example(self.model, exported, config.data, config.val_split, config.seed, reading)
         log.say(f"classifier in {exported}; use it with\n\n{example}")

@@ -127,6 +127,9 @@ def report(source: ImageSource, found: dict[str, Any]) -> list[str]:
         reasons[reason].append(name)
     for reason, names in sorted(reasons.items(), key=lambda item: -len(item[1])):
         lines.append(f"{len(names)} can't be read ({reason}): {_some(names)}")
+    if reasons:
+        bad = f"{len(found['unreadable'])} of {found['looked_at']}"
+        lines.append(f"{bad} can't be read: training ends where that is more than --max-bad-images, 1 % by default")
     if found["copies"]:
         extra = sum(len(names) - 1 for names in found["copies"])
         have = "has" if extra == 1 else "have"

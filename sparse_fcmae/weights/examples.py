@@ -27,12 +27,17 @@ def usage_example(encoder: SparseEncoder, folder: Path) -> str:
     )
 
 
-def classifier_example(model: Classifier, folder: Path, data: str, val_split: float | None, seed: int) -> str:
-    """What evaluates an exported classifier on the images that training held out, converts it and loads it."""
+def classifier_example(
+    model: Classifier, folder: Path, data: str, val_split: float | None, seed: int, reading: str = ""
+) -> str:
+    """What evaluates an exported classifier on the images that training held out, converts it and loads it.
+
+    reading: further flags, of how the images are read, each with a space in front.
+    """
     height, width = model.image_size
     split = "" if val_split is None else f" --val-split {val_split} --seed {seed}"
     return (
-        f"    sparse-fcmae evaluate --init {quote(str(folder))} --data {quote(data)}{split}\n"
+        f"    sparse-fcmae evaluate --init {quote(str(folder))} --data {quote(data)}{split}{reading}\n"
         f"    sparse-fcmae convert {quote(str(folder))} {quote(f'{folder}-huggingface')} --to huggingface\n\n"
         "or\n\n"
         "    import torch\n"

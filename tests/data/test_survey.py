@@ -123,6 +123,14 @@ def test_images_that_are_read_alike_are_of_one_kind(tmp_path):
     assert (form.in_chans, [note for note in notes if "unreadable" in note]) == (1, [])
 
 
+def test_an_array_that_may_be_a_stack_is_said(tmp_path):
+    folder = arrays(tmp_path / "x", np.random.default_rng(0).integers(0, 9, (2, 12, 30, 31)).astype(np.uint16))
+    _, notes = survey_of(folder)
+    assert "the first of axes [12, 30, 31] counts channels: if it counts images, give --pages images" in notes
+    _, notes = survey_of(folder, pages="channels")
+    assert not any("axes" in note for note in notes)
+
+
 def test_ranges_and_percentiles(tmp_path):
     images = np.random.default_rng(4).integers(0, 4096, (5, 64, 64, 2)).astype(np.uint16)
     images[..., 1] //= 4

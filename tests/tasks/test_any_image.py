@@ -237,7 +237,8 @@ def test_tables_and_archives_from_pretraining_to_evaluation(tmp_path, monkeypatc
     assert all(torch.equal(folder[key], other[key]) for other in others for key in folder)
     tuning = SMALL | {"epochs": 20, "drop_path": 0.0, "eval_every": 20, "preset": "atto", "rand_augment": 0.0}
     del tuning["stem_stride"]
-    finetune(data=tmp_path / "all.csv", init=tmp_path / "table", out=tmp_path / "tuned", **tuning)
+    finetune(data=tmp_path / "all.csv", init=tmp_path / "table", out=tmp_path / "tuned", label_column="label", **tuning)
+    assert "--label-column label" in (tmp_path / "tuned" / "train.log").read_text()  # of the command that it suggests
     found = evaluate(data=tmp_path / "all.csv", init=tmp_path / "tuned")
     assert (found["images"], found["top1"] > 0.9) == (16, True)
     assert evaluate(data=tmp_path / "all.csv", init=tmp_path / "table", knn=True)["train_images"] == 16

@@ -62,9 +62,13 @@ def of_array(values: Any, reading: Reading, letters: str | None = None) -> OpenI
     name = np.dtype(values.dtype).name
     if name not in KNOWN:
         raise OSError(f"has {name} values: save it as one of {', '.join(DTYPES)}")
-    stack = AxesStack(values, letters or axes_of(values.shape, reading.pages in ("images", "max")))
+    found = letters or axes_of(values.shape, reading.pages in ("images", "max"))
+    stack = AxesStack(values, found)
     reading.check_size(stack.shape[2], stack.shape[1])
-    return open_stack(stack, reading)
+    image = open_stack(stack, reading)
+    if not letters and found == "CYX" and reading.pages is None and values.shape[0] > COLOURS:
+        image.hint = f"the first of axes {list(values.shape)} counts channels: if it counts images, give `pages=images`"
+    return image
 
 
 def axes_of(shape: Sequence[int], of_pages: bool) -> str:

@@ -86,7 +86,7 @@ class OpenImage(ABC):
 
     size: (width, height) in pixels, upright. dtype: of its values, one of `format.DTYPES`. in_chans: its channels; a
     photograph in colour has 3, whatever its file stores. is_photograph: whether colour becomes grey, and grey colour,
-    where that is asked for. pages: of its file.
+    where that is asked for. pages: of its file. hint: what the user should know of how it is read, if anything.
     """
 
     size: tuple[int, int]
@@ -94,6 +94,7 @@ class OpenImage(ABC):
     in_chans: int
     is_photograph: bool = False
     pages: int = 1
+    hint: str | None = None
 
     @abstractmethod
     def resized_crop(self, box: Box, size: tuple[int, int]) -> Tensor:

@@ -4,6 +4,7 @@ import io
 import logging
 import math
 import re
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, BinaryIO
 
@@ -16,6 +17,7 @@ from sparse_fcmae.data.decoders.image import ArrayImage, OpenImage, Reading, lib
 from sparse_fcmae.data.decoders.pages import AxesStack, Stack, open_stack
 from sparse_fcmae.data.format import DTYPES
 
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.TiffImagePlugin")  # of damaged files
 MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 BITS, PHOTOMETRIC, PLANAR, EXTRA_SAMPLES, SAMPLE_FORMAT, NODATA = 258, 262, 284, 338, 339, 42113  # tags
 ORIENTATION = 274

@@ -13,6 +13,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+from tqdm import tqdm
+
 from sparse_fcmae.data.config import CACHE_GB
 from sparse_fcmae.data.decoders.image import MissingLibrary, library
 from sparse_fcmae.data.sources.index_cache import cache_folder
@@ -75,13 +77,14 @@ def reach(address: str, ask: Callable[[Any, str], T]) -> T:
 
     Raises FileNotFoundError or PermissionError at once, and OSError in one line where no try succeeds.
     """
-    for wait in (*WAITS, None):
+    waits = WAITS if address.startswith("http") else ()  # the other libraries try again themselves
+    for wait in (*waits, None):
         try:
             return ask(*file_system(address))
         except (PermissionError, UserError):
             raise
-        except Exception as error:  # of each file system
-            cause = error.__cause__  # web servers that can't be reached have no file, as fsspec has it
+        except Exception as caught:  # of each file system
+            error, cause = caught, caught.__cause__  # web servers that can't be reached have no file, as fsspec has it
             if isinstance(error, FileNotFoundError):
                 if not isinstance(cause, OSError) and getattr(cause, "status", NOT_FOUND) == NOT_FOUND:
                     raise
@@ -91,6 +94,7 @@ def reach(address: str, ask: Callable[[Any, str], T]) -> T:
             refused = 400 <= getattr(error, "status", 0) < 500 and error.status not in AGAIN
             if wait is None or refused or isinstance(error, ValueError) or type(error).__name__ in LASTING:
                 raise OSError(f"can't be reached: {one_line(error)}") from None
+        tqdm.write(f"{address}: {one_line(error)}: trying again in {wait:g} s", file=sys.stderr)
         time.sleep(wait)
     raise AssertionError
 

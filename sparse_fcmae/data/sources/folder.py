@@ -91,7 +91,8 @@ def images_among(paths: Iterable[str]) -> tuple[Paths, list[str]]:
 
     files = Paths(images())
     kinds = ", ".join(f"{count} {extension}" for extension, count in sorted(others.items()))
-    return files, [f"left out, as they are in no format that can be read: {kinds}"] if others else []
+    archives = ": name archives by a pattern, as 'shards/*.tar'" if others[".tar"] else ""
+    return files, [f"left out, as they are in no format that can be read: {kinds}{archives}"] if others else []
 
 
 def check_folder(root: str | os.PathLike) -> None:

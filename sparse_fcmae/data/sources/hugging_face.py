@@ -128,10 +128,23 @@ def _by_split(data: str) -> dict[str, list[str]]:
         raise UserError(f"{missing}: no such file")
     if not files:
         raise UserError(f"{data}: no file matches this pattern")
+    files = [file for file in files if is_address(file) or _rows_in(file)]
+    if not files:
+        raise UserError(f"{data}: holds no rows")
     by_split: dict[str, list[str]] = {}
     for split, file in zip(splits_in(files) or [WHOLE] * len(files), files, strict=True):
         by_split.setdefault(re.sub(r"\W", "_", split), []).append(file)
     return by_split
+
+
+def _rows_in(file: str) -> int:
+    """How many rows a Parquet file has. Raises UserError for a damaged one."""
+    try:
+        return library("pyarrow.parquet", "datasets").read_metadata(file).num_rows
+    except MissingLibrary:
+        raise
+    except Exception as error:
+        raise UserError(f"{file}: can't be read: {one_line(error)}") from None
 
 
 def _is_saved(folder: str) -> bool:

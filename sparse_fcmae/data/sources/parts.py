@@ -45,6 +45,8 @@ class Parts:
                 f"{len(bad)} of {len(ends)} images are unreadable, such as {bad[0]}: raise `max_bad_images`, or "
                 "remove them"
             )
+        if not counts.any():
+            raise UserError(f"{source}: none of its {len(ends)} images can be read, such as {bad[0]}")
         self.source = source
         self.ends, self.readable = counts.cumsum(), int((counts > 0).sum())
         self.fingerprint = hashlib.sha256(source.fingerprint.encode() + counts.tobytes()).hexdigest()

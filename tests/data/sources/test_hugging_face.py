@@ -194,6 +194,9 @@ def test_mistakes(tmp_path):
     (tmp_path / "x.parquet").write_text("no Parquet")
     with pytest.raises(UserError, match=r"x.parquet: can't be read: .*"):
         open_images(tmp_path / "x.parquet")
+    pq.write_table(pa.table({"image": pa.array([], pa.binary())}), tmp_path / "empty.parquet")
+    with pytest.raises(UserError, match=r"empty.parquet: holds no rows"):
+        open_images(tmp_path / "empty.parquet")
     pq.write_table(pa.table({"a": [1, 2], "b": ["x", "y"]}), tmp_path / "y.parquet")
     with pytest.raises(UserError, match="no column holds images or paths: name one of a, b by `path_column`"):
         open_images(tmp_path / "y.parquet")

@@ -67,6 +67,11 @@ def test_pages_of_several_files_and_one_that_has_changed(tmp_path):
     (tmp_path / "d.npy").write_text("no array")
     with pytest.raises(UserError, match=r"1 of 4 images are unreadable, such as d.npy"):
         Pages(open_images(tmp_path), IMAGES, 0.1)
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "x.npy").write_text("no array")
+    with pytest.raises(UserError, match=r"none of its 1 images can be read, such as x.npy"):
+        Pages(open_images(tmp_path / "bad"), IMAGES, 1.0)
+    (tmp_path / "bad" / "x.npy").unlink()
     source = Pages(open_images(tmp_path), IMAGES, 0.5)
     for number in range(6):
         assert np.array_equal(pixels(source, number, IMAGES)[..., 0], STACK[number])

@@ -272,9 +272,9 @@ def test_what_can_not_be_reached_is_tried_again_and_said(s3, monkeypatch):
             raise TimeoutError("slow")
         return "here"
 
-    assert addresses.reach("s3://images/x", fail) == "here"
+    assert addresses.reach("http://images/x", fail) == "here"
     with pytest.raises(OSError, match="can't be reached: gone"):
-        addresses.reach("s3://images/x", lambda *_: (_ for _ in ()).throw(TimeoutError("gone")))
+        addresses.reach("http://images/x", lambda *_: (_ for _ in ()).throw(TimeoutError("gone")))
     for address, message in (
         ("s3://nowhere/set", "s3://nowhere/set: "),
         ("s3://images/empty", r"s3://images/empty: no (image files there|such file or folder)"),
