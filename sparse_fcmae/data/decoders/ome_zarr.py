@@ -3,12 +3,15 @@
 Specification of OME-Zarr, section "multiscales": https://ngff.openmicroscopy.org
 """
 
+import logging
 from pathlib import Path
 from typing import Any
 
 from sparse_fcmae.data.decoders.arrays import of_array
 from sparse_fcmae.data.decoders.image import OpenImage, Reading, library
 
+# the library leaves tasks behind where a chunk is damaged, which raises besides
+logging.getLogger("asyncio").addFilter(lambda record: "Task was destroyed" not in record.getMessage())
 EXTENSION = ".zarr"
 USUAL_AXES = ("t", "c", "z", "y", "x")  # of OME-Zarr up to version 0.2, which names none
 
