@@ -3,9 +3,11 @@
 import io
 import logging
 import math
+import os
 import re
 import warnings
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -32,6 +34,7 @@ TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {  # by the tag's value, 
 }
 WHITE_IS_LEAST, PALETTE, CMYK, ALPHA = 0, 3, 5, (1, 2)  # values of PHOTOMETRIC and of EXTRA_SAMPLES
 MASK = 4  # the bit of a page's type that says it is one, as GDAL writes it: 1 where there are values
+OPEN_AT_ONCE = 16  # files of many pages that a process keeps open
 FILE_OF_SET = re.compile(r'FileName="([^"]*)"')  # in OME's metadata
 
 
@@ -50,15 +53,37 @@ def open_image(file: BinaryIO, reading: Reading) -> OpenImage:
     file.seek(0)
     tifffile = library("tifffile", "microscopy")
     try:
-        tiff = tifffile.TiffFile(file)
-        if tiff.is_ome and len(set(FILE_OF_SET.findall(tiff.ome_metadata))) > 1:  # each file is an image here
-            file.seek(0)
-            tiff = tifffile.TiffFile(file, is_ome=False)
-        return _image_of(tiff, file, reading)
+        return _image_of(_parsed(file, reading), file, reading)
     except (tifffile.TiffFileError, ValueError, IndexError, KeyError) as error:
         if "imagecodecs" in str(error):
             library("imagecodecs", "microscopy")
         raise OSError(f"a TIFF that can't be read: {error}") from None
+
+
+def _parsed(file: BinaryIO, reading: Reading) -> Any:
+    """tifffile's view of an open file.
+
+    Where each page of a file is read by itself, this is kept for the next ones, as it takes as long as there are pages.
+    """
+    if reading.pages == "images" and isinstance(file, io.BufferedReader) and isinstance(file.name, str):
+        found = os.fstat(file.fileno())
+        return _kept(os.path.abspath(file.name), found.st_mtime_ns, found.st_size, os.getpid())
+    return _parse(file)
+
+
+@lru_cache(OPEN_AT_ONCE)
+def _kept(path: str, changed: int, size: int, process: int) -> Any:
+    """A file that stays open, until it has another time of change or size, for one process, as its place moves."""
+    return _parse(open(path, "rb"))
+
+
+def _parse(file: BinaryIO) -> Any:
+    tifffile = library("tifffile", "microscopy")
+    tiff = tifffile.TiffFile(file)
+    if tiff.is_ome and len(set(FILE_OF_SET.findall(tiff.ome_metadata))) > 1:  # each file is an image here
+        file.seek(0)
+        tiff = tifffile.TiffFile(file, is_ome=False)
+    return tiff
 
 
 def _opened_by_pillow(file: BinaryIO) -> Image.Image | None:

@@ -1,5 +1,7 @@
 """Pages that are images of their own, against the arrays that were written."""
 
+import os
+
 import numpy as np
 import pytest
 import tifffile
@@ -10,13 +12,15 @@ from pydicom import dcmread
 from pydicom.data import get_testdata_file
 
 from sparse_fcmae import UserError
+from sparse_fcmae.data.batches import EvaluationImages, make_loader
 from sparse_fcmae.data.config import SourceConfig
-from sparse_fcmae.data.decoders import open_image
+from sparse_fcmae.data.decoders import open_image, tiff
 from sparse_fcmae.data.decoders.image import Reading
 from sparse_fcmae.data.sources.class_folder import class_folder
 from sparse_fcmae.data.sources.opening import open_images
 from sparse_fcmae.data.sources.pages import Pages, labelled_by_page
 from sparse_fcmae.data.sources.windows import Windows
+from sparse_fcmae.data.views import CentreView
 
 STACK = np.random.default_rng(0).integers(0, 4096, (6, 20, 30)).astype(np.uint16)
 IMAGES = Reading(1, "uint16", pages="images")
@@ -151,3 +155,20 @@ def test_zarr_folders_are_named_like_files(tmp_path):
         source = Pages(open_images(data), IMAGES, 0)
         assert (len(source), source.notes[:-1]) == (6, [])
         assert np.array_equal(pixels(source, 3, IMAGES)[..., 0], STACK[3])
+
+
+def test_a_tiff_of_many_pages_is_parsed_once_a_process_until_it_changes(tmp_path, monkeypatch):
+    tifffile.imwrite(tmp_path / "x.tif", STACK, photometric="minisblack", compression="deflate")
+    source, parsed = Pages(open_images(tmp_path), IMAGES, 0), []
+    parse = tiff._parse
+    monkeypatch.setattr(tiff, "_parse", lambda file: parsed.append(file) or parse(file))
+    tiff._kept.cache_clear()
+    for number in range(6):
+        assert np.array_equal(pixels(source, number, IMAGES)[..., 0], STACK[number])
+    assert len(parsed) == 1
+    images = EvaluationImages(source, CentreView((20, 30), IMAGES))
+    (batch,) = make_loader(images, [list(range(6))], 2, pin_memory=False)  # in a process that is forked from this one
+    assert np.array_equal(batch.pixels[..., 0].numpy(), STACK)
+    tifffile.imwrite(tmp_path / "x.tif", STACK[::-1], photometric="minisblack", compression="deflate")
+    os.utime(tmp_path / "x.tif", (1e9, 1e9))
+    assert np.array_equal(pixels(source, 0, IMAGES)[..., 0], STACK[5])
