@@ -9,9 +9,11 @@ from helpers import randomise, relative_error
 from sparse_fcmae import create_encoder, create_fcmae, pretrain, random_mask
 from sparse_fcmae.backends import available_backends
 from sparse_fcmae.backends.patch_map import PatchMap
+from sparse_fcmae.data.batches import Batch
 from sparse_fcmae.ops import gelu_grn, reference
 from sparse_fcmae.tasks.pretraining import PretrainingObjective
 from sparse_fcmae.training.optim import adamw, set_lr
+from sparse_fcmae.training.prefetch import prefetched
 from sparse_fcmae.training.step import WARMUP, GraphedTrainStep, TrainStep
 
 pytestmark = [
@@ -76,6 +78,21 @@ def test_encoder_equals_masked_dense_convolution(dtype):
 def test_a_step_never_waits_for_the_device():
     losses, _ = trained(TrainStep, (6, 6, 4), WARMUP + 4)
     assert losses[-1] < losses[0]
+
+
+def test_batches_are_copied_ahead_and_whole():
+    """The kernels of each step are slow, so that copies overtake them and memory is used again as soon as it may be."""
+    values = [torch.randint(256, (64, 224, 224, 3), dtype=torch.uint8).pin_memory() for _ in range(12)]
+    batches = (Batch(pixels, torch.arange(64), []) for pixels in values)
+    slow, sums = torch.randn(4096, 4096, device=GPU), []
+    for batch in prefetched(batches, GPU):
+        assert batch.pixels.device == GPU
+        for _ in range(20):
+            slow = slow @ slow / 64
+        sums.append(batch.pixels.flatten(1).long().sum(1))
+    for found, pixels in zip(sums, values, strict=True):
+        assert torch.equal(found.cpu(), pixels.flatten(1).long().sum(1))
+    assert len(list(prefetched(iter([]), GPU))) == 0
 
 
 @pytest.mark.parametrize("compiled", [False, True])

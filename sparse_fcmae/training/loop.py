@@ -13,6 +13,7 @@ from sparse_fcmae.runtime.run_folder import RunFolder, newest_checkpoint
 from sparse_fcmae.training.checkpoint import Checkpoints, check_images, restore
 from sparse_fcmae.training.log import RunLog
 from sparse_fcmae.training.optim import set_lr
+from sparse_fcmae.training.prefetch import prefetched
 from sparse_fcmae.training.progress import Progress
 from sparse_fcmae.training.schedule import Schedule
 from sparse_fcmae.training.signals import stop_signals
@@ -39,7 +40,7 @@ def train(task: Task) -> Path:
         run.begin(config, task.outputs, **task.beside_config())
     ranks.barrier()
 
-    batches = iter(loader)
+    batches = prefetched(iter(loader), ranks.device)
     runner = task.step_type(
         averaging(task.objective, ranks),
         optimizer,
