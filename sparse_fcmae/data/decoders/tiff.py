@@ -128,9 +128,10 @@ def _image_of(tiff: Any, file: BinaryIO, reading: Reading) -> OpenImage:
         stack = AxesStack(TiffPages(series.pages, outer), "".join(outer) + "YXS")
     else:
         stack = AxesStack(series.asarray().reshape(list(sizes.values())), letters)
+    missing = _missing(tiff.pages[0])
     if page.photometric == WHITE_IS_LEAST and stack.dtype.kind == "u":
         stack = Reversed(stack, (1 << page.bitspersample) - 1)
-    missing = _missing(tiff.pages[0])
+        missing = None if missing is None else stack.greatest - missing
     valid = next((TiffPage(mask) for mask in masks if mask.shape == (sizes["Y"], sizes["X"])), None)
     image = open_stack(stack, reading, f"pages (axes {letters})", missing, valid)
     orientation = tiff.pages[0].tags.get(ORIENTATION)

@@ -79,6 +79,11 @@ def test_only_the_page_and_the_strips_of_a_box_are_decoded(tmp_path, monkeypatch
 def test_images_whose_least_values_are_white_are_turned_round(tmp_path, layout):
     tifffile.imwrite(tmp_path / "x.tif", VALUES[0, 0, 0], photometric="miniswhite", **layout)
     assert np.array_equal(box(tmp_path / "x.tif", Reading(1, "uint16"))[..., 0], 65535 - VALUES[0, 0, 0, 5:33, 3:41])
+    tag = [(42113, "s", 0, "7", True)]  # of values as they are stored
+    tifffile.imwrite(tmp_path / "z.tif", np.arange(16, dtype=np.uint16).reshape(4, 4), photometric="miniswhite",
+                     extratags=tag, **layout)  # fmt: skip
+    found = box(tmp_path / "z.tif", Reading(1, "float32"), (0, 0, 4, 4)).ravel()
+    assert np.flatnonzero(np.isnan(found)).tolist() == [7]
     stack = (VALUES[0, 0] >> 8).astype(np.uint8)
     tifffile.imwrite(tmp_path / "y.tif", stack, photometric="miniswhite", **layout)
     found = box(tmp_path / "y.tif", Reading(1, pages="images", page=2))
