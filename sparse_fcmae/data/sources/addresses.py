@@ -77,8 +77,8 @@ def reach(address: str, ask: Callable[[Any, str], T]) -> T:
 
     Raises FileNotFoundError or PermissionError at once, and OSError in one line where no try succeeds.
     """
-    waits = WAITS if address.startswith("http") else ()  # the other libraries try again themselves
-    for wait in (*waits, None):
+    waits = iter(WAITS if address.startswith("http") else ())  # the other libraries try again themselves
+    while True:
         try:
             return ask(*file_system(address))
         except (PermissionError, UserError):
@@ -91,12 +91,12 @@ def reach(address: str, ask: Callable[[Any, str], T]) -> T:
                 error = cause
             if getattr(error, "errno", None) == errno.ENOSPC:
                 raise UserError(f"{address}: no space left in {cache_folder()}: XDG_CACHE_HOME names another") from None
+            wait = next(waits, None)
             refused = 400 <= getattr(error, "status", 0) < 500 and error.status not in AGAIN
             if wait is None or refused or isinstance(error, ValueError) or type(error).__name__ in LASTING:
                 raise OSError(f"can't be reached: {one_line(error)}") from None
         tqdm.write(f"{address}: {one_line(error)}: trying again in {wait:g} s", file=sys.stderr)
         time.sleep(wait)
-    raise AssertionError
 
 
 class Listing(NamedTuple):
@@ -236,9 +236,10 @@ class Pieces:
         try:
             kept = _pieces() / name[:2] / name
             kept.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=kept.parent, delete=False) as file:
-                file.write(data)  # not synced: a piece that is not whole is fetched again
-            os.replace(file.name, kept)
+            with tempfile.TemporaryDirectory(dir=kept.parent) as place:  # which leaves nothing on a full disk
+                piece = Path(place, name)
+                piece.write_bytes(data)  # not synced: a piece that is not whole is fetched again
+                os.replace(piece, kept)
         except (OSError, RuntimeError, UserError) as error:
             if not self.complained:
                 print(f"images are fetched each time anew: {one_line(error)}", file=sys.stderr)

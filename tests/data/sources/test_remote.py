@@ -220,13 +220,14 @@ def test_the_cache_keeps_to_its_limit(s3, cache):
         assert pieces.read(f"s3://images/{name}", "1", 100, 50) == content[100:150]
 
 
-def test_a_full_disk_is_said_once_and_done_without(s3, monkeypatch, capfd):
+def test_a_full_disk_is_said_once_and_done_without(s3, cache, monkeypatch, capfd):
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr("sparse_fcmae.data.sources.addresses.os.replace", full)
     check(open_images("s3://images/set"))
     assert capfd.readouterr().err == f"images are fetched each time anew: [Errno 28] {os.strerror(errno.ENOSPC)}\n"
+    assert not list(cache.glob("*/*"))  # nor is anything left there
 
 
 def test_without_a_home_nothing_is_kept(s3, monkeypatch, capfd):
