@@ -17,6 +17,17 @@ from sparse_fcmae.data.sources import ImageSource
 from sparse_fcmae.data.sources.files import ImageFiles, fingerprint_of
 from sparse_fcmae.runtime.errors import UserError
 
+SPLITS = {
+    "train": "train",
+    "training": "train",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+    "dev": "val",
+    "test": "test",
+}
+SPLIT = re.compile(rf"({'|'.join(SPLITS)})(?![a-z])", re.IGNORECASE)
+
 
 class Some:
     """Some images of a source. indices: which, in their new order."""
@@ -157,20 +168,6 @@ class Rows:
             if found := [row for row, split in enumerate(self.splits or []) if split == name]:
                 return found
         return []
-
-
-SPLITS = {
-    "train": "train",
-    "training": "train",
-    "val": "val",
-    "valid": "val",
-    "validation": "val",
-    "dev": "val",
-    "test": "test",
-}
-
-
-SPLIT = re.compile(rf"({'|'.join(SPLITS)})(?![a-z])", re.IGNORECASE)
 
 
 def splits_in(paths: Sequence[str]) -> list[str] | None:
