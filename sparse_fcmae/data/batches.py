@@ -17,19 +17,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from sparse_fcmae.data.sources import ImageSource
+from sparse_fcmae.data.sources import BadImage, ImageSource
 from sparse_fcmae.runtime.files import one_line
 from sparse_fcmae.runtime.streams import Stream, numpy_generator
 
 TRIES = 10  # images that are opened for one sample before it is given up
 LOADER_PROCESSES: WeakSet[BaseProcess] = WeakSet()  # that this process has started
-
-
-class BadImage(NamedTuple):
-    """An image that could not be read: its name in the source, and the decoder's reason."""
-
-    name: str
-    reason: str
 
 
 class Sample(NamedTuple):

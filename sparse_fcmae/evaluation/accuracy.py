@@ -6,8 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparse_fcmae.data.batches import BadImage
-from sparse_fcmae.data.sources import LabelledSource
+from sparse_fcmae.data.sources import BadImage, LabelledSource
 from sparse_fcmae.evaluation.run import EvaluationView, run_model
 from sparse_fcmae.runtime.distributed import Ranks
 

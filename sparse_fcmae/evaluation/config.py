@@ -31,7 +31,7 @@ class EvaluateConfig(ReadingConfig, ComputeConfig):
     )
     crop: str | None = option(
         None,
-        help="resized: the centre of the image; native: a window there at the image's own resolution [as in training]",
+        help="resized: the centre of the image; native: the mean over windows that cover it [as in training]",
         choices=("resized", "native"),
     )
     crop_fraction: float | None = option(

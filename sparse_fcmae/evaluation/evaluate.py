@@ -11,9 +11,8 @@ import torch
 from torch import nn
 
 from sparse_fcmae.backends import choose_dtype
-from sparse_fcmae.data.batches import BadImage
 from sparse_fcmae.data.decoders.image import reading_of
-from sparse_fcmae.data.sources import LabelledSource
+from sparse_fcmae.data.sources import BadImage, LabelledSource
 from sparse_fcmae.data.sources.class_folder import open_held_out, open_splits
 from sparse_fcmae.data.sources.corruptions import find_corruptions
 from sparse_fcmae.data.sources.pages import labelled_by_page
@@ -87,6 +86,9 @@ def view_of(config: EvaluateConfig, weights: Weights) -> EvaluationView:
     workers, notes = loader_processes(device, config.num_workers, batch_bytes)
     for note in notes:
         print(note)
+    native = weights.form.native if config.crop is None else config.crop == "native"
+    if native and config.crop_fraction is not None:
+        raise UserError("`crop_fraction` goes with `crop=resized` alone")
     return EvaluationView(
         size=size,
         form=weights.form,
@@ -96,7 +98,7 @@ def view_of(config: EvaluateConfig, weights: Weights) -> EvaluationView:
         bf16=choose_dtype(config.dtype, device, config.backend) == torch.bfloat16,
         batch_size=config.batch_size,
         num_workers=workers,
-        native=weights.form.native if config.crop is None else config.crop == "native",
+        native=native,
     )
 
 
@@ -130,7 +132,7 @@ def probe(config: EvaluateConfig, weights: Weights, view: EvaluationView) -> dic
         "data": config.data,
         "train_images": len(labels),
         "images": len(truth),
-        "unreadable": [*train.left_out, *held_out.left_out, *(image.name for image in bad + bad_queries)],
+        "unreadable": [*(image.name for image in (*train.left_out, *held_out.left_out, *bad, *bad_queries))],
     }
     if config.knn:
         predicted = nearest_neighbours(features, labels, queries, config.neighbours)
@@ -153,7 +155,7 @@ def classify(config: EvaluateConfig, weights: Weights, view: EvaluationView) -> 
     model = weights.classifier(config.backend).to(view.device)
     source = labelled_by_page(source, view.reading)
     found, bad = accuracy_on(source, model, weights, view, "evaluating")
-    return {"data": str(source), **split, "unreadable": [*source.left_out, *(image.name for image in bad)], **found}
+    return {"data": str(source), **split, "unreadable": [image.name for image in (*source.left_out, *bad)], **found}
 
 
 def warn_of_another_split(config: EvaluateConfig) -> None:

@@ -6,9 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparse_fcmae.data.batches import BadImage
 from sparse_fcmae.data.config import SourceConfig
-from sparse_fcmae.data.sources import LabelledSource
+from sparse_fcmae.data.sources import BadImage, LabelledSource
 from sparse_fcmae.data.sources.class_folder import USUAL, open_train_and_held_out
 from sparse_fcmae.data.sources.pages import labelled_by_page
 from sparse_fcmae.evaluation.run import EvaluationView, run_model

@@ -1,7 +1,6 @@
 """Fine-tuning: images and labels -> cross-entropy -> a dense classifier, on the kernels of pretraining."""
 
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +15,11 @@ from sparse_fcmae.data.config import ReadingConfig
 from sparse_fcmae.data.mixing import Mixing
 from sparse_fcmae.data.sources.class_folder import open_splits
 from sparse_fcmae.data.sources.pages import labelled_by_page
+from sparse_fcmae.data.sources.parts import labelled_parts
+from sparse_fcmae.data.sources.windows import Windows
 from sparse_fcmae.data.splits import few_labels
 from sparse_fcmae.data.survey import check_fits
-from sparse_fcmae.data.views import CentreView
+from sparse_fcmae.data.views import CentreView, NativeView
 from sparse_fcmae.evaluation.accuracy import measure
 from sparse_fcmae.model.convnext import SIZES
 from sparse_fcmae.runtime.distributed import Ranks, process_group
@@ -100,11 +101,17 @@ class Classification(Task):
             augment = None
             self.notes.append("RandAugment is left out, as it is made for photographs of 8 bits")
         self.training_view = training_view(config, self.size, self.form, augment)
-        by_page = partial(labelled_by_page, reading=self.training_view.reading, max_bad_images=config.max_bad_images)
-        self.source, held_out = by_page(self.source), by_page(held_out)
+        reading = self.training_view.reading
+        self.source, held_out = (
+            labelled_by_page(part, reading, config.max_bad_images) for part in (self.source, held_out)
+        )
+        check_fits(self.source, CentreView(self.size, reading, native=config.crop == "native"))
+        if isinstance(self.training_view, NativeView):
+            least = self.training_view.scale[0]
+            windows = Windows(self.source.source, self.size, reading, config.max_bad_images, least)
+            self.source = labelled_parts(self.source, windows)
         self.held_out = held_out.take(range(ranks.rank, len(held_out), ranks.world))
         self.notes += self.source.notes
-        check_fits(self.source, CentreView(self.size, self.training_view.reading, native=config.crop == "native"))
         self.view = evaluation_view(config, self.size, self.form, ranks.device)
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad) / 1e6
         self.description = (

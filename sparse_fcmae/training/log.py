@@ -14,7 +14,7 @@ from typing import Any, TextIO
 import torch
 from tqdm import tqdm
 
-from sparse_fcmae.data.batches import BadImage
+from sparse_fcmae.data.sources import BadImage
 from sparse_fcmae.runtime.errors import UserError
 from sparse_fcmae.runtime.files import write_atomic, writing
 from sparse_fcmae.runtime.terminal import lost_if_unread

@@ -52,7 +52,7 @@ def train(task: Task) -> Path:
     progress = Progress(config, schedule, task.source, log, ranks, unreadable)
     checkpoints = Checkpoints(run, task, optimizer, schedule, log, unreadable, start)
     try:
-        log.say(f"{task.description}; {len(task.source)} images, {schedule}")
+        log.say(f"{task.description}; {len(task.source)} samples, {schedule}")
         if config.resume:
             found = f"resumed from {checkpoint}" if checkpoint else "no checkpoint to resume from: starting at step 0"
             log.say(found + (", the run's last: only exporting again" if start == schedule.steps else ""))

@@ -1,4 +1,8 @@
+from dataclasses import replace
+
+import numpy as np
 import pytest
+import tifffile
 import torch
 from PIL import Image
 
@@ -31,3 +35,30 @@ def test_outputs_are_those_of_the_readable_images(tmp_path):
         (tmp_path / f"{i}.png").write_text("no picture")
     with pytest.raises(UserError, match=r"no image of .* is readable: 0\.png: no image of a known format"):
         run_model(ImageFolder(tmp_path), lambda images: images, VIEW)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_under_native_windows_an_output_is_the_mean_over_those_that_cover_an_image(tmp_path, workers):
+    """An image with one damaged window, and one that is smaller than a window, are left out and named once."""
+    rng = np.random.default_rng(0)
+    whole = rng.integers(0, 4096, (40, 60)).astype(np.uint16)
+    small, damaged = np.zeros((8, 60), np.uint16), rng.integers(0, 4096, (64, 64)).astype(np.uint16)
+    layout = {"tile": (16, 16), "compression": "zlib", "photometric": "minisblack"}
+    for name, values in (("a", damaged), ("b", small), ("c", whole), ("d", whole[:32, :32])):
+        tifffile.imwrite(tmp_path / f"{name}.tif", values, **layout)
+    with tifffile.TiffFile(tmp_path / "a.tif") as file:
+        place, size = file.pages[0].dataoffsets[5], file.pages[0].databytecounts[5]
+    data = bytearray((tmp_path / "a.tif").read_bytes())
+    data[place : place + size] = bytes(size)
+    (tmp_path / "a.tif").write_bytes(data)
+
+    form = ImageFormat("uint16", (1000.0,), (10.0,))
+    view = replace(
+        VIEW, size=(32, 32), form=form, reading=Reading(1, "uint16"), batch_size=3, num_workers=workers, native=True
+    )
+    outputs, index, bad = run_model(ImageFolder(tmp_path), lambda images: images.square().mean((2, 3)), view)
+    assert index.tolist() == [2, 3]
+    assert sorted(image.name for image in bad) == ["a.tif", "b.tif"]
+    exact = (whole.astype(float) - 1000) / 10
+    windows = [np.square(exact[top : top + 32, left : left + 32]).mean() for top in (0, 8) for left in (0, 28)]
+    assert outputs[:, 0].tolist() == pytest.approx([np.mean(windows), windows[0]], rel=1e-6)

@@ -189,7 +189,7 @@ def test_native_windows(tmp_path, capsys):
     pretrain(data=tmp_path / "data", out=tmp_path / "whole", **options)
     log = (tmp_path / "whole" / "train.log").read_text()
     assert "192 windows of 32x32 pixels in 3 images" in log
-    assert "192 images, 32 a step, 6 steps an epoch" in log
+    assert "192 samples, 32 a step, 6 steps an epoch" in log
     assert read_weights(tmp_path / "whole").form.native
     window = load_transform(tmp_path / "whole")(tmp_path / "data" / "1.tif")
     middle = tifffile.imread(tmp_path / "data" / "1.tif")[84:116, 149:181].astype(np.float32)
@@ -205,6 +205,36 @@ def test_native_windows(tmp_path, capsys):
             main(["pretrain", "--data", str(tmp_path / "data"), "--out", str(tmp_path / "x"), f"--{flag}", value])
         assert stop.value.code == 2
         assert f"--{flag} goes with --crop native alone" in capsys.readouterr().err
+
+
+def test_native_windows_from_pretraining_to_evaluation(tmp_path, capsys):
+    """Classes that only the corners of large images tell apart: the windows in their middle are the same."""
+    rng, data = np.random.default_rng(2), tmp_path / "data"
+    for split in ("train", "val"):
+        for label, name in enumerate(("plain", "marked")):
+            (data / split / name).mkdir(parents=True)
+            for number in range(2):
+                values = rng.normal(1000, 100, (96, 160))
+                values[:32, -32:] += 3000 * label
+                values[-32:, :32] += 3000 * label
+                np.save(data / split / name / f"{number}.npy", values.astype(np.uint16))
+    native = SMALL | {"crop": "native", "batch_size": 16}
+    pretrain(data=data / "train", out=tmp_path / "run", **native, knn=data)
+    tuning = SMALL | {"epochs": 30, "drop_path": 0.0, "batch_size": 16}
+    del tuning["stem_stride"]
+    finetune(data=data, init=tmp_path / "run", out=tmp_path / "tuned", preset="atto", eval_every=30, **tuning)
+    log = (tmp_path / "tuned" / "train.log").read_text()
+    assert "60 windows of 32x32 pixels in 4 images" in log
+    assert "60 samples, 16 a step" in log
+    assert "4 images held out" in log
+    capsys.readouterr()
+    found = evaluate(data=data, init=tmp_path / "tuned")
+    assert (found["images"], found["top1"]) == (4, 1.0)
+    assert "60 windows of 32x32 pixels cover 4 images" in capsys.readouterr().err
+    assert evaluate(data=data, init=tmp_path / "run", knn=True)["train_images"] == 4
+    assert evaluate(data=data, init=tmp_path / "tuned", crop="resized")["images"] == 4
+    with pytest.raises(UserError, match="`crop_fraction` goes with `crop=resized` alone"):
+        evaluate(data=data, init=tmp_path / "tuned", crop_fraction=0.9)
 
 
 def test_tables_and_archives_from_pretraining_to_evaluation(tmp_path, monkeypatch):

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from sparse_fcmae import UserError
-from sparse_fcmae.data.batches import BadImage
+from sparse_fcmae.data.sources import BadImage
 from sparse_fcmae.training import log as module
 from sparse_fcmae.training.log import RunLog
 

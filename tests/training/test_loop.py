@@ -158,7 +158,7 @@ def test_a_task_is_asked_in_this_order(whole):
     assert [row["step"] for row in rows(out, "evaluations")] == [0, 4, 8]
     assert json.loads((out / "config.json").read_text())["colours"] == 3
     log = (out / "train.log").read_text()
-    assert "a layer; 40 images, 10 a step, 4 steps an epoch, 8 in all" in log
+    assert "a layer; 40 samples, 10 a step, 4 steps an epoch, 8 in all" in log
     assert "a note" in log
     assert "a checkpoint every 3 steps" in log
 
@@ -314,7 +314,7 @@ def test_a_resumed_run_says_where_it_goes_on_and_logs_its_first_step(tmp_path):
     (out / "train.log").unlink()
     train(Grey(out, save_every=4, log_every=100, resume=True))
     said = lines(out)
-    assert said[0] == ("nothing; 20 images, 5 a step, 4 steps an epoch, 12 in all, 0 of warm-up, peak lr 0.5")
+    assert said[0] == ("nothing; 20 samples, 5 a step, 4 steps an epoch, 12 in all, 0 of warm-up, peak lr 0.5")
     assert said[1] == f"resumed from {out / 'checkpoints' / 'step-00000004'}"
     assert said[2] == "a checkpoint every 4 steps"
     assert [line.split(",")[0] for line in said[3:]] == ["step 5", "step 8", "step 12"]

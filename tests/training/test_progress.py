@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from sparse_fcmae import UserError
-from sparse_fcmae.data.batches import BadImage, Batch
+from sparse_fcmae.data.batches import Batch
+from sparse_fcmae.data.sources import BadImage
 from sparse_fcmae.runtime.distributed import Ranks
 from sparse_fcmae.training.progress import Progress
 

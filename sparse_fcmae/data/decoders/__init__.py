@@ -18,16 +18,18 @@ from sparse_fcmae.data.decoders.together import ChannelsTogether, FilesTogether
 
 HEAD = 132  # bytes that tell the kind
 EXTENSIONS = (".npy", ".npz", ".btf", ".tf8", ".dcm", ".dicom", ome_zarr.EXTENSION)  # that Pillow does not know
-File = BinaryIO | ZarrFolder | Page | InMemory | str | os.PathLike | Image.Image | np.ndarray
+File = BinaryIO | ZarrFolder | Page | OpenImage | InMemory | str | os.PathLike | Image.Image | np.ndarray
 
 
 def open_image(file: File, reading: Reading) -> OpenImage:
     """An image whose size, channels and dtype are known, and whose pixels are read when they are asked for.
 
-    file: its bytes, what stands in their place, where they are, an image that Pillow has open, or an array. Raises
+    file: its bytes, what stands in their place, where they are, an image that is open already, or an array. Raises
     OSError for what is no image, for one that is larger than `reading` allows, and MissingLibrary for one that needs a
     library.
     """
+    if isinstance(file, OpenImage):
+        return file
     if isinstance(file, InMemory):
         file = file.image
     if isinstance(file, Image.Image):

@@ -5,9 +5,16 @@ and asks for the name of an image that a message is about.
 """
 
 from collections.abc import Sequence
-from typing import BinaryIO, Protocol
+from typing import BinaryIO, NamedTuple, Protocol
 
 from torch import Tensor
+
+
+class BadImage(NamedTuple):
+    """An image that could not be read: its name in the source, and the decoder's reason."""
+
+    name: str
+    reason: str
 
 
 class ImageSource(Protocol):

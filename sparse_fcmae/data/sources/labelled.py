@@ -7,13 +7,13 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import BinaryIO
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from sparse_fcmae.data.sources import ImageSource
+from sparse_fcmae.data.sources import BadImage, ImageSource
+from sparse_fcmae.data.sources.derived import Derived
 from sparse_fcmae.data.sources.files import ImageFiles, fingerprint_of
 from sparse_fcmae.runtime.errors import UserError
 
@@ -29,7 +29,7 @@ SPLITS = {
 SPLIT = re.compile(rf"({'|'.join(SPLITS)})(?![a-z])", re.IGNORECASE)
 
 
-class Some:
+class Some(Derived):
     """Some images of a source. indices: which, in their new order."""
 
     def __init__(self, source: ImageSource, indices: Sequence[int]) -> None:
@@ -45,25 +45,18 @@ class Some:
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __str__(self) -> str:
-        return str(self.source)
-
-    def open(self, index: int) -> BinaryIO:
-        """An image's bytes."""
-        return self.source.open(int(self.indices[index]))
-
-    def name(self, index: int) -> str:
-        """An image's name in its source."""
-        return self.source.name(int(self.indices[index]))
+    def whole(self, index: int) -> int:
+        """The number of an image in the source."""
+        return int(self.indices[index])
 
 
 @dataclass
-class Labelled:
+class Labelled(Derived):
     """A source's images with a class for each.
 
     classes: the names of the classes. labels: int64 [N], for each image an index into `classes`. labels_in_names:
     whether an image's name says its class, as its path does in class folders, so that the fingerprint need not. notes:
-    the source's, and what is added to them. left_out: images that are in no evaluation, with the reasons.
+    the source's, and what is added to them. left_out: images of which nothing can be read.
     """
 
     source: ImageSource
@@ -71,7 +64,7 @@ class Labelled:
     labels: Tensor
     labels_in_names: bool = False
     notes: list[str] = field(init=False)
-    left_out: list[str] = field(init=False, default_factory=list)
+    left_out: list[BadImage] = field(init=False, default_factory=list)
 
     def __post_init__(self) -> None:
         self.notes = list(self.source.notes)
@@ -95,16 +88,9 @@ class Labelled:
     def __len__(self) -> int:
         return len(self.source)
 
-    def __str__(self) -> str:
-        return str(self.source)
-
-    def open(self, index: int) -> BinaryIO:
-        """An image's bytes."""
-        return self.source.open(index)
-
-    def name(self, index: int) -> str:
-        """An image's name in its source."""
-        return self.source.name(index)
+    def whole(self, index: int) -> int:
+        """The same number, as the source has these images alone."""
+        return index
 
     def with_classes(self, classes: Sequence[str]) -> "Labelled":
         """The same images with their labels among these classes, of which some may have no images."""

@@ -1,13 +1,10 @@
 """The pages of a source's files as images of their own: slices of a stack, frames, the images of an array."""
 
-import numpy as np
-import torch
-
 from sparse_fcmae.data.decoders.image import Reading
 from sparse_fcmae.data.decoders.pages import Page
 from sparse_fcmae.data.sources import ImageSource
 from sparse_fcmae.data.sources.labelled import Labelled
-from sparse_fcmae.data.sources.parts import Parts
+from sparse_fcmae.data.sources.parts import Parts, labelled_parts
 
 
 class Pages(Parts):
@@ -15,20 +12,15 @@ class Pages(Parts):
 
     def __init__(self, source: ImageSource, reading: Reading, max_bad_images: float) -> None:
         super().__init__(source, reading, lambda image: image.pages, max_bad_images)
-        self.notes.insert(len(source.notes), f"{len(self)} pages in {self.readable} files, each an image of its own")
+        self.describe(f"pages in {self.readable} files, each an image of its own")
 
     def open(self, index: int) -> Page:
         """A page, with the file that it is in."""
-        return Page(super().open(index), self._number(index))
+        return Page(super().open(index), self.number(index))
 
     def name(self, index: int) -> str:
         """The file's name and the page, counted from 1."""
-        return f"{super().name(index)} page {self._number(index) + 1}"
-
-    def _number(self, index: int) -> int:
-        """The number of a page in its file, counted from 0."""
-        whole = self.whole(index)
-        return index - (int(self.ends[whole - 1]) if whole else 0)
+        return f"{super().name(index)} page {self.number(index) + 1}"
 
 
 def by_page(source: ImageSource, reading: Reading, max_bad_images: float = 1.0) -> ImageSource:
@@ -40,9 +32,4 @@ def labelled_by_page(images: Labelled, reading: Reading, max_bad_images: float =
     """`by_page` of labelled images. A page has the class of its file."""
     if reading.pages != "images":
         return images
-    pages = Pages(images.source, reading, max_bad_images)
-    files = np.searchsorted(pages.ends, np.arange(len(pages)), side="right")
-    labelled = Labelled(pages, images.classes, images.labels[torch.from_numpy(files)])
-    labelled.notes = [*images.notes, *pages.notes[len(images.source.notes) :]]
-    labelled.left_out = pages.left_out
-    return labelled
+    return labelled_parts(images, Pages(images.source, reading, max_bad_images))

@@ -1,9 +1,54 @@
-"""The images of a source as windows: a large image comes as often as windows fit into it side by side."""
+"""The images of a source as windows: random ones, of which a large image has more, or all that cover an image."""
 
+import os
+from contextlib import ExitStack
+from typing import Any
+
+from sparse_fcmae.data.decoders import open_image
 from sparse_fcmae.data.decoders.image import OpenImage, Reading
+from sparse_fcmae.data.decoders.window import Window, covering
 from sparse_fcmae.data.sources import ImageSource
 from sparse_fcmae.data.sources.parts import Parts
 from sparse_fcmae.data.views import check_window
+
+
+class Covering(Parts):
+    """The windows of (height, width) pixels that cover the images of a source, each an image of its own.
+
+    Images that can't be opened, or are smaller than a window, are left out. A process keeps the image open that it has
+    opened last, so that neighbouring windows decode it once. Raises UserError where no image can be read.
+    """
+
+    def __init__(self, source: ImageSource, window: tuple[int, int], reading: Reading) -> None:
+        self.window, self.reading = window, reading
+        self._opened: tuple[tuple[int, int], OpenImage, ExitStack] | None = None
+        super().__init__(source, reading, self._count, max_bad_images=1.0)
+        height, width = window
+        self.describe(f"windows of {height}x{width} pixels cover {self.readable} images")
+
+    def _count(self, image: OpenImage) -> int:
+        check_window(*image.size, *self.window)
+        return len(covering(*image.size, self.window))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_opened": None}
+
+    def open(self, index: int) -> Window:
+        """A window of an image."""
+        image = self._image(self.whole(index))
+        return Window(image, covering(*image.size, self.window)[self.number(index)])
+
+    def _image(self, whole: int) -> OpenImage:
+        """An image, which stays open until another one is asked for."""
+        key = os.getpid(), whole
+        if self._opened is None or self._opened[0] != key:
+            if self._opened:
+                self._opened[2].close()
+                self._opened = None
+            with ExitStack() as files:
+                image = open_image(files.enter_context(self.source.open(whole)), self.reading)
+                self._opened = key, image, files.pop_all()
+        return self._opened[1]
 
 
 class Windows(Parts):
@@ -30,6 +75,4 @@ class Windows(Parts):
             return max(1, image_width * image_height // (height * width))
 
         super().__init__(source, reading, fitting, max_bad_images)
-        self.notes.insert(
-            len(source.notes), f"{len(self)} windows of {height}x{width} pixels in {self.readable} images"
-        )
+        self.describe(f"windows of {height}x{width} pixels in {self.readable} images")

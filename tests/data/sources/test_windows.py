@@ -1,11 +1,18 @@
+import multiprocessing
+import pickle
+
 import numpy as np
 import pytest
 from PIL import Image
 
 from sparse_fcmae import UserError
 from sparse_fcmae.data.decoders.image import PHOTOGRAPHS, Reading
+from sparse_fcmae.data.decoders.window import covering
 from sparse_fcmae.data.sources.folder import ImageFolder
-from sparse_fcmae.data.sources.windows import Windows
+from sparse_fcmae.data.sources.opening import open_images
+from sparse_fcmae.data.sources.pages import by_page
+from sparse_fcmae.data.sources.windows import Covering, Windows
+from sparse_fcmae.data.views import CentreView
 
 
 def test_an_image_comes_as_often_as_windows_fit_into_it(tmp_path):
@@ -43,3 +50,90 @@ def test_images_smaller_than_a_window_are_refused_at_once(tmp_path):
         Windows(source, (32, 32), PHOTOGRAPHS, 0.1)
     assert len(Windows(source, (32, 32), PHOTOGRAPHS, 0.5)) == 4
     assert len(Windows(source, (32, 32), PHOTOGRAPHS, 0.0, 0.5)) == 5
+
+
+@pytest.mark.parametrize("side", [32, 33, 63, 64, 65, 100, 128, 1000])
+def test_as_few_windows_as_possible_cover_an_image(side):
+    boxes = covering(side, 40, (16, 32))
+    columns = sorted({left for left, _, _, _ in boxes})
+    rows = sorted({top for _, top, _, _ in boxes})
+    assert (len(columns), len(rows), len(boxes)) == (-(-side // 32), 3, 3 * -(-side // 32))
+    seen = np.zeros((40, side), int)
+    for left, top, right, bottom in boxes:
+        assert (right - left, bottom - top) == (32, 16)
+        seen[top:bottom, left:right] += 1
+    assert seen.min() >= 1  # also that none reaches beyond the image, as the shape would differ
+    assert boxes[0][:2] == (0, 0)
+    assert boxes[-1][2:] == (side, 40)
+    steps = np.diff(columns)
+    assert not len(steps) or steps.max() - steps.min() <= 1
+
+
+def test_there_are_no_windows_of_a_smaller_image():
+    assert covering(31, 40, (16, 32)) == covering(40, 15, (16, 32)) == []
+
+
+@pytest.fixture
+def counted_images(tmp_path):
+    """Three images whose values say where they lie, of which one is damaged and one smaller than a window."""
+    rng = np.random.default_rng(0)
+    arrays = [rng.integers(0, 4096, shape).astype(np.uint16) for shape in ((40, 70), (32, 32), (20, 90))]
+    for number, values in enumerate(arrays):
+        np.save(tmp_path / f"{number}.npy", values)
+    (tmp_path / "3.npy").write_text("x")
+    return arrays, open_images(tmp_path)
+
+
+def test_covering_windows_are_images(counted_images):
+    arrays, source = counted_images
+    reading = Reading(1, "uint16")
+    windows = Covering(source, (32, 32), reading)
+    assert windows.counts().tolist() == [6, 1, 0, 0]
+    assert [windows.name(number) for number in range(7)] == ["0.npy"] * 6 + ["1.npy"]
+    assert [(image.name, image.reason[:20]) for image in windows.left_out] == [
+        ("2.npy", "has 20x90 pixels, fe"),
+        ("3.npy", windows.left_out[1].reason[:20]),
+    ]
+    expected = [arrays[0][top : top + 32, left : left + 32] for top in (0, 8) for left in (0, 19, 38)] + [arrays[1]]
+    copied = pickle.loads(pickle.dumps(windows))
+    for order in (range(7), (6, 0, 6, 3, 3)):
+        for number in order:
+            for one in (windows, copied):
+                with one.open(number) as file:
+                    pixels = CentreView((32, 32), reading)(file)
+                assert np.array_equal(pixels[..., 0].numpy(), expected[number])
+
+
+def test_an_image_is_opened_once_for_its_windows(counted_images, monkeypatch):
+    _, source = counted_images
+    windows, opened = Covering(source, (32, 32), Reading(1, "uint16")), []
+    original = source.open
+    monkeypatch.setattr(source, "open", lambda index: opened.append(index) or original(index))
+    for number in (0, 1, 5, 6, 2):
+        windows.open(number)
+    assert opened == [0, 1, 0]
+
+
+def test_a_forked_process_opens_its_own(counted_images):
+    _, source = counted_images
+    windows, reading = Covering(source, (32, 32), Reading(1, "uint16")), Reading(1, "uint16")
+    windows.open(0)
+    image = windows.open(0).image
+    context = multiprocessing.get_context("fork")
+    queue = context.SimpleQueue()
+    process = context.Process(target=lambda: queue.put(windows.open(0).image is image))
+    process.start()
+    assert queue.get() is False
+    process.join()
+    assert CentreView((32, 32), reading)(windows.open(0)).shape == (32, 32, 1)
+
+
+def test_windows_of_pages(tmp_path):
+    stack = np.random.default_rng(0).integers(0, 9, (3, 40, 64)).astype(np.uint8)
+    np.save(tmp_path / "x.npy", stack)
+    reading = Reading(1, "uint8", pages="images")
+    windows = Covering(by_page(open_images(tmp_path), reading), (32, 32), reading)
+    assert len(windows) == 3 * 4
+    pixels = CentreView((32, 32), reading)(windows.open(11))
+    assert np.array_equal(pixels[..., 0].numpy(), stack[2, 8:, 32:])
+    assert windows.name(11) == "x.npy page 3"
