@@ -18,9 +18,11 @@ except ImportError:  # the extra jpeg
     simplejpeg = None
 
 from sparse_fcmae.data.decoders.image import ArrayImage, Box, OpenImage, Reading, counted
+from sparse_fcmae.data.decoders.pages import open_stack
 from sparse_fcmae.data.format import BYTE
 
 REDUCIBLE = ("JPEG", "MPO")  # formats that can be decoded at 1/2, 1/4 or 1/8 of their sides
+ANIMATED = ("AVIF", "GIF", "PNG", "WEBP")  # formats with frames; others' further images are previews or layers
 ORIENTATION = 0x0112  # the EXIF tag
 TURNED = (5, 6, 7, 8)  # its values for which rows become columns
 MIRRORED_COLUMNS, MIRRORED_ROWS = (2, 3, 6, 7), (3, 4, 7, 8)  # and for which columns or rows come in reverse
@@ -164,9 +166,43 @@ def _greatest_value(head: bytes) -> int:
     return BYTE
 
 
-@of_any_size()
+class Frames:
+    """The frames of an animation as a stack, in colour."""
+
+    dtype = np.dtype("uint8")
+
+    def __init__(self, image: Image.Image) -> None:
+        width, height = upright_size(image)
+        self.image, self.shape = image, (image.n_frames, height, width, 3)
+
+    def __getitem__(self, place: tuple[slice, slice, slice]) -> np.ndarray:
+        frames, rows, columns = place
+        return np.stack([self._frame(number)[rows, columns] for number in range(self.shape[0])[frames]])
+
+    def _frame(self, number: int) -> np.ndarray:
+        self.image.seek(number)
+        return to_tensor(to_eight_bits(ImageOps.exif_transpose(self.image), self.shape[-1])).numpy()
+
+
 def from_pillow(image: Image.Image, reading: Reading) -> OpenImage:
-    """A photograph, or where the mode has more than 8 bits an image whose values are kept."""
+    """A photograph, or where the mode has more than 8 bits an image whose values are kept.
+
+    The frames of an animation are its pages. Each by itself is a photograph.
+    """
+    if image.format not in ANIMATED or not getattr(image, "is_animated", False):
+        return _of_one_frame(image, reading)
+    reading.check_size(*image.size)
+    stack = open_stack(Frames(image), reading, "frames")
+    if reading.pages != "images":
+        return stack
+    image.seek(reading.page)
+    photograph = _of_one_frame(image, reading)
+    photograph.pages = stack.pages
+    return photograph
+
+
+@of_any_size()
+def _of_one_frame(image: Image.Image, reading: Reading) -> OpenImage:
     photograph = not image.mode.startswith(("I", "F"))
     if photograph and reading.nodata is None:
         return Photograph(image, reading)
