@@ -87,12 +87,29 @@ def open_stack(
     if reading.pages == "channels":
         values = OfPages(stack, slice(None), _side_by_side, count * channels)
     elif reading.pages == "max":
-        values = OfPages(stack, slice(None), lambda pages: pages.max(0), channels)
+        known = missing if reading.nodata is None else reading.nodata
+        values = OfPages(stack, slice(None), lambda pages: greatest(pages, known), channels)
     else:
         values = OfPages(stack, slice(number, number + 1), lambda pages: pages[0], channels)
     image = ArrayImage(values, reading, missing, valid)
     image.pages = count
     return image
+
+
+def greatest(pages: np.ndarray, missing: float | None) -> np.ndarray:
+    """The greatest value of pages [pages, ...] that is not missing: [...].
+
+    Those that are not finite, and where there is one of them the value `missing`, are missing. Where all are, so is the
+    result.
+    """
+    absent = pages == missing if missing is not None else np.zeros(pages.shape, bool)
+    if pages.dtype.kind == "f":
+        absent |= ~np.isfinite(pages)
+        least = -np.inf
+    else:
+        least = np.iinfo(pages.dtype).min
+    found = np.where(absent, pages.dtype.type(least), pages).max(0)
+    return np.where(absent.all(0), pages[0], found)
 
 
 def _side_by_side(pages: np.ndarray) -> np.ndarray:

@@ -200,3 +200,24 @@ def test_masks_within_a_geotiff(tmp_path, layout, nodata):
         with (tmp_path / "x.tif").open("rb") as file:
             found = box(file, Reading(3, "float32", nodata=nodata), place)
         assert np.array_equal(found, expected[top:bottom, left:right], equal_nan=True)
+
+
+@pytest.mark.parametrize(("dtype", "missing"), [(np.uint16, 65535), (np.int16, -9999), (np.float32, 1e20)])
+def test_the_greatest_value_is_of_those_that_are_there(tmp_path, dtype, missing):
+    rng = np.random.default_rng(0)
+    stack = rng.integers(0, 1000, (4, 40, 50)).astype(dtype)
+    absent = rng.random(stack.shape) < 0.6
+    stack[absent] = missing
+    exact = np.where(absent, -np.inf, stack.astype(np.float64)).max(0)
+    exact[absent.all(0)] = np.nan
+    assert 0.05 < np.isnan(exact).mean() < 0.2
+    if dtype is np.float32:
+        stack[0][absent[0]] = np.inf
+        stack[1][absent[1]] = np.nan
+    np.save(tmp_path / "x.npy", stack)
+    found = box(tmp_path / "x.npy", Reading(1, "float32", pages="max", nodata=missing), (0, 0, 50, 40))
+    assert np.array_equal(found[..., 0], exact.astype(np.float32), equal_nan=True)
+    tags = [(42113, "s", 0, str(missing), False)]
+    tifffile.imwrite(tmp_path / "x.tif", stack, photometric="minisblack", extratags=tags)
+    found = box(tmp_path / "x.tif", Reading(1, "float32", pages="max"), (0, 0, 50, 40))
+    assert np.array_equal(found[..., 0], exact.astype(np.float32), equal_nan=True)
