@@ -234,7 +234,7 @@ def report(found: dict[str, Any]) -> str:
     if found.get("unreadable"):
         lines.append(f"{len(found['unreadable'])} more are unreadable, such as {found['unreadable'][0]}")
     for name in ("top1", "top5", "knn_top1", "linear_probe_top1"):
-        if name in found and (name != "top5" or found["among"] > 5):  # or it is 100 % anyway
+        if name in found:
             lines.append(f"{name.replace('_', ' ').replace('top', 'top-')} {100 * found[name]:.2f} %")
     if found.get("among", 0) < found.get("outputs", 0):
         lines.append(f"among the {found['among']} of {found['outputs']} classes that the folder has")

@@ -1,6 +1,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import nn
 
 from sparse_fcmae.data.decoders.image import PHOTOGRAPHS
@@ -22,9 +23,12 @@ VIEW = EvaluationView(
 def test_accuracy_by_hand():
     logits = torch.tensor([[3.0, 2, 1], [0, 2, 1], [0, 1, 2], [1, 3, 2]])
     found = accuracy(logits, torch.tensor([0, 1, 1, 2]), ("a", "b", "c"))
-    assert (found["images"], found["top1"], found["top5"]) == (4, 0.5, 1)
+    assert (found["images"], found["top1"]) == (4, 0.5)
+    assert "top5" not in found
     assert found["by_class"] == {"a": 1, "b": 0.5, "c": 0}
     assert found["confusion"]["counts"] == [[1, 0, 0], [0, 1, 1], [0, 1, 0]]
+    six = accuracy(torch.arange(6.0).repeat(6, 1), torch.arange(6), tuple("abcdef"))
+    assert (six["top1"], six["top5"]) == pytest.approx((1 / 6, 5 / 6))
 
 
 @pytest.mark.parametrize("world", [1, 2, 20])
@@ -40,6 +44,18 @@ def test_measure_is_accuracy_and_loss_of_all_ranks_images(colours, on_ranks, wor
         for values, bad in results:
             assert bad == []
             assert values[f"{prefix}top1"] == pytest.approx(expected["top1"])
-            assert values[f"{prefix}top5"] == expected["top5"] == 1
+            assert f"{prefix}top5" not in values
             assert values[f"{prefix}loss"] == pytest.approx(F.cross_entropy(logits, folder.labels[index]).item())
         assert model.training
+
+
+def test_top5_is_measured_of_six_classes(tmp_path, on_ranks):
+    for number in range(6):
+        (tmp_path / str(number)).mkdir()
+        Image.new("RGB", (8, 8), (40 * number,) * 3).save(tmp_path / str(number) / "x.png")
+    folder, model = class_folder(tmp_path), nn.Sequential(nn.Flatten(), nn.Linear(192, 6))
+    logits, _, _ = run_model(folder, model.eval(), VIEW)
+    for values, _ in on_ranks(2, lambda ranks: measure({"": model}, folder.take([ranks.rank, 3]), VIEW, ranks)):
+        images = [0, 3, 1, 3]
+        expected = accuracy(logits[images], torch.tensor(images), folder.classes)
+        assert (values["top1"], values["top5"]) == pytest.approx((expected["top1"], expected["top5"]))
