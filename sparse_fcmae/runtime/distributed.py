@@ -1,13 +1,15 @@
 """One process or many: what `torchrun` sets up."""
 
 import atexit
+import itertools
 import os
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from datetime import timedelta
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -17,6 +19,9 @@ from torch.nn.parallel import DistributedDataParallel
 from sparse_fcmae.runtime.device import choose_device
 from sparse_fcmae.runtime.errors import UserError
 
+T = TypeVar("T")
+FIRST = itertools.count()  # numbers what the main rank does before the others
+PATIENCE = timedelta(days=7)
 LEFT = "sparse_fcmae/left"  # the key under which ranks that have done their work are counted
 LEAVING_SECONDS = 60  # that a rank waits for the others, one of which may have been killed
 
@@ -58,6 +63,28 @@ class Ranks:
         if problem:
             raise UserError(problem)
         return result
+
+    def main_first(self, do: Callable[[], T]) -> T:
+        """What all ranks do, the others after the main one, which keeps on the disk what they would find out again.
+
+        A UserError of the main rank is raised on all ranks, so that none waits for it.
+        """
+        if self.world == 1:
+            return do()
+        # not a collective, which ends after minutes, as this may take hours
+        store, key, problem = dist.distributed_c10d._get_default_store(), f"sparse_fcmae/first/{next(FIRST)}", ""
+        if not self.main:
+            store.wait([key], PATIENCE)
+            if problem := store.get(key).decode():
+                raise UserError(problem)
+            return do()
+        try:
+            return do()
+        except UserError as error:
+            problem = str(error)
+            raise
+        finally:
+            store.set(key, problem)
 
     def mean(self, values: torch.Tensor) -> torch.Tensor:
         """The mean over ranks, elementwise."""

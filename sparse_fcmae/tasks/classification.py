@@ -14,12 +14,13 @@ from sparse_fcmae.data.batches import Batch, TrainingImages
 from sparse_fcmae.data.config import ReadingConfig
 from sparse_fcmae.data.mixing import Mixing
 from sparse_fcmae.data.sources.class_folder import open_splits
+from sparse_fcmae.data.sources.labelled import Labelled
 from sparse_fcmae.data.sources.pages import labelled_by_page
 from sparse_fcmae.data.sources.parts import labelled_parts
 from sparse_fcmae.data.sources.windows import Windows
 from sparse_fcmae.data.splits import few_labels
 from sparse_fcmae.data.survey import check_fits
-from sparse_fcmae.data.views import CentreView, NativeView
+from sparse_fcmae.data.views import CentreView, NativeView, RandomView
 from sparse_fcmae.evaluation.accuracy import measure
 from sparse_fcmae.model.convnext import SIZES
 from sparse_fcmae.runtime.distributed import Ranks, process_group
@@ -81,7 +82,8 @@ class Classification(Task):
 
     def __init__(self, config: FinetuneConfig, ranks: Ranks) -> None:
         self.ranks = ranks
-        self.source, held_out = open_splits(config.data, config.val_split, config.seed, config.out, config)
+        opening = (config.data, config.val_split, config.seed, config.out, config)
+        self.source, held_out = ranks.main_first(lambda: open_splits(*opening))
         if config.labels_per_class:
             self.source = few_labels(self.source, config.labels_per_class, config.seed)
         checkpoint = newest_checkpoint(Path(config.out)) if config.resume else None
@@ -101,15 +103,8 @@ class Classification(Task):
             augment = None
             self.notes.append("RandAugment is left out, as it is made for photographs of 8 bits")
         self.training_view = training_view(config, self.size, self.form, augment)
-        reading = self.training_view.reading
-        self.source, held_out = (
-            labelled_by_page(part, reading, config.max_bad_images) for part in (self.source, held_out)
-        )
-        check_fits(self.source, CentreView(self.size, reading, native=config.crop == "native"))
-        if isinstance(self.training_view, NativeView):
-            least = self.training_view.scale[0]
-            windows = Windows(self.source.source, self.size, reading, config.max_bad_images, least)
-            self.source = labelled_parts(self.source, windows)
+        images = (self.source, held_out)
+        self.source, held_out = ranks.main_first(lambda: samples_of(*images, self.training_view, config.max_bad_images))
         self.held_out = held_out.take(range(ranks.rank, len(held_out), ranks.world))
         self.notes += self.source.notes
         self.view = evaluation_view(config, self.size, self.form, ranks.device)
@@ -165,3 +160,18 @@ class Classification(Task):
         reading = given_flags(config, ReadingConfig)
         example = classifier_example(self.model, exported, config.data, config.val_split, config.seed, reading)
         log.say(f"classifier in {exported}; use it with\n\n{example}")
+
+
+def samples_of(
+    trained: Labelled, held_out: Labelled, view: RandomView | NativeView, max_bad_images: float
+) -> tuple[Labelled, Labelled]:
+    """Training and held-out images by pages where these are images, and the former as windows where the view is native.
+
+    Raises UserError where a few of the training images, evenly spread, are not what the view takes.
+    """
+    reading, native = view.reading, isinstance(view, NativeView)
+    trained, held_out = (labelled_by_page(part, reading, max_bad_images) for part in (trained, held_out))
+    check_fits(trained, CentreView(view.size, reading, native=native))
+    if native:
+        trained = labelled_parts(trained, Windows(trained.source, view.size, reading, max_bad_images, view.scale[0]))
+    return trained, held_out

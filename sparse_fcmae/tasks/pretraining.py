@@ -84,8 +84,7 @@ class Pretraining(Task):
 
     def __init__(self, config: PretrainConfig, ranks: Ranks, source: ImageSource | None = None) -> None:
         self.ranks, self.size = ranks, image_size_of(config.image_size)
-        self.source = source if source is not None else open_images(config.data, config.out, config)
-        self.source = by_page(self.source, asked_reading(config), config.max_bad_images)
+        self.source = ranks.main_first(lambda: images_of(config, source))
         self.form, found = ranks.by_main(lambda: format_of_run(config, self.source))
         crop = config.crop or ("native" if self.form.native else "resized")
         config = replace(config, in_chans=self.form.in_chans, crop=crop)
@@ -93,7 +92,8 @@ class Pretraining(Task):
         self.training_view = training_view(config, self.size, self.form)
         if config.crop == "native":
             view = self.training_view
-            self.source = Windows(self.source, self.size, view.reading, config.max_bad_images, view.scale[0])
+            fitting = (self.source, self.size, view.reading, config.max_bad_images, view.scale[0])
+            self.source = ranks.main_first(lambda: Windows(*fitting))
         config, recipe = pretraining_recipe(config, len(self.source), ranks.world)
         dtype = choose_dtype(config.dtype, ranks.device, config.backend)
         self.config = config = replace(config, dtype="bf16" if dtype == torch.bfloat16 else "fp32")
@@ -158,6 +158,12 @@ class Pretraining(Task):
         export_model(self.model.encoder.cpu(), exported, form=self.form)
         log.draw(lambda: draw_loss(run / "metrics.jsonl", run / "loss.png"))
         log.say(f"pretrained encoder in {exported}; use it with\n\n{usage_example(self.model.encoder, exported)}")
+
+
+def images_of(config: PretrainConfig, source: ImageSource | None = None) -> ImageSource:
+    """The images that a config names, or those of a source that is open already, by pages where these are images."""
+    source = source if source is not None else open_images(config.data, config.out, config)
+    return by_page(source, asked_reading(config), config.max_bad_images)
 
 
 def accelerated(config: PretrainConfig, ranks: Ranks) -> bool:

@@ -9,6 +9,7 @@ from sparse_fcmae.runtime.distributed import Ranks, averaging, process_group
 PROGRAM = """
 import torch
 import atexit
+import time
 from sparse_fcmae.runtime.distributed import averaging, end_process, process_group
 from sparse_fcmae.runtime.errors import UserError
 
@@ -30,6 +31,17 @@ with process_group("cpu") as ranks:
     except UserError as error:
         refused = str(error)
     refused = ranks.gather(refused)
+
+    def look():
+        time.sleep(0.5 * ranks.main)
+        return ranks.rank, time.monotonic()
+
+    (first, then), (second, later) = ranks.gather(ranks.main_first(look))
+    assert (first, second) == (0, 1) and later >= then
+    try:
+        ranks.main_first(refuse)
+    except UserError as error:
+        assert ranks.gather(str(error)) == ["in use", "in use"]
     ranks.by_main(lambda: print("on one rank"))
     if ranks.main:
         print(gathered, mean, layer.weight.grad.item(), refused)
@@ -55,6 +67,7 @@ def test_one_process_needs_no_group():
         assert ranks == Ranks(0, 1, torch.device("cpu"))
         assert not torch.distributed.is_initialized()
         assert ranks.gather(3) == [3]
+        assert ranks.main_first(lambda: 4) == 4
         assert ranks.mean(torch.ones(2)).tolist() == [1, 1]
         layer = torch.nn.Linear(1, 1)
         assert averaging(layer, ranks) is layer

@@ -142,7 +142,7 @@ def test_frozen_encoder_stays_and_its_head_learns(pictures, encoder, tmp_path):
 def test_few_labels_grey_and_from_scratch(pictures, tmp_path):
     options = SMALL | {"epochs": 1, "batch_size": 20, "image_size": 32, "stem_stride": 1, "in_chans": 1}
     finetune(data=pictures, out=tmp_path / "run", from_scratch=True, labels_per_class=2, **options)
-    assert "10 classes, 10 images held out; 20 images" in (tmp_path / "run" / "train.log").read_text()
+    assert "10 classes, 10 images held out; 20 samples" in (tmp_path / "run" / "train.log").read_text()
     assert load_classifier(tmp_path / "run").in_chans == 1
 
 

@@ -46,6 +46,10 @@ class ImageSource(Protocol):
         """What messages and logs call an image. It can always be printed."""
         ...
 
+    def version(self) -> str | None:
+        """A text that changes when an image's bytes do, as files' times of change tell; None where nothing tells it."""
+        ...
+
 
 class LabelledSource(ImageSource, Protocol):
     """Images that each belong to a class.

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from sparse_fcmae.data.decoders.together import FilesTogether
-from sparse_fcmae.data.sources.files import Paths, fingerprint_of, printable
+from sparse_fcmae.data.sources.files import Paths, fingerprint_of, printable, version_of
 from sparse_fcmae.data.sources.folder import check_folder, paths_below
 from sparse_fcmae.runtime.errors import UserError
 
@@ -56,9 +56,16 @@ class ChannelFiles:
 
     def open(self, index: int) -> BinaryIO:
         """The bytes of an image's files."""
-        name = self.names[index]
-        return FilesTogether([(self.root / template.replace(NAME, name)).read_bytes() for template in self.templates])
+        return FilesTogether([path.read_bytes() for path in self._paths(self.names[index])])
 
     def name(self, index: int) -> str:
         """What an image's files have in common."""
         return printable(self.names[index])
+
+    def version(self) -> str | None:
+        """A digest of the files' sizes and times of change."""
+        return version_of(path for name in self.names for path in self._paths(name))
+
+    def _paths(self, name: str) -> list[Path]:
+        """An image's files."""
+        return [self.root / template.replace(NAME, name) for template in self.templates]

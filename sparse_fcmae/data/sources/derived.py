@@ -25,3 +25,7 @@ class Derived(ABC):
     def name(self, index: int) -> str:
         """The image's name in `source`."""
         return self.source.name(self.whole(index))
+
+    def version(self) -> str | None:
+        """That of `source`."""
+        return self.source.version()

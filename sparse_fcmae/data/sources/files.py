@@ -3,6 +3,7 @@
 import hashlib
 import io
 import os
+import stat
 from array import array
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -99,6 +100,10 @@ class ImageFiles:
         """An image's path as it was given, or as it was found below the folder."""
         return printable(self.files[index])
 
+    def version(self) -> str | None:
+        """A digest of the files' sizes and times of change; None where there are addresses, Zarr folders or none."""
+        return version_of(None if is_address(file) else self.root / file for file in self.files)
+
 
 def fingerprint_of(files: Iterable[str]) -> str:
     """A digest of the files' names, as lines of a text."""
@@ -107,6 +112,20 @@ def fingerprint_of(files: Iterable[str]) -> str:
         digest.update(between + file.encode(errors="surrogateescape"))
         between = b"\n"
     return digest.hexdigest()
+
+
+def version_of(paths: Iterable[Path | None]) -> str | None:
+    """A digest of the sizes and times of change of files; None where one is missing or is no file."""
+    found = array("q")
+    for path in paths:
+        try:
+            status = os.stat(path) if path else None
+        except OSError:
+            return None
+        if status is None or not stat.S_ISREG(status.st_mode):
+            return None
+        found.extend((status.st_size, status.st_mtime_ns))
+    return hashlib.sha256(found).hexdigest()
 
 
 def printable(name: str) -> str:

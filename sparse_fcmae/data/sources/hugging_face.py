@@ -66,6 +66,9 @@ class DatasetImages:
         path = value["path"].as_py() if "path" in str(value.type) else None
         return f"row {index}" + (f" ({printable(os.path.basename(path))})" if path else "")
 
+    def version(self) -> None:
+        """Rows may name files, of which the data set does not know when they change."""
+
 
 def names_dataset(data: str) -> bool:
     """Whether `data` is a saved folder, Parquet files or a folder of them, or a name on the hub."""

@@ -58,3 +58,6 @@ class MapStyleImages:
     def name(self, index: int) -> str:
         """The item's number, counted from 0."""
         return f"item {index}"
+
+    def version(self) -> None:
+        """Nothing is known of when items change."""

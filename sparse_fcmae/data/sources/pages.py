@@ -8,10 +8,10 @@ from sparse_fcmae.data.sources.parts import Parts, labelled_parts
 
 
 class Pages(Parts):
-    """Every page of a source's files, in their order. All files are opened to count them; `Parts` says the rest."""
+    """Every page of a source's files, in their order. `Parts` says the rest."""
 
     def __init__(self, source: ImageSource, reading: Reading, max_bad_images: float) -> None:
-        super().__init__(source, reading, lambda image: image.pages, max_bad_images)
+        super().__init__(source, reading, "pages", lambda image: image.pages, max_bad_images)
         self.describe(f"pages in {self.readable} files, each an image of its own")
 
     def open(self, index: int) -> Page:

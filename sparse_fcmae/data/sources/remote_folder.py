@@ -1,5 +1,6 @@
 """Images below a folder's address, such as s3://bucket/scans, or whose addresses match a pattern."""
 
+import hashlib
 import io
 from typing import BinaryIO
 
@@ -35,6 +36,11 @@ class RemoteFolder(ImageFiles):
         size, version = int(self.sizes[index]), self.versions[index].decode()
         address = f"{self.root_address}/{self.files[index]}"
         return io.BytesIO(self.pieces.read(address, version, size=size if size > 0 else None))
+
+    def version(self) -> str | None:
+        """A digest of the files' sizes and versions, where the server tells all of these."""
+        known = bool((self.sizes > 0).all() and (self.versions != b"").all())
+        return hashlib.sha256(self.sizes.tobytes() + self.versions.tobytes()).hexdigest() if known else None
 
     def rows(self) -> Rows:
         """The images with the classes and splits that their folders name, as in train/cat/1.jpg or cat/1.jpg."""

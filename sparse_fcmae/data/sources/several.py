@@ -34,6 +34,11 @@ class Several:
         part, place = self._place(index)
         return f"{part}: {part.name(place)}"
 
+    def version(self) -> str | None:
+        """Those of all sources, where each has one."""
+        versions = [part.version() for part in self.parts]
+        return None if None in versions else "\n".join(versions)
+
     def _place(self, index: int) -> tuple[ImageSource, int]:
         number = int(np.searchsorted(self.ends, index, side="right"))
         return self.parts[number], index - (int(self.ends[number - 1]) if number else 0)

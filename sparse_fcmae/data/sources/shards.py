@@ -87,6 +87,10 @@ class TarShards:
         """The archive and the image's path in it."""
         return printable(f"{os.path.basename(self.shards[self.shard[index]])}/{self.names[index]}")
 
+    def version(self) -> str:
+        """The sizes and versions of the archives."""
+        return str(self.versions)
+
     def rows(self) -> Rows:
         """The images with their classes, and with the splits that the archives' names begin with, as train-000.tar."""
         labels = None

@@ -22,8 +22,8 @@ class Covering(Parts):
     def __init__(self, source: ImageSource, window: tuple[int, int], reading: Reading) -> None:
         self.window, self.reading = window, reading
         self._opened: tuple[tuple[int, int], OpenImage, ExitStack] | None = None
-        super().__init__(source, reading, self._count, max_bad_images=1.0)
         height, width = window
+        super().__init__(source, reading, f"covering {height}x{width}", self._count, max_bad_images=1.0)
         self.describe(f"windows of {height}x{width} pixels cover {self.readable} images")
 
     def _count(self, image: OpenImage) -> int:
@@ -54,9 +54,9 @@ class Covering(Parts):
 class Windows(Parts):
     """Every image of a source, as often as windows of (height, width) pixels fit into its area, but once at least.
 
-    Which part of its image a window shows is up to the view. All images are opened to find out their sizes; those that
-    can't be, or are smaller than a window times `least_scale`, are left out and named. Raises UserError where they are
-    more than the fraction `max_bad_images`.
+    Which part of its image a window shows is up to the view. Images that can't be opened, or are smaller than a window
+    times `least_scale`, are left out and named. Raises UserError where they are more than the fraction
+    `max_bad_images`.
     """
 
     def __init__(
@@ -74,5 +74,5 @@ class Windows(Parts):
             check_window(image_width, image_height, round(least_scale * height), round(least_scale * width))
             return max(1, image_width * image_height // (height * width))
 
-        super().__init__(source, reading, fitting, max_bad_images)
+        super().__init__(source, reading, f"fitting {height}x{width} {least_scale}", fitting, max_bad_images)
         self.describe(f"windows of {height}x{width} pixels in {self.readable} images")

@@ -1,16 +1,21 @@
 import multiprocessing
+import os
 import pickle
+import tarfile
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from sparse_fcmae import UserError
+from sparse_fcmae.data.config import SourceConfig
 from sparse_fcmae.data.decoders.image import PHOTOGRAPHS, Reading
 from sparse_fcmae.data.decoders.window import covering
 from sparse_fcmae.data.sources.folder import ImageFolder
+from sparse_fcmae.data.sources.labelled import Labelled
 from sparse_fcmae.data.sources.opening import open_images
 from sparse_fcmae.data.sources.pages import by_page
+from sparse_fcmae.data.sources.several import Several
 from sparse_fcmae.data.sources.windows import Covering, Windows
 from sparse_fcmae.data.views import CentreView
 
@@ -137,3 +142,62 @@ def test_windows_of_pages(tmp_path):
     pixels = CentreView((32, 32), reading)(windows.open(11))
     assert np.array_equal(pixels[..., 0].numpy(), stack[2, 8:, 32:])
     assert windows.name(11) == "x.npy page 3"
+
+
+def test_a_slow_count_is_kept_until_an_image_changes(counted_images, tmp_path, tmp_path_factory, monkeypatch):
+    arrays, _ = counted_images
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+    monkeypatch.setattr("sparse_fcmae.data.sources.parts.SLOW", 0.0)
+    opened = []
+
+    def covering_windows(window=(32, 32)):
+        opened.clear()
+        source = open_images(tmp_path)
+        original = source.open
+        monkeypatch.setattr(source, "open", lambda index: opened.append(index) or original(index))
+        return Covering(source, window, Reading(1, "uint16"))
+
+    first = covering_windows()
+    assert opened == [0, 1, 2, 3]
+    again = covering_windows()
+    assert opened == [2, 3]  # those that had no windows, whatever the reason was
+    assert (again.fingerprint, again.notes, again.left_out) == (first.fingerprint, first.notes, first.left_out)
+    covering_windows((16, 16))
+    assert opened == [0, 1, 2, 3]
+    np.save(tmp_path / "3.npy", arrays[0])  # readable now
+    assert covering_windows().counts().tolist() == [6, 1, 0, 6]
+    assert opened == [0, 1, 2, 3]
+    os.remove(tmp_path / "3.npy")
+    assert covering_windows().counts().tolist() == [6, 1, 0]
+
+
+@pytest.mark.parametrize("kind", ["files", "channels", "archive", "several", "some"])
+def test_versions_follow_the_bytes(tmp_path, tmp_path_factory, monkeypatch, kind):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+    for name in ("a", "b"):
+        np.save(tmp_path / f"{name}_1.npy", np.zeros((4, 4)))
+
+    def version():
+        with tarfile.open(tmp_path / "x.tar", "w") as archive:
+            archive.add(tmp_path / "a_1.npy", "a_1.npy")
+        folder = open_images(tmp_path)
+        made = {
+            "files": lambda: folder,
+            "channels": lambda: open_images(tmp_path, config=SourceConfig(channel_files=("{name}_1.npy",))),
+            "archive": lambda: open_images(tmp_path / "x.tar"),
+            "several": lambda: open_images([tmp_path, tmp_path / "x.tar"]),
+            "some": lambda: Labelled.by_names(folder, ["x", "y"]).take([0]),
+        }
+        return made[kind]().version()
+
+    before = version()
+    assert before is not None
+    np.save(tmp_path / "a_1.npy", np.zeros((5, 4)))
+    assert version() != before
+
+
+def test_what_can_change_unseen_has_no_version(tmp_path):
+    (tmp_path / "x.zarr").mkdir()
+    assert open_images(tmp_path).version() is None
+    assert open_images([np.zeros((4, 4))]).version() is None
+    assert Several([open_images(tmp_path), open_images([np.zeros((4, 4))])]).version() is None
