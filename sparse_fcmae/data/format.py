@@ -83,13 +83,13 @@ class ImageFormat:
     def normalise(self, pixels: Tensor) -> Tensor:
         """[B, H, W, C] of `dtype` -> float32 [B, C, H, W], normalised, on the same device.
 
-        A missing value, NaN, becomes 0, its channel's mean.
+        A missing value, NaN, becomes 0, its channel's mean. int32 is computed in float64, as float32 can't hold it.
         """
         mean, std = _rows(self, pixels.device, pixels.shape[-2])
-        rows = pixels.flatten(2).float()  # in whole rows, as CPUs are slow at broadcasting along three channels
+        rows = pixels.flatten(2).to(mean.dtype)  # in whole rows, as CPUs are slow at broadcasting along three channels
         if rows.data_ptr() == pixels.data_ptr():  # float32 already
             rows = rows.clone()
-        rows = rows.sub_(mean).div_(std)
+        rows = rows.sub_(mean).div_(std).float()
         if self.dtype in FLOATS:
             rows.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
         return rows.view(pixels.shape).permute(0, 3, 1, 2)
@@ -111,10 +111,16 @@ def of_units(mean: Sequence[float], std: Sequence[float]) -> ImageFormat:
 
 @cache
 def _rows(form: ImageFormat, device: torch.device, width: int) -> tuple[Tensor, Tensor]:
-    """Mean and deviation of a row of pixels, float32 [width * channels]. Made once, as making them waits for a GPU.
+    """Mean and deviation of a row of pixels, [width * channels]. Made once, as making them waits for a GPU.
 
-    The product is that of float32 numbers, as it always was: so runs go on to the same bits.
+    They are float64 for int32 and else float32. Then the product is that of float32 numbers, as it always was: so runs
+    go on to the same bits.
     """
+    if form.dtype == "int32":
+        mean, std = (
+            torch.tensor(values, dtype=torch.float64, device=device).repeat(width) for values in (form.mean, form.std)
+        )
+        return mean, std
     mean, std = (
         form.unit * torch.tensor([value / form.unit for value in values], device=device).repeat(width)
         for values in (form.mean, form.std)

@@ -36,6 +36,15 @@ def test_values_are_normalised_in_their_own_units(dtype):
     np.testing.assert_allclose(form.restore(out).permute(0, 2, 3, 1).numpy(), values, rtol=1e-3, atol=1e-3)
 
 
+def test_large_integers_keep_their_resolution():
+    form = ImageFormat("int32", (1e9, -2e9), (10.0, 5.0))
+    values = np.random.default_rng(0).integers(-30, 30, (1, 4, 6, 2)) + np.array([10**9, -2 * 10**9])
+    out = form.normalise(torch.from_numpy(values.astype(np.int32)))
+    assert out.dtype == torch.float32
+    expected = (values - [1e9, -2e9]) / [10, 5]
+    np.testing.assert_allclose(out.permute(0, 2, 3, 1).numpy(), expected, rtol=1e-6, atol=1e-6)
+
+
 def test_missing_values_become_the_mean_and_are_known():
     form = ImageFormat("float32", (3.0,), (2.0,))
     pixels = torch.tensor([[1.0, torch.nan], [5.0, 3.0]])[None, ..., None]
