@@ -56,7 +56,7 @@ class Reading:
                 raise OSError(f"has {counted(values.shape[-1])}, and channel {max(self.channels)} is to be read")
             values = values[..., [number - 1 for number in self.channels]]
         if values.shape[-1] != self.in_chans:
-            raise OSError(f"has {counted(values.shape[-1])}, not {self.in_chans} as the others")
+            raise OSError(f"has {counted(values.shape[-1])}, not {self.in_chans}")
         return values
 
 
@@ -126,7 +126,7 @@ class ArrayImage(OpenImage):
 
     def resized_crop(self, box: Box, size: tuple[int, int]) -> Tensor:
         if self.dtype != self.reading.dtype:
-            raise OSError(f"has {self.dtype} values, not {self.reading.dtype} as the others")
+            raise OSError(f"has {self.dtype} values, not {self.reading.dtype}")
         left, top, right, bottom = box
         crop = self.reading.selected(np.asarray(self.values[top:bottom, left:right]))
         crop = np.array(crop, dtype=crop.dtype.newbyteorder("="), order="C")

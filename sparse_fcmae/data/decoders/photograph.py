@@ -86,10 +86,10 @@ class Photograph(OpenImage):
         """Resampling is bicubic with antialiasing. Torch does it where it can, in a fifth of Pillow's time."""
         reading = self.reading
         if reading.dtype != self.dtype:
-            raise OSError(f"has {self.dtype} values, not {reading.dtype} as the others")
+            raise OSError(f"has {self.dtype} values, not {reading.dtype}")
         in_chans = 3 if reading.channels else reading.in_chans
         if in_chans not in (1, 3):
-            raise OSError(f"has {counted(self.in_chans)}, not {in_chans} as the others")
+            raise OSError(f"has {counted(self.in_chans)}, not {in_chans}")
         height, width = size
         shrink = min((box[2] - box[0]) / width, (box[3] - box[1]) / height)
         whole = self._decoded_by_turbo(in_chans, shrink / FINER)
