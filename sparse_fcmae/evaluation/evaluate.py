@@ -125,6 +125,7 @@ def probe(config: EvaluateConfig, weights: Weights, view: EvaluationView) -> dic
     if config.labels_per_class:
         train = few_labels(train, config.labels_per_class, config.seed)
     train, held_out = (labelled_by_page(part, view.reading) for part in (train, held_out))
+    held_out.notes = [note for note in held_out.notes if note not in train.notes]  # which are printed for both
     encoder = weights.encoder(config.backend).to(view.device)
     features, labels, bad = features_of(train, encoder, view, "training images")
     queries, truth, bad_queries = features_of(held_out, encoder, view, "held-out images")

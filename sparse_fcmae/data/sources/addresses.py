@@ -160,7 +160,9 @@ def versions(paths: Sequence[str]) -> list[tuple[int, str]]:
             raise UserError(f"{path}: {_why(error)}") from None
 
     with ThreadPoolExecutor(ASKED_AT_ONCE) as pool:
-        return list(pool.map(ask, paths))
+        asked = pool.map(ask, paths)
+        bar = {"unit": "file", "total": len(paths), "delay": 2, "leave": False, "dynamic_ncols": True}
+        return list(tqdm(asked, desc="asking for versions", **bar))
 
 
 def _why(error: OSError) -> str:
