@@ -17,6 +17,7 @@ from sparse_fcmae.runtime.errors import UserError
 
 KEPT_FROM = 50_000  # images from which on an index is kept
 SETTLED = 2 * 10**9  # nanoseconds: a folder that changed within these might have changed unseen
+INTO_IMAGES = "gdal_translate --config GDAL_TIFF_INTERNAL_MASK YES"
 NOT_IMAGES = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}  # formats that Pillow identifies but can't decode by itself
 
 
@@ -92,7 +93,8 @@ def images_among(paths: Iterable[str]) -> tuple[Paths, list[str]]:
     files = Paths(images())
     kinds = ", ".join(f"{count} {extension}" for extension, count in sorted(others.items()))
     archives = ": name archives by a pattern, as 'shards/*.tar'" if others[".tar"] else ""
-    return files, [f"left out, as they are in no format that can be read: {kinds}{archives}"] if others else []
+    masks = f"; masks beside images are not heeded: {INTO_IMAGES} writes them into these" if others[".msk"] else ""
+    return files, [f"left out, as they are in no format that can be read: {kinds}{archives}{masks}"] if others else []
 
 
 def check_folder(root: str | os.PathLike) -> None:

@@ -139,3 +139,10 @@ def test_folder_without_images(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(UserError, match="is a file"):
         ImageFolder(tmp_path / "file")
+
+
+def test_masks_beside_images_are_said(tmp_path):
+    save(tmp_path / "a.tif")
+    (tmp_path / "a.tif.msk").write_text("")
+    (note,) = ImageFolder(tmp_path).notes
+    assert "1 .msk; masks beside images are not heeded: gdal_translate" in note
