@@ -92,6 +92,11 @@ class Labelled(Derived):
         """The same number, as the source has these images alone."""
         return index
 
+    @property
+    def images(self) -> int:
+        """How many images there are, of which each may be there as several windows."""
+        return getattr(self.source, "images", len(self))
+
     def with_classes(self, classes: Sequence[str]) -> "Labelled":
         """The same images with their labels among these classes, of which some may have no images."""
         place = {name: label for label, name in enumerate(classes)}

@@ -76,3 +76,8 @@ class Windows(Parts):
 
         super().__init__(source, reading, f"fitting {height}x{width} {least_scale}", fitting, max_bad_images)
         self.describe(f"windows of {height}x{width} pixels in {self.readable} images")
+
+    @property
+    def images(self) -> int:
+        """How many images the windows are of, which are those that may turn out to be unreadable."""
+        return self.readable

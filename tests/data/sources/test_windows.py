@@ -11,10 +11,12 @@ from sparse_fcmae import UserError
 from sparse_fcmae.data.config import SourceConfig
 from sparse_fcmae.data.decoders.image import PHOTOGRAPHS, Reading
 from sparse_fcmae.data.decoders.window import covering
+from sparse_fcmae.data.sources.class_folder import class_folder
 from sparse_fcmae.data.sources.folder import ImageFolder
 from sparse_fcmae.data.sources.labelled import Labelled
 from sparse_fcmae.data.sources.opening import open_images
 from sparse_fcmae.data.sources.pages import by_page
+from sparse_fcmae.data.sources.parts import labelled_parts
 from sparse_fcmae.data.sources.several import Several
 from sparse_fcmae.data.sources.windows import Covering, Windows
 from sparse_fcmae.data.views import CentreView
@@ -27,6 +29,7 @@ def test_an_image_comes_as_often_as_windows_fit_into_it(tmp_path):
     windows = Windows(source, (32, 32), PHOTOGRAPHS, 0.0)
     assert [windows.name(i)[0] for i in range(len(windows))] == ["a", "a", "b", *["c"] * 6, "d"]
     assert str(windows) == str(tmp_path)
+    assert windows.images == 4
     assert windows.notes == ["10 windows of 32x32 pixels in 4 images"]
     with windows.open(9) as file, source.open(3) as same:
         assert file.read() == same.read()
@@ -201,3 +204,13 @@ def test_what_can_change_unseen_has_no_version(tmp_path):
     assert open_images(tmp_path).version() is None
     assert open_images([np.zeros((4, 4))]).version() is None
     assert Several([open_images(tmp_path), open_images([np.zeros((4, 4))])]).version() is None
+
+
+def test_labelled_windows_count_their_images(tmp_path):
+    for name in ("x/0", "x/1", "y/0"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        np.save(tmp_path / f"{name}.npy", np.zeros((64, 64), np.uint16))
+    images = class_folder(tmp_path)
+    windows = labelled_parts(images, Windows(images.source, (32, 32), Reading(1, "uint16"), 0.0))
+    assert (len(windows), windows.images, images.images) == (12, 3, 3)
+    assert windows.labels.tolist() == [0] * 8 + [1] * 4
