@@ -1,5 +1,7 @@
 """Independent references and what several tests share."""
 
+import shutil
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -86,3 +88,19 @@ def fails(capsys: pytest.CaptureFixture, *arguments: object) -> str:
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1
     return lines[0]
+
+
+def go_back(run, step):
+    """Deletes a run's checkpoints behind a step, as if the run had been killed after it."""
+    for folder in (run / "checkpoints").glob("step-*"):
+        if int(folder.name.removeprefix("step-")) > step:
+            shutil.rmtree(folder)
+    assert (run / "checkpoints" / f"step-{step:08d}").is_dir()
+
+
+def flip_bytes(path, count=64):
+    """Flips bytes in the middle of a file, whose size stays."""
+    content = bytearray(path.read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + count] = bytes(255 - value for value in content[middle : middle + count])
+    path.write_bytes(content)

@@ -1,5 +1,6 @@
 """Files that appear whole or not at all, and folders that are refused before anything in them is lost."""
 
+import hashlib
 import io
 import json
 import os
@@ -137,6 +138,15 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:
         raise UserError(f"can't write {path}: {getattr(error, 'strerror', None) or one_line(error)}") from None
+
+
+def digest_of(path: Path) -> str:
+    """The SHA-256 of a file, read in pieces."""
+    found = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 22):
+            found.update(piece)
+    return found.hexdigest()
 
 
 def sync(path: Path) -> None:

@@ -1,8 +1,7 @@
 """What the folder of a run holds, and which folders are refused before anything in them is lost.
 
 RUN/config.json  metrics.jsonl  evaluations.jsonl  train.log  events.out.tfevents.*
-RUN/checkpoints/step-00000100/{model.safetensors, trainer.pt, meta.json}   valid only once meta.json is there
-RUN/checkpoints/latest      name of the newest valid one
+RUN/checkpoints/            as `checkpoint_folder` says
 RUN/exported/{model.safetensors, config.json}   dense encoder or classifier
 and what the task makes beside these, such as loss.png or reconstructions/step-00000100.png
 """
@@ -13,18 +12,18 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from sparse_fcmae.runtime.checkpoint_folder import CHECKPOINTS
 from sparse_fcmae.runtime.errors import UserError
 from sparse_fcmae.runtime.files import leftover_of, read_json, write_json, writing
 from sparse_fcmae.runtime.lock import LOCK, lock_folder
 
-MODEL, TRAINER, META, LATEST = "model.safetensors", "trainer.pt", "meta.json", "latest"
 CONFIG = "config.json"
 PARTS = (  # of every run; a task has further ones
     "metrics.jsonl",
     "evaluations.jsonl",
     "train.log",
     "events.out.tfevents.*",
-    "checkpoints",
+    CHECKPOINTS,
     "exported",
 )
 RENAMED = {"every": "eval_every"}  # options under the names that earlier versions wrote into config.json
@@ -35,7 +34,7 @@ class RunFolder:
 
     def __init__(self, path: str | Path, task: str) -> None:
         self.path, self.task, self.format = Path(path), task, f"sparse-fcmae {task} run"
-        self.checkpoints = self.path / "checkpoints"
+        self.checkpoints = self.path / CHECKPOINTS
 
     def check(self, resume: bool, overwrite: bool) -> None:
         """Raises UserError where the folder can't be used as asked."""
@@ -98,35 +97,3 @@ class RunFolder:
 def _delete(path: Path) -> None:
     """Deletes a file, or a folder with all that is in it."""
     shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-
-
-def newest_checkpoint(run: Path) -> Path | None:
-    """The folder of a run's newest checkpoint, or None where there is none. Raises UserError where it is damaged."""
-    pointer = run / "checkpoints" / LATEST
-    if not pointer.exists():
-        return None
-    folder = pointer.parent / (pointer.read_text(errors="replace").strip() or "nameless")
-    check_whole(folder)
-    return folder
-
-
-def check_whole(checkpoint: Path) -> None:
-    """Raises UserError unless a checkpoint's folder holds its files at their full sizes."""
-    try:
-        sizes = dict(read_json(checkpoint / META)["bytes"])
-    except (UserError, KeyError, TypeError, ValueError):
-        raise UserError(f"checkpoint {checkpoint} is damaged: no whole {META}; {way_back(checkpoint)}") from None
-    for name, size in sizes.items():
-        if not (checkpoint / name).is_file() or (checkpoint / name).stat().st_size != size:
-            raise UserError(
-                f"checkpoint {checkpoint} is damaged: {name} is missing or truncated; {way_back(checkpoint)}"
-            )
-
-
-def way_back(checkpoint: Path) -> str:
-    """What the user can do where a checkpoint is damaged."""
-    steps = sorted(p.name for p in checkpoint.parent.glob("step-*"))
-    others = [name for name in steps if name < checkpoint.name or not checkpoint.name.startswith("step-")]
-    if not others:
-        return "there is no earlier one, start the run anew with `overwrite=True`"
-    return f"to go on from the one before, write {others[-1]} into {checkpoint.parent / LATEST}"

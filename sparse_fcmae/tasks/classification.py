@@ -23,10 +23,10 @@ from sparse_fcmae.data.survey import check_fits
 from sparse_fcmae.data.views import CentreView, NativeView, RandomView
 from sparse_fcmae.evaluation.accuracy import measure
 from sparse_fcmae.model.convnext import SIZES
+from sparse_fcmae.runtime.checkpoint_folder import newest_checkpoint
 from sparse_fcmae.runtime.distributed import Ranks, process_group
 from sparse_fcmae.runtime.errors import UserError
 from sparse_fcmae.runtime.options import given_flags, image_size_of, keywords_of
-from sparse_fcmae.runtime.run_folder import newest_checkpoint
 from sparse_fcmae.runtime.streams import Stream, torch_seed
 from sparse_fcmae.tasks.build import build_classifier, evaluation_view, moving_average, training_view
 from sparse_fcmae.tasks.config import FinetuneConfig

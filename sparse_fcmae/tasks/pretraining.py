@@ -20,11 +20,11 @@ from sparse_fcmae.data.views import CentreView
 from sparse_fcmae.evaluation.pictures import save_picture
 from sparse_fcmae.evaluation.probes import KNNMonitor
 from sparse_fcmae.evaluation.reconstruct import reconstruct, sample_images
+from sparse_fcmae.runtime.checkpoint_folder import newest_checkpoint
 from sparse_fcmae.runtime.distributed import Ranks, process_group
 from sparse_fcmae.runtime.errors import UserError
 from sparse_fcmae.runtime.files import writing
 from sparse_fcmae.runtime.options import image_size_of, keywords_of
-from sparse_fcmae.runtime.run_folder import newest_checkpoint
 from sparse_fcmae.runtime.streams import Stream, torch_seed
 from sparse_fcmae.tasks.build import build_fcmae, evaluation_view, format_of_run, options_of_weights, training_view
 from sparse_fcmae.tasks.config import PretrainConfig

@@ -10,8 +10,18 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from sparse_fcmae.runtime.checkpoint_folder import (
+    LATEST,
+    META,
+    MODEL,
+    TRAINER,
+    checkpoints_in,
+    folder_of,
+    newest_checkpoint,
+)
 from sparse_fcmae.runtime.errors import UserError
 from sparse_fcmae.runtime.files import (
+    digest_of,
     new_folder,
     read_json,
     save_pickled,
@@ -20,12 +30,13 @@ from sparse_fcmae.runtime.files import (
     write_json,
     writing,
 )
-from sparse_fcmae.runtime.run_folder import LATEST, META, MODEL, TRAINER, RunFolder, newest_checkpoint, way_back
+from sparse_fcmae.runtime.run_folder import RunFolder
 from sparse_fcmae.training.log import RunLog
 from sparse_fcmae.training.optim import load_optimizer
 from sparse_fcmae.training.schedule import Schedule
 from sparse_fcmae.training.task import Task
 
+ANOTHER = "delete its folder to go on from the one before"
 LEAST_SECONDS = 60  # between checkpoints, where the user does not say how many steps
 
 
@@ -118,15 +129,17 @@ def write_checkpoint(
     model: the state dict. trainer: what else the run needs, of tensors and plain values. All but the last `keep`
     checkpoints up to this step are deleted.
     """
-    folder = checkpoints / f"step-{step:08d}"
+    folder = checkpoints / folder_of(step)
     with new_folder(folder) as temporary, writing(folder):
         save_tensors(model, temporary / MODEL)
         save_pickled(trainer, temporary / TRAINER)
-        sizes = {name: (temporary / name).stat().st_size for name in (MODEL, TRAINER)}
-        write_json(temporary / META, {"step": step, "bytes": sizes, "images": trainer["images"]})
+        written = [temporary / name for name in (MODEL, TRAINER)]
+        sizes = {path.name: path.stat().st_size for path in written}
+        digests = {path.name: digest_of(path) for path in written}
+        write_json(temporary / META, {"step": step, "bytes": sizes, "sha256": digests, "images": trainer["images"]})
     write_atomic(checkpoints / LATEST, lambda p: p.write_text(folder.name + "\n"))
-    so_far = sorted(p for p in checkpoints.glob("step-*") if p.name <= folder.name)
-    for old in so_far[:-keep]:
+    so_far = [path for path in checkpoints_in(checkpoints.parent) if path.name <= folder.name]
+    for old in so_far[keep:]:
         shutil.rmtree(old, ignore_errors=True)
 
 
@@ -135,10 +148,10 @@ def load_model(checkpoint: Path, model: nn.Module) -> None:
     try:
         model.load_state_dict(load_file(checkpoint / MODEL))
     except (OSError, SafetensorError) as error:
-        raise UserError(f"checkpoint {checkpoint} is damaged: {MODEL}: {error}; {way_back(checkpoint)}") from None
+        raise UserError(f"checkpoint {checkpoint} is damaged: {MODEL}: {error}; {ANOTHER}") from None
     except RuntimeError as error:
         reason = str(error).splitlines()[-1].strip()
-        raise UserError(f"checkpoint {checkpoint} is of another model: {reason}; {way_back(checkpoint)}") from None
+        raise UserError(f"checkpoint {checkpoint} is of another model: {reason}; {ANOTHER}") from None
 
 
 def load_trainer(checkpoint: Path) -> dict[str, Any]:
@@ -150,4 +163,4 @@ def load_trainer(checkpoint: Path) -> dict[str, Any]:
         return found
     except Exception as error:  # torch.load raises many types on a damaged file
         reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise UserError(f"checkpoint {checkpoint} is damaged: {TRAINER}: {reason}; {way_back(checkpoint)}") from None
+        raise UserError(f"checkpoint {checkpoint} is damaged: {TRAINER}: {reason}; {ANOTHER}") from None

@@ -33,13 +33,15 @@ class RunLog:
         self.run, self.main = run, main
         if main:
             with writing(run):
-                self.metrics = _open_rows(run / "metrics.jsonl", step)
-                self.evaluations = _open_rows(run / "evaluations.jsonl", step) if evaluates else None
+                self.metrics, notes = _open_rows(run / "metrics.jsonl", step)
+                self.evaluations, more = _open_rows(run / "evaluations.jsonl", step) if evaluates else (None, [])
                 self.text = (run / "train.log").open("a", buffering=1, encoding="utf-8", errors="backslashreplace")
         self.tensorboard = _tensorboard(run, step) if main else None
         self.bar = tqdm(total=steps, initial=step, unit="step", disable=not main, dynamic_ncols=True, smoothing=0.05)
         self.since = time.perf_counter()
         self.left_out: set[str] = set()
+        for note in (*notes, *more) if main else ():
+            self.say(note)
 
     def say(self, message: str) -> None:
         """One line above the bar and into train.log."""
@@ -126,16 +128,29 @@ class RunLog:
                     file.close()
 
 
-def _open_rows(path: Path, step: int) -> TextIO:
-    """The file to append to, without rows beyond `step`."""
+def _open_rows(path: Path, start: int) -> tuple[TextIO, list[str]]:
+    """The file to append to, without rows beyond the step `start`, of which there are none where that is 0.
+
+    Returns with it a line that says how many lines were no rows, if any.
+    """
+    notes = []
     if path.exists():
-        try:
-            lines = path.read_text().splitlines(keepends=True)
-            kept = [line for line in lines if line.endswith("\n") and 0 < step >= json.loads(line)["step"]]
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f"{path} has a line that is no row of it: put it right, or move the file away") from None
+        lines = path.read_text(errors="replace").splitlines(keepends=True)
+        steps = [_step_of(line) for line in lines]
+        kept = [line for line, step in zip(lines, steps, strict=True) if start and step is not None and step <= start]
+        if damaged := sum(step is None for step in steps[:-1]):  # the last one may have been cut by a kill
+            notes.append(f"left out of {path}, as they are no rows: {damaged} line{'s' if damaged > 1 else ''}")
         write_atomic(path, lambda p: p.write_text("".join(kept)))
-    return path.open("a", buffering=1)
+    return path.open("a", buffering=1), notes
+
+
+def _step_of(line: str) -> int | None:
+    """The step that a whole row is of, None for anything else."""
+    try:
+        step = json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return None
+    return step if isinstance(step, int) and line.endswith("\n") else None
 
 
 def _tensorboard(run: Path, step: int) -> Any:

@@ -6,10 +6,11 @@ from shlex import quote
 from torch.utils.data import DataLoader
 
 from sparse_fcmae.data.batches import make_loader, micro_batches
+from sparse_fcmae.runtime.checkpoint_folder import damaged_checkpoints, newest_checkpoint
 from sparse_fcmae.runtime.device import loader_processes
 from sparse_fcmae.runtime.distributed import averaging
 from sparse_fcmae.runtime.errors import Interrupted
-from sparse_fcmae.runtime.run_folder import RunFolder, newest_checkpoint
+from sparse_fcmae.runtime.run_folder import RunFolder
 from sparse_fcmae.training.checkpoint import Checkpoints, check_images, restore
 from sparse_fcmae.training.log import RunLog
 from sparse_fcmae.training.optim import set_lr
@@ -54,6 +55,8 @@ def train(task: Task) -> Path:
     try:
         log.say(f"{task.description}; {len(task.source)} samples, {schedule}")
         if config.resume:
+            for line in damaged_checkpoints(run.path):
+                log.say(line)
             found = f"resumed from {checkpoint}" if checkpoint else "no checkpoint to resume from: starting at step 0"
             log.say(found + (", the run's last: only exporting again" if start == schedule.steps else ""))
         for note in (*task.notes, *notes, str(checkpoints)):

@@ -8,6 +8,7 @@ import argparse
 import pickle
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,9 @@ from sparse_fcmae.data.decoders.pages import Page
 from sparse_fcmae.data.views import CentreView, default_crop_fraction
 from sparse_fcmae.model.classifier import Classifier
 from sparse_fcmae.model.convnext import SIZES, SparseEncoder
+from sparse_fcmae.runtime.checkpoint_folder import META, STEP, damage, damaged_checkpoints, newest_checkpoint
 from sparse_fcmae.runtime.errors import UserError
 from sparse_fcmae.runtime.files import one_line, read_json
-from sparse_fcmae.runtime.run_folder import newest_checkpoint
 from sparse_fcmae.weights.adapter import CONFIG, Adapter, Settings
 from sparse_fcmae.weights.adapters import ADAPTERS
 from sparse_fcmae.weights.weights import DECODER, Weights, patch_size_of
@@ -79,7 +80,10 @@ def read_weights(path: str | Path, *, whole: bool = False) -> Weights:
     unknown, of a wrong shape, truncated, or holds code.
     """
     file = weights_file(Path(path), whole)
-    return understand(_load(file), file)
+    found = understand(_load(file), file)
+    if STEP.fullmatch(file.parent.name) and file.parent != Path(path):
+        found = replace(found, notes=(*found.notes, *damaged_checkpoints(Path(path))))
+    return found
 
 
 def weights_file(path: Path, whole: bool = False) -> Path:
@@ -88,6 +92,8 @@ def weights_file(path: Path, whole: bool = False) -> Path:
         return path
     if not path.is_dir():
         raise UserError(f"{path}: no such file or folder")
+    if (path / META).is_file() and (reason := damage(path)):
+        raise UserError(f"checkpoint {path} is damaged: {reason}: take another")
     if whole and (checkpoint := newest_checkpoint(path)):
         return checkpoint / FILES[0]
     for folder in (path, path / "exported"):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from sparse_fcmae import UserError
-from sparse_fcmae.runtime.run_folder import RunFolder, check_whole, newest_checkpoint
+from sparse_fcmae.runtime.run_folder import RunFolder
 
 OUTPUTS = ("picture.png", "drawings")
 
@@ -134,32 +134,6 @@ except UserError as error:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert "is in use by another process" in done.stdout
     assert run.saved_options() == {"eval_every": 3}
-
-
-def test_the_newest_checkpoint_is_found_and_its_files_are_measured(tmp_path):
-    assert newest_checkpoint(tmp_path) is None
-    checkpoints = tmp_path / "checkpoints"
-    for step in (1, 2):
-        folder = checkpoints / f"step-{step:08d}"
-        folder.mkdir(parents=True)
-        (folder / "trainer.pt").write_bytes(b"12345")
-        (folder / "meta.json").write_text('{"bytes": {"trainer.pt": 5}}')
-    (checkpoints / "latest").write_text("step-00000002\n")
-    assert newest_checkpoint(tmp_path) == checkpoints / "step-00000002"
-    (checkpoints / "step-00000002" / "trainer.pt").write_bytes(b"1234")
-    with pytest.raises(UserError, match=r"trainer.pt is missing or truncated; .* write step-00000001 into .*latest"):
-        newest_checkpoint(tmp_path)
-    (checkpoints / "step-00000001" / "trainer.pt").unlink()
-    with pytest.raises(UserError, match="there is no earlier one, start the run anew with `overwrite=True`"):
-        check_whole(checkpoints / "step-00000001")
-    (checkpoints / "step-00000001" / "meta.json").unlink()
-    with pytest.raises(UserError, match=r"step-00000001 is damaged: no whole meta.json; there is no earlier one"):
-        check_whole(checkpoints / "step-00000001")
-    (checkpoints / "step-00000002" / "meta.json").write_text("")
-    for latest in (b"step-00000002", b"step-00000009", b"", b"\xff"):
-        (checkpoints / "latest").write_bytes(latest)
-        with pytest.raises(UserError, match=r"is damaged: no whole meta.json; .* write step-0000000[12] into"):
-            newest_checkpoint(tmp_path)
 
 
 def test_a_folder_is_a_runs_at_every_moment_of_its_overwriting(run, monkeypatch):

@@ -11,7 +11,7 @@ import pyarrow
 import pytest
 import tifffile
 import torch
-from helpers import relative_error
+from helpers import go_back, relative_error
 from PIL import Image
 from pyarrow import parquet
 from safetensors.torch import load_file
@@ -121,8 +121,7 @@ def test_an_interrupted_run_goes_on_with_its_own_statistics(tmp_path):
     options = SMALL | {"epochs": 4, "batch_size": 4, "save_every": 5, "log_every": 1, "nodata": -9999}
     pretrain(data=data / "train", out=tmp_path / "whole", **options)
     pretrain(data=data / "train", out=tmp_path / "part", **options)
-    latest = tmp_path / "part" / "checkpoints" / "latest"
-    latest.write_text("step-00000005")
+    go_back(tmp_path / "part", 5)
     for path in (data / "train").glob("*/*.npy"):  # were these measured again, the statistics would be others
         np.save(path, np.load(path))
     pretrain(out=tmp_path / "part", resume=True)
@@ -196,7 +195,7 @@ def test_native_windows(tmp_path, capsys):
     config = json.loads((tmp_path / "whole" / "exported" / "config.json").read_text())
     torch.testing.assert_close(window[0], torch.from_numpy((middle - config["mean"][0]) / config["std"][0]).float())
     pretrain(data=tmp_path / "data", out=tmp_path / "part", **options)
-    (tmp_path / "part" / "checkpoints" / "latest").write_text("step-00000006")
+    go_back(tmp_path / "part", 6)
     pretrain(out=tmp_path / "part", resume=True, num_workers=2)
     whole, part = (load_file(tmp_path / run / "exported" / "model.safetensors") for run in ("whole", "part"))
     assert all(torch.equal(whole[key], part[key]) for key in whole)

@@ -7,6 +7,7 @@ import time
 
 import pytest
 import torch
+from helpers import go_back
 from safetensors.torch import load_file
 
 from sparse_fcmae import finetune, load_classifier, load_encoder
@@ -167,7 +168,7 @@ def test_run_records_its_recipe_and_needs_its_start_no_more(pictures, encoder, t
     assert (saved["weight_decay"], saved["ema_decay"], saved["image_size"]) == (0.3, 0.9999, "32")
     assert "--weight-decay 0.3" in (run / "train.log").read_text()
     shutil.rmtree(copy)
-    (run / "checkpoints" / "latest").write_text("step-00000005\n")
+    go_back(run, 5)
     before = load_file(run / "exported" / "model.safetensors")
     finetune(out=run, resume=True)
     after = load_file(run / "exported" / "model.safetensors")

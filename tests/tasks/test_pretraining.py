@@ -7,11 +7,12 @@ import time
 
 import pytest
 import torch
-from helpers import fails, flags
+from helpers import fails, flags, flip_bytes
 from PIL import Image
 from safetensors.torch import load_file
 
 from sparse_fcmae import UserError, available_backends, load_encoder, pretrain
+from sparse_fcmae.weights.read import read_weights
 
 SMALL = {  # 40 images, 4 steps of 10 an epoch
     "model": "atto",
@@ -136,12 +137,26 @@ def test_second_process_is_kept_out_of_a_run(pictures, tmp_path, capsys):
         process.wait()
 
 
-def test_going_on_from_an_earlier_checkpoint_keeps_the_newest(pictures, whole, tmp_path):
+def test_a_damaged_checkpoint_is_left_out_and_the_run_ends_in_the_same_weights(pictures, whole, tmp_path):
     run = tmp_path / "run"
     subprocess.run(["cp", "-r", whole, run], check=True)
-    (run / "checkpoints" / "latest").write_text("step-00000004\n")
+    folders = sorted((run / "checkpoints").glob("step-*"))
+    assert len(folders) == 3
+    flip_bytes(folders[2] / "trainer.pt")
+    flip_bytes(folders[1] / "model.safetensors")
+    (run / "checkpoints" / "latest").write_text("")
+    weights = read_weights(run, whole=True)
+    assert [note.split(": ")[1].split()[0] for note in weights.notes] == ["trainer.pt", "model.safetensors"]
+    with pytest.raises(UserError, match=r"step-00000012 is damaged: trainer.pt has other bytes .*: take another"):
+        read_weights(folders[2])
     pretrain(out=run, resume=True, keep_checkpoints=1)
+    log = (run / "train.log").read_text()
+    assert f"checkpoint {folders[2]} is damaged and left out: trainer.pt has other bytes than were written" in log
+    assert f"checkpoint {folders[1]} is damaged and left out: model.safetensors has other bytes" in log
+    assert f"resumed from {folders[0]}" in log
     assert losses(run) == losses(whole)
+    trained, expected = (load_file(of / "exported" / "model.safetensors") for of in (run, whole))
+    assert all(torch.equal(trained[key], expected[key]) for key in expected)
     assert (run / "checkpoints" / "latest").read_text() == "step-00000012\n"
     assert (run / "checkpoints" / "step-00000012" / "meta.json").exists()
 
@@ -294,16 +309,11 @@ def test_mistakes_with_an_existing_run(pictures, whole, tmp_path, capsys):
     assert "--model is femto but the run" in fails(capsys, *again, "--resume", "--model", "femto")
     assert "--epochs is 9 but the run" in fails(capsys, *again, "--resume", "--epochs", "9")
     assert before == {p: p.stat().st_mtime_ns for p in run.rglob("*")}
-    checkpoint = run / "checkpoints" / "step-00000012"
-    for name in ("model.safetensors", "trainer.pt"):
-        content = (checkpoint / name).read_bytes()
-        (checkpoint / name).write_bytes(content[:-1000])
-        line = fails(capsys, *again, "--resume")
-        assert f"{name} is missing or truncated; to go on from the one before, write step-00000008 into" in line
-        (checkpoint / name).write_bytes(content[:-1000] + bytes(1000))
-        if name == "trainer.pt":
-            assert f"is damaged: {name}" in fails(capsys, *again, "--resume")
-        (checkpoint / name).write_bytes(content)
+    for checkpoint in (run / "checkpoints").glob("step-*"):
+        (checkpoint / "trainer.pt").write_bytes(b"")
+    line = fails(capsys, *again, "--resume")
+    assert "has no whole checkpoint, step-00000012 for one: trainer.pt has 0 bytes and not" in line
+    assert "put one back from a copy, or start anew with --overwrite" in line
 
 
 def test_checkpoint_of_another_model_is_one_line(pictures, whole, tmp_path, capsys):

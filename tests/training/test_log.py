@@ -190,12 +190,14 @@ def test_an_image_that_is_left_out_is_named_once(tmp_path):
     assert [line.split("evaluation: ")[1] for line in lines] == ["a.png: cut", "b.png: empty", "c.png: cut"]
 
 
-def test_a_line_that_is_no_row_is_not_passed_over(tmp_path):
-    for content in (b'{"step": 1}\nnonsense\n', b'{"loss": 1}\n', b"[1]\n", b"\xff\n"):
-        (tmp_path / "metrics.jsonl").write_bytes(content)
-        with pytest.raises(UserError, match=r"metrics.jsonl has a line that is no row of it: put it right, or move"):
-            RunLog(tmp_path, 3, 10, main=True, evaluates=False)
-        assert (tmp_path / "metrics.jsonl").read_bytes() == content
+def test_lines_that_are_no_rows_are_left_out_and_said(tmp_path):
+    for line in (b"nonsense", b'{"loss": 1}', b"[1]", b"\xff", b'{"step": "2"}', b"\0" * 40, b""):
+        (tmp_path / "train.log").unlink(missing_ok=True)
+        rows = [b'{"step": 1, "loss": 2.5}\n', line + b"\n", b'{"step": 3}\n', b'{"step": 4}\n', b'{"step": 2']
+        (tmp_path / "metrics.jsonl").write_bytes(b"".join(rows))
+        RunLog(tmp_path, 3, 10, main=True, evaluates=False).close()
+        assert (tmp_path / "metrics.jsonl").read_bytes() == rows[0] + rows[2]
+        assert "metrics.jsonl, as they are no rows: 1 line\n" in (tmp_path / "train.log").read_text()
 
 
 @pytest.mark.parametrize("evaluates", [True, False])

@@ -1,0 +1,84 @@
+"""The folders of a run's checkpoints: which there are, and which of them are whole.
+
+RUN/checkpoints/step-00000100/{model.safetensors, trainer.pt, meta.json}. meta.json has the sizes and the SHA-256 of the
+other files; checkpoints of earlier versions have the sizes alone. RUN/checkpoints/latest names the newest, for people
+and other programs. A run goes on from the newest that is whole, whatever it says.
+"""
+
+import re
+from functools import lru_cache
+from pathlib import Path
+
+from sparse_fcmae.runtime.errors import UserError
+from sparse_fcmae.runtime.files import digest_of, one_line, read_json
+
+MODEL, TRAINER, META, LATEST = "model.safetensors", "trainer.pt", "meta.json", "latest"
+CHECKPOINTS = "checkpoints"
+STEP = re.compile(r"step-(\d{8,})")
+
+
+def folder_of(step: int) -> str:
+    """The name of the folder with the checkpoint of a step."""
+    return f"step-{step:08d}"
+
+
+def checkpoints_in(run: Path) -> list[Path]:
+    """The folders of a run's checkpoints, the newest first, be they whole or not."""
+    found = [path for path in (run / CHECKPOINTS).glob("step-*") if STEP.fullmatch(path.name)]
+    return sorted(found, key=lambda path: int(STEP.fullmatch(path.name)[1]), reverse=True)
+
+
+def newest_checkpoint(run: Path) -> Path | None:
+    """The folder of a run's newest whole checkpoint, or None where it has saved none yet.
+
+    Raises UserError where there are checkpoints, and all of them are damaged.
+    """
+    folders = checkpoints_in(run)
+    for folder in folders:
+        if damage(folder) is None:
+            return folder
+    if folders:
+        raise UserError(
+            f"{run / CHECKPOINTS} has no whole checkpoint, {folders[0].name} for one: {damage(folders[0])}: put one "
+            "back from a copy, or start anew with `overwrite=True`"
+        )
+    return None
+
+
+def damaged_checkpoints(run: Path) -> list[str]:
+    """A line for each checkpoint of a run that is newer than its newest whole one, with what is wrong with it."""
+    lines = []
+    for folder in checkpoints_in(run):
+        reason = damage(folder)
+        if reason is None:
+            break
+        lines.append(f"checkpoint {folder} is damaged and left out: {reason}")
+    return lines
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint's folder, or None where its files are those that were written."""
+    try:
+        status = {name: (folder / name).stat() for name in (MODEL, TRAINER, META)}
+    except OSError as error:
+        return f"{Path(error.filename).name}: {error.strerror}"
+    return _damage(folder.resolve(), tuple((name, s.st_size, s.st_mtime_ns) for name, s in status.items()))
+
+
+@lru_cache(maxsize=64)
+def _damage(folder: Path, found: tuple[tuple[str, int, int], ...]) -> str | None:
+    """The same, found out once for files of these sizes and times, as it reads all of them."""
+    try:
+        meta = read_json(folder / META)
+        sizes, digests = dict(meta["bytes"]), dict(meta.get("sha256", {}))
+    except (UserError, KeyError, TypeError, ValueError, AttributeError) as error:
+        return f"{META} is no whole one: {one_line(error)}"
+    for name, size, _ in found[:-1]:
+        if size != sizes.get(name):
+            return f"{name} has {size} bytes and not {sizes.get(name)}"
+        try:
+            if name in digests and digest_of(folder / name) != digests[name]:
+                return f"{name} has other bytes than were written"
+        except OSError as error:
+            return f"{name} can't be read: {error.strerror}"
+    return None
