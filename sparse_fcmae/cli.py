@@ -8,6 +8,7 @@ import difflib
 import os
 import re
 import sys
+import time
 import types
 import typing
 from dataclasses import MISSING, Field, dataclass, fields
@@ -95,6 +96,8 @@ COMMANDS = {
     "info": Command("versions, device and usable backends", None, "info:info"),
 }
 GROUPS = {"bench": "benchmarks"}
+TRY_AGAIN = 75  # EX_TEMPFAIL of sysexits.h
+OTHERS_WAIT = 3.0  # seconds
 SPINS = 2000  # of a waiting thread before it sleeps: a tenth of a millisecond or so
 
 
@@ -125,28 +128,38 @@ def main(arguments: list[str] | None = None) -> None:
     """Entry point. A mistake of the user's ends in one line and exit code 2, without a traceback."""
     spin_briefly()
     command, options = parse(sys.argv[1:] if arguments is None else arguments)
+    code = run(command, options)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        load("runtime.distributed:end_process")(code)
+    if code:
+        sys.exit(code)
+
+
+def run(command: Command, options: dict[str, Any]) -> int:
+    """Runs a command and returns the exit code. A mistake is said in one line."""
     try:
         result = load(command.run)(**options)
         if isinstance(result, str):
             print(result)
+        return 0
     except UserError as error:
-        stop(as_flags(str(error), command.options()))
+        return say(as_flags(str(error), command.options()))
     except BrokenPipeError:  # the reader of the output, such as head, has seen enough
         discard(sys.stdout)
-        sys.exit(141)
+        return 141
     except OSError as error:
         if error.filename is None:
             raise
-        stop(f"{error.filename}: {error.strerror}")
+        return say(f"{error.filename}: {error.strerror}")
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError" and "can't allocate memory" not in str(error):
             raise
         smaller = [flag(name) for name in ("micro_batch_size", "batch_size", "image_size") if name in command.options()]
-        stop(f"out of memory, lower {' or '.join(smaller) or 'what is asked for'}: {str(error).splitlines()[0]}")
-    except (Interrupted, KeyboardInterrupt):
-        sys.exit(130)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        load("runtime.distributed:end_process")()
+        return say(f"out of memory, lower {' or '.join(smaller) or 'what is asked for'}: {str(error).splitlines()[0]}")
+    except Interrupted:
+        return TRY_AGAIN
+    except KeyboardInterrupt:
+        return 130
 
 
 def parse(arguments: list[str]) -> tuple[Command, dict[str, Any]]:
@@ -249,8 +262,13 @@ def load(place: str) -> Any:
     return getattr(import_module(f"sparse_fcmae.{module}"), name)
 
 
-def stop(message: str) -> NoReturn:
-    """Ends with one line and exit code 2."""
+def say(message: str) -> int:
+    """Prints what is wrong in one line, and returns exit code 2.
+
+    Of several processes the first says it. Another one waits, as torchrun ends it if the first has said the same.
+    """
     rank = os.environ.get("RANK", "0")
+    if rank != "0":
+        time.sleep(OTHERS_WAIT)
     print(f"sparse-fcmae: {f'[rank {rank}] ' if rank != '0' else ''}{message}", file=sys.stderr)
-    sys.exit(2)
+    return 2

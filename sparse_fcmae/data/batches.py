@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from sparse_fcmae.data.sources import BadImage, ImageSource
 from sparse_fcmae.runtime.files import one_line
+from sparse_fcmae.runtime.signals import STOPPING
 from sparse_fcmae.runtime.streams import Stream, numpy_generator
 
 TRIES = 10  # images that are opened for one sample before it is given up
@@ -114,7 +115,7 @@ def make_loader(dataset: Dataset, batches: Iterable[list], num_workers: int, pin
 
 
 class Loader(DataLoader):
-    """A DataLoader whose processes ignore SIGTERM, and are ended at exit all the same."""
+    """A DataLoader whose processes ignore the signals that stop a run, and are ended at exit all the same."""
 
     def __iter__(self) -> Any:
         before = multiprocessing.active_children()
@@ -135,13 +136,13 @@ def _collate(samples: list[Sample]) -> Batch:
 
 
 def _leave_signals_to_the_trainer(worker: int) -> None:
-    """Has a loader process outlive the signals that batch systems and Ctrl-C send to all processes of a run.
+    """Has a loader process outlive the signals that batch systems and terminals send to all processes of a run.
 
     The trainer then ends its step, saves a checkpoint and ends the loader. Where the trainer is gone, PyTorch's loader
     ends by itself.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in STOPPING:
+        signal.signal(number, signal.SIG_IGN)
 
 
 @atexit.register

@@ -134,8 +134,8 @@ def _wait_for_the_last(world: int) -> None:
             left = store.add(LEFT, 0)
 
 
-def end_process() -> NoReturn:
-    """Ends one process of many at once, after all that is due at exit, with exit code 0.
+def end_process(code: int) -> NoReturn:
+    """Ends one process of many at once, after all that is due at exit, with an exit code.
 
     PyTorch keeps threads of a group over which gradients were averaged, even after the group was left. One that still
     runs while Python takes its interpreter apart can abort the process, and then a finished run counts as failed.
@@ -144,7 +144,7 @@ def end_process() -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError):  # nobody reads it any more
             stream.flush()
-    os._exit(0)
+    os._exit(code)
 
 
 def averaging(objective: nn.Module, ranks: Ranks) -> nn.Module:

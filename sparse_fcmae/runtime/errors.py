@@ -11,4 +11,7 @@ class UserError(ValueError):
 
 
 class Interrupted(Exception):
-    """Ctrl-C or SIGTERM stopped a run after its last finished step was saved."""
+    """A signal, such as Ctrl-C or SIGTERM, stopped a run after its last finished step was saved.
+
+    The command line exits with code 75, which means that it is worth trying again: to go on with `resume`.
+    """

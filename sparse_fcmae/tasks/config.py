@@ -62,7 +62,7 @@ class PretrainConfig(RunConfig):
     batch_size: int | None = option(
         None, help="images an optimiser step, over all ranks and micro-batches [recipe]", above=0
     )
-    micro_batch_size: int = option(128, help="images a rank takes through the model at once", above=0)
+    micro_batch_size: int = option(128, help="images a rank takes through the model at once", above=0, resumable=True)
     warmup_epochs: float | None = option(None, help="epochs of linear warm-up [5 % of `epochs`]", at_least=0)
     base_lr: float | None = option(None, help="peak learning rate for each 256 images of `batch_size`", above=0)
     lr: float | None = option(None, help="peak learning rate outright [recipe]", above=0)

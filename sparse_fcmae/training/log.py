@@ -43,6 +43,12 @@ class RunLog:
         for note in (*notes, *more) if main else ():
             self.say(note)
 
+    def __enter__(self) -> "RunLog":
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self.close()
+
     def say(self, message: str) -> None:
         """One line above the bar and into train.log."""
         if self.main:

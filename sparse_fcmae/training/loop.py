@@ -24,7 +24,8 @@ from sparse_fcmae.training.task import Task
 def train(task: Task) -> Path:
     """Trains a task's model from its run's newest checkpoint, or from the start; returns RUN/exported.
 
-    Raises UserError for what the user can put right, and Interrupted, after saving a checkpoint, on Ctrl-C or SIGTERM.
+    Raises UserError for what the user can put right, and Interrupted, after saving a checkpoint, on the signals of
+    `runtime.signals`.
     """
     config, ranks = task.config, task.ranks
     run = RunFolder(config.out, config.task)
@@ -41,18 +42,17 @@ def train(task: Task) -> Path:
         run.begin(config, task.outputs, **task.beside_config())
     ranks.barrier()
 
-    batches = prefetched(iter(loader), ranks.device)
-    runner = task.step_type(
-        averaging(task.objective, ranks),
-        optimizer,
-        images_per_rank=schedule.images_per_rank,
-        clip_grad=config.clip_grad,
-        bf16=config.dtype == "bf16",
-    )
-    log = RunLog(run.path, start, schedule.steps, ranks.main, task.evaluates)
-    progress = Progress(config, schedule, task.source, log, ranks, unreadable)
-    checkpoints = Checkpoints(run, task, optimizer, schedule, log, unreadable, start)
-    try:
+    with stop_signals(ranks) as stop, RunLog(run.path, start, schedule.steps, ranks.main, task.evaluates) as log:
+        batches = prefetched(iter(loader), ranks.device)
+        runner = task.step_type(
+            averaging(task.objective, ranks),
+            optimizer,
+            images_per_rank=schedule.images_per_rank,
+            clip_grad=config.clip_grad,
+            bf16=config.dtype == "bf16",
+        )
+        progress = Progress(config, schedule, task.source, log, ranks, unreadable)
+        checkpoints = Checkpoints(run, task, optimizer, schedule, log, unreadable, start)
         log.say(f"{task.description}; {len(task.source)} samples, {schedule}")
         if config.resume:
             for line in damaged_checkpoints(run.path):
@@ -63,35 +63,33 @@ def train(task: Task) -> Path:
             log.say(note)
         if not start and task.evaluates_untrained:
             log.evaluation(0, 0.0, task.evaluate(log))
-        with stop_signals(ranks.world) as stopped:
-            for step in range(start, schedule.steps):
-                set_lr(optimizer, lr := schedule.lr(step))
-                for first, images in schedule.micro_batches():
-                    batch = progress.next_of(batches)
-                    progress.take(batch, images)
-                    last = first + images == schedule.images_per_rank
-                    runner.add(*task.inputs(batch, step, first), last=last)
-                progress.step_done(runner.finish(), lr)
-                task.after_step()
+        for step in range(start, schedule.steps):
+            set_lr(optimizer, lr := schedule.lr(step))
+            for first, images in schedule.micro_batches():
+                batch = progress.next_of(batches)
+                progress.take(batch, images)
+                last = first + images == schedule.images_per_rank
+                runner.add(*task.inputs(batch, step, first), last=last)
+            progress.step_done(runner.finish(), lr)
+            task.after_step()
 
-                done, stopping = step + 1, stopped()
-                evaluating = task.evaluates and schedule.evaluates_after(done)
-                saving = stopping or checkpoints.asked_for(done) or (ranks.world == 1 and checkpoints.due(done))
-                if evaluating or saving or done % config.log_every == 0 or step == start:
-                    progress.flush(done)
-                    if evaluating:
-                        log.evaluation(done, schedule.epoch(done), task.evaluate(log))
-                    if ranks.main and (saving or checkpoints.due(done)):
-                        checkpoints.save(done)
-                if stopping:
-                    command = f"sparse-fcmae {config.command} --resume --out {quote(config.out)}"
-                    log.say(f"stopped at step {done}; to go on: {command}")
-                    raise Interrupted
+            done, stopping = step + 1, stop.agreed(step + 1)
+            evaluating = task.evaluates and schedule.evaluates_after(done)
+            saving = stopping or checkpoints.asked_for(done) or (ranks.world == 1 and checkpoints.due(done))
+            if evaluating or saving or done % config.log_every == 0 or step == start:
+                progress.flush(done)
+                if evaluating:
+                    log.evaluation(done, schedule.epoch(done), task.evaluate(log))
+                if ranks.main and (saving or checkpoints.due(done)):
+                    checkpoints.save(done)
+            if stopping and done < schedule.steps:
+                command = f"sparse-fcmae {config.command} --resume --out {quote(config.out)}"
+                log.say(f"stopped at step {done}; to go on: {command}")
+                ranks.barrier()  # or torchrun would end the main rank, which saves, as others have ended
+                raise Interrupted
         if ranks.main:
             task.export(run.path, log)
         ranks.barrier()
-    finally:
-        log.close()
     return run.path / "exported"
 
 

@@ -1,38 +1,68 @@
-"""Ctrl-C and SIGTERM end a run after its step, with a checkpoint."""
+"""Signals that end a run after its step, with a checkpoint: Ctrl-C, and what batch systems send."""
 
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from sparse_fcmae.runtime.distributed import Ranks
+from sparse_fcmae.runtime.signals import STOPPING
 from sparse_fcmae.runtime.terminal import lost_if_unread
+
+SAME = 2.0  # seconds in which signals count as one, as batch systems and torchrun send them to a process and its group
+LOOK_SECONDS = 1.0  # about so often the ranks tell each other of signals
+
+
+class StopSignals:
+    """Whether the run is to stop. The ranks agree on the step after which they do."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        self.ranks, self.first = ranks, None
+        self.looked_at = self.next_look = 0
+        self.since = time.monotonic()
+
+    def receive(self, number: int, frame: Any) -> None:
+        """The first signal is noted. One that comes later ends the process at once, by KeyboardInterrupt."""
+        now = time.monotonic()
+        if self.first is None:
+            self.first = now
+            if self.ranks.main:
+                with lost_if_unread():
+                    print("\nstopping after this step; once more to stop at once", file=sys.stderr)
+        elif now - self.first > SAME or (number == signal.SIGINT and self.ranks.world == 1):
+            raise KeyboardInterrupt
+
+    def agreed(self, step: int) -> bool:
+        """Whether all ranks stop after so many steps, as one of them has received a signal.
+
+        All ranks call this after each step. They ask each other about every LOOK_SECONDS, be steps short or long.
+        """
+        if self.ranks.world == 1:
+            return self.first is not None
+        if step < self.next_look:
+            return False
+        seconds = (time.monotonic() - self.since) / max(1, step - self.looked_at)
+        found = self.ranks.gather((self.first is not None, seconds))
+        slowest = max(seconds for _, seconds in found)
+        self.looked_at, self.since = step, time.monotonic()
+        self.next_look = step + max(1, round(LOOK_SECONDS / max(slowest, 1e-3)))
+        return any(received for received, _ in found)
 
 
 @contextmanager
-def stop_signals(world: int) -> Iterator[Callable[[], bool]]:
-    """Gives a function that tells whether Ctrl-C or SIGTERM came. Ctrl-C after that raises KeyboardInterrupt at once.
-
-    A second SIGTERM changes nothing, as batch systems send it to a process and to its group. It is for a run of one
-    process: many processes could not agree on the step to stop at.
-    """
-    received = []
-
-    def stop(number: int, frame: Any) -> None:
-        if received and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        if not received:
-            with lost_if_unread():
-                print("\nstopping after this step; Ctrl-C to stop at once", file=sys.stderr)
-        received.append(number)
-
-    if world > 1 or threading.current_thread() is not threading.main_thread():  # others can't have handlers
-        yield lambda: False
+def stop_signals(ranks: Ranks) -> Iterator[StopSignals]:
+    """Notes the signals of STOPPING while the block runs, but for those that are ignored, as by nohup."""
+    stop = StopSignals(ranks)
+    if threading.current_thread() is not threading.main_thread():  # others can't have handlers
+        yield stop
         return
-    old = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    heeded = [number for number in STOPPING if signal.getsignal(number) is not signal.SIG_IGN]
+    old = {number: signal.signal(number, stop.receive) for number in heeded}
     try:
-        yield lambda: bool(received)
+        yield stop
     finally:
         for number, handler in old.items():
             signal.signal(number, handler)

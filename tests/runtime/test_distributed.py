@@ -48,7 +48,7 @@ with process_group("cpu") as ranks:
 assert not torch.distributed.is_initialized()
 if ranks.main:
     atexit.register(lambda: print("at exit"))
-end_process()
+end_process(0)
 """
 
 

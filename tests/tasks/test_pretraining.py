@@ -109,7 +109,7 @@ def test_killed_and_resumed_run_ends_with_the_same_weights(pictures, whole, tmp_
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_signals_to_all_processes_save_a_checkpoint_and_resume_needs_out_alone(pictures, whole, tmp_path, number):
     """Ctrl-C in a terminal, and what batch systems send, reach the processes that load images too."""
     run = tmp_path / "run"
@@ -117,7 +117,7 @@ def test_signals_to_all_processes_save_a_checkpoint_and_resume_needs_out_alone(p
     process = start(arguments, run, 1, stdout=subprocess.PIPE, start_new_session=True)
     os.killpg(process.pid, number)
     output, _ = process.communicate()
-    assert process.returncode == 130
+    assert process.returncode == 75
     assert "to go on" in output
     stopped = int((run / "checkpoints" / "latest").read_text().removeprefix("step-"))
     assert 0 < stopped < 12
@@ -209,6 +209,30 @@ def test_two_ranks_give_one_ranks_losses(pictures, tmp_path):
     one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
     assert len(one) == 20
     assert two == pytest.approx(one, rel=1e-4)
+
+
+@pytest.mark.parametrize("to_all", [True, False])
+def test_a_signal_to_torchrun_or_to_one_rank_stops_all_ranks_with_a_checkpoint(pictures, tmp_path, to_all):
+    """Where it goes to one rank, torchrun sees this rank and the others end with code 75, and says so."""
+    run, options = tmp_path / "run", {"epochs": 15, "save_every": 10_000, "log_every": 1}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    arguments = [*torchrun, *command(pictures, run, **options)[1:]]
+    process = start(arguments, run, 3, env=environment, stdout=subprocess.PIPE)
+    if to_all:
+        process.send_signal(signal.SIGTERM)
+    else:
+        children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+        os.kill(int(children[-1]), signal.SIGUSR2)
+    process.communicate()
+    assert process.returncode != 0
+    stopped = int((run / "checkpoints" / "latest").read_text().removeprefix("step-"))
+    assert f"stopped at step {stopped}; to go on: " in (run / "train.log").read_text()
+    assert len(losses(run)) == stopped
+    assert 3 <= stopped < 60
+    pretrain(out=run, resume=True, micro_batch_size=5)
+    pretrain(data=pictures, out=tmp_path / "whole", **SMALL | options)
+    assert losses(run) == pytest.approx(losses(tmp_path / "whole"), rel=1e-4)
 
 
 def test_bad_images_are_named_and_survived(pictures, tmp_path):
