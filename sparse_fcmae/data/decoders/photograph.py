@@ -22,7 +22,7 @@ from sparse_fcmae.data.decoders.pages import open_stack
 from sparse_fcmae.data.format import BYTE
 
 REDUCIBLE = ("JPEG", "MPO")  # formats that can be decoded at 1/2, 1/4 or 1/8 of their sides
-ANIMATED = ("AVIF", "GIF", "PNG", "WEBP")  # formats with frames; others' further images are previews or layers
+COMPOSED = ("MPO", "PSD")  # formats whose further images are previews or layers, and no frames
 ORIENTATION = 0x0112  # the EXIF tag
 TURNED = (5, 6, 7, 8)  # its values for which rows become columns
 MIRRORED_COLUMNS, MIRRORED_ROWS = (2, 3, 6, 7), (3, 4, 7, 8)  # and for which columns or rows come in reverse
@@ -78,6 +78,7 @@ class Photograph(OpenImage):
         if image.format not in REDUCIBLE:  # turned at once, as some formats' readers turn themselves when they decode
             ImageOps.exif_transpose(image, in_place=True)
         self.image, self.reading, self.size = image, reading, upright_size(image)
+        self.file, self.decoded_scale = getattr(image, "fp", None), None
         self.whole: Tensor | None = None
         self.in_chans = 1 if image.mode in GREY or _has_grey_palette(image) else 3
 
@@ -92,16 +93,24 @@ class Photograph(OpenImage):
             raise OSError(f"has {counted(self.in_chans)}, not {in_chans}")
         height, width = size
         shrink = min((box[2] - box[0]) / width, (box[3] - box[1]) / height)
+        reducing = self.image.format in REDUCIBLE and shrink / FINER >= LEAST_REDUCTION
+        if self.file and self.decoded_scale and (reducing or self.decoded_scale != 1):  # for a crop of another scale
+            self.file.seek(0)
+            self.image = opened(self.file)
         whole = self._decoded_by_turbo(in_chans, shrink / FINER)
-        decoded = decode(self.image, in_chans, shrink / FINER) if whole is None else None
+        decoded = decode(self.image, shrink / FINER) if whole is None else None
+        self.decoded_scale = decoded.scale if decoded else self.decoded_scale
         if decoded is None or decoded.scale == 1:
             left, top, right, bottom = box
-            crop = to_tensor(decoded.image.crop(box)) if decoded else whole[top:bottom, left:right]
+            if decoded:
+                crop = to_tensor(to_eight_bits(decoded.image.crop(box), in_chans))
+            else:
+                crop = whole[top:bottom, left:right]
             crop = crop[None].movedim(-1, 1)  # still channels last in memory
             pixels = F.interpolate(crop, size, mode="bicubic", antialias=True)[0].movedim(0, -1).contiguous()
         else:  # the box lies between pixels, which only Pillow allows
-            resized = decoded.image.resize((width, height), Image.Resampling.BICUBIC, box=decoded.place(box))
-            pixels = to_tensor(resized)
+            eight_bits = to_eight_bits(decoded.image, in_chans)
+            pixels = to_tensor(eight_bits.resize((width, height), Image.Resampling.BICUBIC, box=decoded.place(box)))
         return torch.from_numpy(reading.selected(pixels.numpy())) if reading.channels else pixels
 
     def _decoded_by_turbo(self, in_chans: int, shrink: float) -> Tensor | None:
@@ -189,7 +198,7 @@ def from_pillow(image: Image.Image, reading: Reading) -> OpenImage:
 
     The frames of an animation are its pages. Each by itself is a photograph.
     """
-    if image.format not in ANIMATED or not getattr(image, "is_animated", False):
+    if image.format in COMPOSED or not getattr(image, "is_animated", False):
         return _of_one_frame(image, reading)
     reading.check_size(*image.size)
     stack = open_stack(Frames(image), reading, "frames")
@@ -220,8 +229,8 @@ def upright_size(image: Image.Image) -> tuple[int, int]:
     return image.size[::-1] if _orientation(image) in TURNED else image.size
 
 
-def decode(image: Image.Image, in_chans: int, shrink: float = 1.0) -> Decoded:
-    """Decodes an opened image to RGB (3 channels) or greyscale (1), upright.
+def decode(image: Image.Image, shrink: float = 1.0) -> Decoded:
+    """Decodes an opened image, upright.
 
     shrink: by how much its sides may be reduced on the way. What is done is the next less that the format allows.
     """
@@ -229,7 +238,7 @@ def decode(image: Image.Image, in_chans: int, shrink: float = 1.0) -> Decoded:
     if image.format in REDUCIBLE:
         scale = _reduce(image, shrink)
         ImageOps.exif_transpose(image, in_place=True)
-    image = to_eight_bits(image, in_chans)
+    image.load()
     left = image.width - scale * width if orientation in MIRRORED_COLUMNS else 0.0
     top = image.height - scale * height if orientation in MIRRORED_ROWS else 0.0
     return Decoded(image, scale, left, top)

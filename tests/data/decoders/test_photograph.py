@@ -1,4 +1,5 @@
 import io
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,12 +9,12 @@ from PIL import Image
 
 from sparse_fcmae.data.decoders import open_image, photograph
 from sparse_fcmae.data.decoders.image import PHOTOGRAPHS
-from sparse_fcmae.data.decoders.photograph import decode
+from sparse_fcmae.data.decoders.photograph import decode, to_eight_bits
 from sparse_fcmae.data.views import RandomView
 
 
 def pixels_of(file, in_chans=3):
-    pixels = np.asarray(decode(open_image(file, PHOTOGRAPHS).image, in_chans).image)
+    pixels = np.asarray(to_eight_bits(decode(open_image(file, PHOTOGRAPHS).image).image, in_chans))
     assert pixels.dtype == np.uint8
     return pixels
 
@@ -76,11 +77,11 @@ def test_exif_orientation_is_applied(tmp_path, ramp, orientation, suffix, mode):
 @pytest.mark.parametrize(("shrink", "scale"), [(0.5, 1), (1, 1), (1.9, 1), (2.1, 1 / 2), (7, 1 / 4), (99, 1 / 8)])
 def test_jpegs_are_reduced_by_no_more_than_asked(tmp_path, photograph, shrink, scale):
     photograph(397, 477).save(tmp_path / "x.jpg")
-    decoded = decode(open_image(tmp_path / "x.jpg", PHOTOGRAPHS).image, 3, shrink)
+    decoded = decode(open_image(tmp_path / "x.jpg", PHOTOGRAPHS).image, shrink)
     assert decoded.image.size == tuple(-(-side * scale // 1) for side in (397, 477))
     assert decoded.scale == pytest.approx(scale, rel=0.02)
     photograph(397, 477).save(tmp_path / "x.png")
-    assert decode(open_image(tmp_path / "x.png", PHOTOGRAPHS).image, 3, shrink).image.size == (397, 477)
+    assert decode(open_image(tmp_path / "x.png", PHOTOGRAPHS).image, shrink).image.size == (397, 477)
 
 
 def test_what_is_no_image_is_said_in_words():
@@ -130,3 +131,37 @@ def test_turbo_is_left_out_where_pillow_knows_better(monkeypatch):
     cut = io.BytesIO(buffer.getvalue()[:-300])
     with pytest.raises(OSError, match="truncated"):
         RandomView((48, 32))(cut, np.random.default_rng(0))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+@pytest.mark.parametrize("orientation", [1, 3, 6])
+def test_crops_of_one_open_jpeg_do_not_depend_on_those_before(tmp_path, ramp, mode, orientation):
+    """Also a fine crop after one that was decoded at a reduced scale."""
+    exif = Image.Exif()
+    exif[photograph.ORIENTATION] = orientation
+    Image.fromarray(ramp).resize((800, 640)).convert(mode).save(tmp_path / "x.jpg", exif=exif, quality=95)
+    boxes = [((0, 0, 640, 640), (64, 64)), ((100, 200, 164, 264), (64, 64)), ((0, 0, 640, 640), (32, 32))]
+    with (tmp_path / "x.jpg").open("rb") as file:
+        image = open_image(file, PHOTOGRAPHS)
+        together = [image.resized_crop(*box) for box in boxes + boxes[::-1]]
+    alone = []
+    for box in boxes + boxes[::-1]:
+        with (tmp_path / "x.jpg").open("rb") as file:
+            alone.append(open_image(file, PHOTOGRAPHS).resized_crop(*box))
+    assert all(torch.equal(a, b) for a, b in zip(together, alone, strict=True))
+
+
+@pytest.mark.parametrize("mode", ["P", "RGBA", "LA", "CMYK", "1"])
+def test_boxes_are_converted_as_whole_images_are(tmp_path, ramp, mode):
+    rgb = Image.fromarray(ramp).resize((80, 60))
+    image = rgb.quantize(40) if mode == "P" else rgb.convert(mode)
+    if mode in ("RGBA", "LA"):
+        image.putalpha(rgb.convert("L"))
+    image.save(tmp_path / "x.tiff" if mode == "CMYK" else tmp_path / "x.png", transparency=7 if mode == "P" else None)
+    (path,) = tmp_path.iterdir()
+    width, height = image.size
+    for in_chans in (1, 3):
+        reading = replace(PHOTOGRAPHS, in_chans=in_chans)
+        whole = open_image(path, reading).resized_crop((0, 0, width, height), (height, width))
+        box = open_image(path, reading).resized_crop((11, 7, 51, 37), (30, 40))
+        assert torch.equal(box, whole[7:37, 11:51])
