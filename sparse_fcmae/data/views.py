@@ -78,8 +78,14 @@ class NativeView(View):
     hflip: bool = True
     rotate: bool = False
 
+    def check(self, width: int, height: int) -> None:
+        """Raises OSError for an image that is smaller than the least window, be it turned or not."""
+        for tall, wide in (self.size, self.size[::-1]) if self.rotate else (self.size,):
+            check_window(width, height, round(self.scale[0] * tall), round(self.scale[0] * wide))
+
     def __call__(self, file: File, rng: np.random.Generator) -> Tensor:
         image = open_image(file, self.reading)
+        self.check(*image.size)
         quarter_turns = int(rng.integers(4)) if self.rotate else 0
         size = self.size[::-1] if quarter_turns % 2 else self.size
         flipped = rng.random() < 0.5 and (self.hflip or self.rotate)
@@ -164,12 +170,8 @@ def turned(
 def random_window(
     width: int, height: int, size: tuple[int, int], rng: np.random.Generator, scale: tuple[float, float]
 ) -> Box:
-    """The box of a window whose sides are those of `size` (height, width) times a random scale.
-
-    Raises OSError for an image that is smaller than the least window.
-    """
+    """The box of a window, within an image, whose sides are those of `size` (height, width) times a random scale."""
     low, high = scale
-    check_window(width, height, round(low * size[0]), round(low * size[1]))
     largest = min(high, width / size[1], height / size[0])
     factor = math.exp(rng.uniform(math.log(low), math.log(max(low, largest)))) if high > low else low
     w, h = min(width, round(factor * size[1])), min(height, round(factor * size[0]))

@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from sparse_fcmae.data.sources.parts import labelled_parts
 from sparse_fcmae.data.sources.windows import Windows
 from sparse_fcmae.data.splits import few_labels
 from sparse_fcmae.data.survey import check_fits
-from sparse_fcmae.data.views import CentreView, NativeView, RandomView
+from sparse_fcmae.data.views import NativeView, RandomView
 from sparse_fcmae.evaluation.accuracy import measure
 from sparse_fcmae.model.convnext import SIZES
 from sparse_fcmae.runtime.checkpoint_folder import newest_checkpoint
@@ -169,9 +170,8 @@ def samples_of(
 
     Raises UserError where a few of the training images, evenly spread, are not what the view takes.
     """
-    reading, native = view.reading, isinstance(view, NativeView)
-    trained, held_out = (labelled_by_page(part, reading, max_bad_images) for part in (trained, held_out))
-    check_fits(trained, CentreView(view.size, reading, native=native))
-    if native:
-        trained = labelled_parts(trained, Windows(trained.source, view.size, reading, max_bad_images, view.scale[0]))
+    trained, held_out = (labelled_by_page(part, view.reading, max_bad_images) for part in (trained, held_out))
+    check_fits(trained, lambda file: view(file, np.random.default_rng(0)))
+    if isinstance(view, NativeView):
+        trained = labelled_parts(trained, Windows(trained.source, view, max_bad_images))
     return trained, held_out

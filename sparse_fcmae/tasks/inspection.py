@@ -59,7 +59,7 @@ def inspect(options: dict[str, Any]) -> dict[str, Any]:
     print("\n".join([*notes, f"training reads {counted(form.in_chans)} of {form.dtype}"]))
     if config.crop == "native":
         view = training_view(config, size, form)
-        windows = Windows(source, size, view.reading, 1.0, view.scale[0])
+        windows = Windows(source, view, 1.0)
         print("\n".join(windows.notes[len(source.notes) :]))
     if out:
         with writing(out):

@@ -91,8 +91,7 @@ class Pretraining(Task):
         self.form = replace(self.form, native=crop == "native")
         self.training_view = training_view(config, self.size, self.form)
         if config.crop == "native":
-            view = self.training_view
-            fitting = (self.source, self.size, view.reading, config.max_bad_images, view.scale[0])
+            fitting = (self.source, self.training_view, config.max_bad_images)
             self.source = ranks.main_first(lambda: Windows(*fitting))
         config, recipe = pretraining_recipe(config, len(self.source), ranks.world)
         dtype = choose_dtype(config.dtype, ranks.device, config.backend)

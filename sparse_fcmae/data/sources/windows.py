@@ -1,5 +1,6 @@
 """The images of a source as windows: random ones, of which a large image has more, or all that cover an image."""
 
+import math
 import os
 from contextlib import ExitStack
 from typing import Any
@@ -9,7 +10,7 @@ from sparse_fcmae.data.decoders.image import OpenImage, Reading
 from sparse_fcmae.data.decoders.window import Window, covering
 from sparse_fcmae.data.sources import ImageSource
 from sparse_fcmae.data.sources.parts import Parts
-from sparse_fcmae.data.views import check_window
+from sparse_fcmae.data.views import NativeView, check_window
 
 
 class Covering(Parts):
@@ -52,29 +53,22 @@ class Covering(Parts):
 
 
 class Windows(Parts):
-    """Every image of a source, as often as windows of (height, width) pixels fit into its area, but once at least.
+    """Every image of a source, as often as windows of a view's size fit into its area, but once at least.
 
-    Which part of its image a window shows is up to the view. Images that can't be opened, or are smaller than a window
-    times `least_scale`, are left out and named. Raises UserError where they are more than the fraction
+    Which part of its image a window shows is up to the view. Images that can't be opened, or are smaller than the
+    view's least window, are left out and named. Raises UserError where they are more than the fraction
     `max_bad_images`.
     """
 
-    def __init__(
-        self,
-        source: ImageSource,
-        window: tuple[int, int],
-        reading: Reading,
-        max_bad_images: float,
-        least_scale: float = 1.0,
-    ) -> None:
-        height, width = window
+    def __init__(self, source: ImageSource, view: NativeView, max_bad_images: float) -> None:
+        height, width = view.size
 
         def fitting(image: OpenImage) -> int:
-            image_width, image_height = image.size
-            check_window(image_width, image_height, round(least_scale * height), round(least_scale * width))
-            return max(1, image_width * image_height // (height * width))
+            view.check(*image.size)
+            return max(1, math.prod(image.size) // (height * width))
 
-        super().__init__(source, reading, f"fitting {height}x{width} {least_scale}", fitting, max_bad_images)
+        what = f"fitting {height}x{width} from {view.scale[0]}{' turned' if view.rotate else ''}"
+        super().__init__(source, view.reading, what, fitting, max_bad_images)
         self.describe(f"windows of {height}x{width} pixels in {self.readable} images")
 
     @property

@@ -20,7 +20,7 @@ from sparse_fcmae.data.sources.class_folder import class_folder
 from sparse_fcmae.data.sources.opening import open_images
 from sparse_fcmae.data.sources.pages import Pages, labelled_by_page
 from sparse_fcmae.data.sources.windows import Windows
-from sparse_fcmae.data.views import CentreView
+from sparse_fcmae.data.views import CentreView, NativeView
 
 STACK = np.random.default_rng(0).integers(0, 4096, (6, 20, 30)).astype(np.uint16)
 IMAGES = Reading(1, "uint16", pages="images")
@@ -134,7 +134,7 @@ def test_windows_of_pages_open_each_file_once(tmp_path, monkeypatch):
     files, opened = open_images(tmp_path), []
     source = Pages(files, IMAGES, 0)
     monkeypatch.setattr(files, "open", lambda index: opened.append(index) or type(files).open(files, index))
-    windows = Windows(source, (10, 10), IMAGES, 0)
+    windows = Windows(source, NativeView((10, 10), IMAGES), 0)
     assert opened == [0, 1]
     assert len(windows) == 8 * 6
     assert (windows.name(0), windows.name(47)) == ("a.npy page 1", "b.npy page 2")

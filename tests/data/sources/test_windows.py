@@ -9,7 +9,7 @@ from PIL import Image
 
 from sparse_fcmae import UserError
 from sparse_fcmae.data.config import SourceConfig
-from sparse_fcmae.data.decoders.image import PHOTOGRAPHS, Reading
+from sparse_fcmae.data.decoders.image import Reading
 from sparse_fcmae.data.decoders.window import covering
 from sparse_fcmae.data.sources.class_folder import class_folder
 from sparse_fcmae.data.sources.folder import ImageFolder
@@ -19,22 +19,22 @@ from sparse_fcmae.data.sources.pages import by_page
 from sparse_fcmae.data.sources.parts import labelled_parts
 from sparse_fcmae.data.sources.several import Several
 from sparse_fcmae.data.sources.windows import Covering, Windows
-from sparse_fcmae.data.views import CentreView
+from sparse_fcmae.data.views import CentreView, NativeView
 
 
 def test_an_image_comes_as_often_as_windows_fit_into_it(tmp_path):
     for name, size in (("a", (64, 32)), ("b", (34, 40)), ("c", (100, 70)), ("d", (32, 32))):
         Image.new("RGB", size).save(tmp_path / f"{name}.png")
     source = ImageFolder(tmp_path)
-    windows = Windows(source, (32, 32), PHOTOGRAPHS, 0.0)
+    windows = Windows(source, NativeView((32, 32)), 0.0)
     assert [windows.name(i)[0] for i in range(len(windows))] == ["a", "a", "b", *["c"] * 6, "d"]
     assert str(windows) == str(tmp_path)
     assert windows.images == 4
     assert windows.notes == ["10 windows of 32x32 pixels in 4 images"]
     with windows.open(9) as file, source.open(3) as same:
         assert file.read() == same.read()
-    assert windows.fingerprint == Windows(source, (32, 32), PHOTOGRAPHS, 0.0).fingerprint
-    assert windows.fingerprint != Windows(source, (16, 32), PHOTOGRAPHS, 0.0).fingerprint
+    assert windows.fingerprint == Windows(source, NativeView((32, 32)), 0.0).fingerprint
+    assert windows.fingerprint != Windows(source, NativeView((16, 32)), 0.0).fingerprint
 
 
 def test_unreadable_images_are_left_out_or_refused(tmp_path):
@@ -42,12 +42,12 @@ def test_unreadable_images_are_left_out_or_refused(tmp_path):
         np.save(tmp_path / f"{number}.npy", np.zeros((64, 64), np.uint16))
     (tmp_path / "1.npy").write_text("x")
     source = ImageFolder(tmp_path)
-    windows = Windows(source, (32, 32), Reading(1, "uint16"), 0.3)
+    windows = Windows(source, NativeView((32, 32), Reading(1, "uint16")), 0.3)
     assert [windows.name(i) for i in range(0, 12, 4)] == ["0.npy", "2.npy", "3.npy"]
     assert len(windows) == 12
     assert windows.notes[1].startswith("left out, as 1 of 4 images can't be read: 1.npy: ")
     with pytest.raises(UserError, match=r"1 of 4 images are unreadable, such as 1.npy: .*raise `max_bad_images`"):
-        Windows(source, (32, 32), Reading(1, "uint16"), 0.2)
+        Windows(source, NativeView((32, 32), Reading(1, "uint16")), 0.2)
 
 
 def test_images_smaller_than_a_window_are_refused_at_once(tmp_path):
@@ -55,9 +55,9 @@ def test_images_smaller_than_a_window_are_refused_at_once(tmp_path):
         Image.new("RGB", size).save(tmp_path / f"{number}.png")
     source = ImageFolder(tmp_path)
     with pytest.raises(UserError, match=r"1.png: has 30x40 pixels, fewer than a native window of 32x32: lower"):
-        Windows(source, (32, 32), PHOTOGRAPHS, 0.1)
-    assert len(Windows(source, (32, 32), PHOTOGRAPHS, 0.5)) == 4
-    assert len(Windows(source, (32, 32), PHOTOGRAPHS, 0.0, 0.5)) == 5
+        Windows(source, NativeView((32, 32)), 0.1)
+    assert len(Windows(source, NativeView((32, 32)), 0.5)) == 4
+    assert len(Windows(source, NativeView((32, 32), scale=(0.5, 0.5)), 0.0)) == 5
 
 
 @pytest.mark.parametrize("side", [32, 33, 63, 64, 65, 100, 128, 1000])
@@ -211,6 +211,21 @@ def test_labelled_windows_count_their_images(tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         np.save(tmp_path / f"{name}.npy", np.zeros((64, 64), np.uint16))
     images = class_folder(tmp_path)
-    windows = labelled_parts(images, Windows(images.source, (32, 32), Reading(1, "uint16"), 0.0))
+    windows = labelled_parts(images, Windows(images.source, NativeView((32, 32), Reading(1, "uint16")), 0.0))
     assert (len(windows), windows.images, images.images) == (12, 3, 3)
     assert windows.labels.tolist() == [0] * 8 + [1] * 4
+
+
+def test_windows_that_are_turned_fit_both_ways(tmp_path):
+    for name, size in (("a", (40, 80)), ("b", (80, 40)), ("c", (80, 80))):
+        Image.new("RGB", size).save(tmp_path / f"{name}.png")
+    source = ImageFolder(tmp_path)
+    upright, turned = (Windows(source, NativeView((32, 64), rotate=rotate), 1.0) for rotate in (False, True))
+    assert [image.name for image in upright.left_out] == ["a.png"]
+    assert [image.name for image in turned.left_out] == ["a.png", "b.png"]
+    view = NativeView((32, 64), rotate=True)
+    for seed in range(20):
+        with source.open(2) as file:
+            assert view(file, np.random.default_rng(seed)).shape == (32, 64, 3)
+        with source.open(1) as file, pytest.raises(OSError, match="fewer than a native window of 64x32"):
+            view(file, np.random.default_rng(seed))
