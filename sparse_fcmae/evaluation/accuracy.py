@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparse_fcmae.data.sources import BadImage, LabelledSource
-from sparse_fcmae.evaluation.run import EvaluationView, run_model
+from sparse_fcmae.data.sources import BadImage
+from sparse_fcmae.evaluation.run import EvaluationSet, check_any, run_model, together
 from sparse_fcmae.runtime.distributed import Ranks
 
 TOP = 5  # outputs among which the right one is looked for
@@ -34,32 +34,30 @@ def accuracy(logits: Tensor, labels: Tensor, classes: tuple[str, ...]) -> dict[s
 
 
 def measure(
-    models: dict[str, nn.Module], source: LabelledSource, view: EvaluationView, ranks: Ranks
+    models: dict[str, nn.Module], images: EvaluationSet, ranks: Ranks
 ) -> tuple[dict[str, float], list[BadImage]]:
     """top1, top5 and loss, the cross-entropy, of several models over the images of all ranks together, in one pass.
 
     models: by the prefix of their values' names; "ema_" gives ema_top1, ema_top5 and ema_loss. Of up to 5 classes there
-    is no top5. The models are left in training mode. source: this rank's images, which may be none. Returns the values
-    and all ranks' unreadable images, which are left out.
+    is no top5. The models are left in training mode. images: this rank's, which may be none. Returns the values and all
+    ranks' unreadable images, which are left out. Raises UserError where no rank can read any.
     """
-    sums, bad = torch.zeros(len(models), 4, dtype=torch.float64), []
-    if len(source):
-        for model in models.values():
-            model.eval()
-        outputs, index, bad = run_model(
-            source, lambda images: torch.stack([model(images) for model in models.values()], 1), view
-        )
-        for model in models.values():
-            model.train()
-        labels = source.labels[index]
-        for i, logits in enumerate(outputs.unbind(1)):
-            right = logits.topk(min(TOP, logits.shape[1]), dim=1).indices == labels[:, None]
-            loss = F.cross_entropy(logits, labels, reduction="sum")
-            sums[i] = torch.tensor([right[:, 0].sum(), right.sum(), loss, len(labels)])
+    labels, sums = images.source.labels, torch.zeros(len(models), 4, dtype=torch.float64)
+    for model in models.values():
+        model.eval()
+    outputs, index, bad = run_model(images, lambda pixels: torch.stack([model(pixels) for model in models.values()], 1))
+    for model in models.values():
+        model.train()
+    for i, logits in enumerate(outputs.unbind(1) if len(index) else ()):
+        right = logits.topk(min(TOP, logits.shape[1]), dim=1).indices == labels[index][:, None]
+        loss = F.cross_entropy(logits, labels[index], reduction="sum")
+        sums[i] = torch.tensor([right[:, 0].sum(), right.sum(), loss, len(index)])
+    sums, bad = torch.stack(ranks.gather(sums)).sum(0), together(ranks.gather(bad))
+    check_any(sums[:, 3].nonzero(), bad, images.source)
     values = {}
-    for prefix, (top1, top5, loss, images) in zip(models, torch.stack(ranks.gather(sums)).sum(0).tolist(), strict=True):
-        values[f"{prefix}top1"] = top1 / images
-        if len(source.classes) > TOP:
-            values[f"{prefix}top5"] = top5 / images
-        values[f"{prefix}loss"] = loss / images
-    return values, [image for images in ranks.gather(bad) for image in images]
+    for prefix, (top1, top5, loss, count) in zip(models, sums.tolist(), strict=True):
+        values[f"{prefix}top1"] = top1 / count
+        if len(images.source.classes) > TOP:
+            values[f"{prefix}top5"] = top5 / count
+        values[f"{prefix}loss"] = loss / count
+    return values, bad

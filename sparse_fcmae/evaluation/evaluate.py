@@ -12,9 +12,10 @@ from torch import nn
 
 from sparse_fcmae.backends import choose_dtype
 from sparse_fcmae.data.decoders.image import reading_of
-from sparse_fcmae.data.sources import BadImage, LabelledSource
+from sparse_fcmae.data.sources import BadImage
 from sparse_fcmae.data.sources.class_folder import open_held_out, open_splits
 from sparse_fcmae.data.sources.corruptions import find_corruptions
+from sparse_fcmae.data.sources.labelled import Labelled
 from sparse_fcmae.data.sources.pages import labelled_by_page
 from sparse_fcmae.data.splits import few_labels
 from sparse_fcmae.data.survey import reading_options
@@ -24,7 +25,7 @@ from sparse_fcmae.evaluation.config import EvaluateConfig
 from sparse_fcmae.evaluation.imagenet import CORRUPTIONS, mean_corruption_error, outputs_of, wordnet_ids
 from sparse_fcmae.evaluation.plots import draw_confusion
 from sparse_fcmae.evaluation.probes import features_of, linear_probe, nearest_neighbours
-from sparse_fcmae.evaluation.run import EvaluationView, run_model
+from sparse_fcmae.evaluation.run import EvaluationSet, EvaluationView, check_any, run_model
 from sparse_fcmae.model.convnext import SparseEncoder
 from sparse_fcmae.runtime.device import choose_device, loader_processes
 from sparse_fcmae.runtime.errors import UserError
@@ -127,13 +128,15 @@ def probe(config: EvaluateConfig, weights: Weights, view: EvaluationView) -> dic
     train, held_out = (labelled_by_page(part, view.reading) for part in (train, held_out))
     held_out.notes = [note for note in held_out.notes if note not in train.notes]  # which are printed for both
     encoder = weights.encoder(config.backend).to(view.device)
-    features, labels, bad = features_of(train, encoder, view, "training images")
-    queries, truth, bad_queries = features_of(held_out, encoder, view, "held-out images")
+    features, labels, bad = features_of(EvaluationSet(train, view), encoder, "training images")
+    check_any(labels, bad, train)
+    queries, truth, bad_queries = features_of(EvaluationSet(held_out, view), encoder, "held-out images")
+    check_any(truth, bad_queries, held_out)
     found = {
         "data": config.data,
         "train_images": len(labels),
         "images": len(truth),
-        "unreadable": [*(image.name for image in (*train.left_out, *held_out.left_out, *bad, *bad_queries))],
+        "unreadable": [image.name for image in bad + bad_queries],
     }
     if config.knn:
         predicted = nearest_neighbours(features, labels, queries, config.neighbours)
@@ -156,7 +159,7 @@ def classify(config: EvaluateConfig, weights: Weights, view: EvaluationView) -> 
     model = weights.classifier(config.backend).to(view.device)
     source = labelled_by_page(source, view.reading)
     found, bad = accuracy_on(source, model, weights, view, "evaluating")
-    return {"data": str(source), **split, "unreadable": [image.name for image in (*source.left_out, *bad)], **found}
+    return {"data": str(source), **split, "unreadable": [image.name for image in bad], **found}
 
 
 def warn_of_another_split(config: EvaluateConfig) -> None:
@@ -176,7 +179,7 @@ def classify_corrupted(
     config: EvaluateConfig,
     weights: Weights,
     view: EvaluationView,
-    corruptions: dict[str, dict[str, Callable[[], LabelledSource]]],
+    corruptions: dict[str, dict[str, Callable[[], Labelled]]],
 ) -> dict[str, Any]:
     """Error of the classifier by corruption and severity, the mean over all, and mCE where it is defined."""
     if config.crop_fraction is None:  # ImageNet-C's images are cropped already
@@ -207,7 +210,7 @@ def classify_corrupted(
 
 
 def accuracy_on(
-    source: LabelledSource, model: nn.Module, weights: Weights, view: EvaluationView, description: str
+    source: Labelled, model: nn.Module, weights: Weights, view: EvaluationView, description: str
 ) -> tuple[dict[str, Any], list[BadImage]]:
     """Accuracy of a classifier on labelled images, and the images that are unreadable and left out.
 
@@ -215,7 +218,8 @@ def accuracy_on(
     in ImageNet-A and -R, it is chosen among these alone.
     """
     outputs = outputs_of(source.classes, weights.num_classes, weights.classes)
-    logits, index, bad = run_model(source, model, view, description)
+    logits, index, bad = run_model(EvaluationSet(source, view), model, description)
+    check_any(index, bad, source)
     labels = source.labels[index]
     some_of_imagenet = len(outputs) < weights.num_classes == 1000 and set(source.classes) <= set(wordnet_ids())
     if some_of_imagenet:

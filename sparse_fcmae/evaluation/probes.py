@@ -7,10 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparse_fcmae.data.config import SourceConfig
-from sparse_fcmae.data.sources import BadImage, LabelledSource
+from sparse_fcmae.data.sources import BadImage
 from sparse_fcmae.data.sources.class_folder import USUAL, open_train_and_held_out
 from sparse_fcmae.data.sources.pages import labelled_by_page
-from sparse_fcmae.evaluation.run import EvaluationView, run_model
+from sparse_fcmae.evaluation.run import EvaluationSet, EvaluationView, check_any, run_model, together
 from sparse_fcmae.model.convnext import SparseEncoder
 from sparse_fcmae.runtime.distributed import Ranks
 
@@ -19,14 +19,14 @@ PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # on the linear probe's weights, of w
 
 
 def features_of(
-    source: LabelledSource, encoder: SparseEncoder, view: EvaluationView, description: str | None = None
+    images: EvaluationSet, encoder: SparseEncoder, description: str | None = None
 ) -> tuple[Tensor, Tensor, list[BadImage]]:
-    """An encoder's features of all images of a source, averaged over the positions: float32 [N, D].
+    """An encoder's features of all images of a set, averaged over the positions: float32 [N, D].
 
     Returns with them the images' labels, int64 [N], and the unreadable images, which are left out.
     """
-    features, index, bad = run_model(source, lambda images: encoder(images).float().mean((2, 3)), view, description)
-    return features, source.labels[index], bad
+    features, index, bad = run_model(images, lambda pixels: encoder(pixels).float().mean((2, 3)), description)
+    return features, images.source.labels[index], bad
 
 
 def nearest_neighbours(
@@ -55,16 +55,17 @@ class KNNMonitor:
     def __init__(
         self, root: str | os.PathLike, view: EvaluationView, ranks: Ranks, config: SourceConfig = USUAL
     ) -> None:
-        self.view, self.ranks = view, ranks
-        parts = open_train_and_held_out(root, config=config)
-        train, held_out = (labelled_by_page(part, view.reading) for part in parts)
-        self.train = train.take(range(ranks.rank, len(train), ranks.world))
-        self.held_out = held_out.take(range(ranks.rank, len(held_out), ranks.world))
+        self.ranks = ranks
+        parts = ranks.main_first(
+            lambda: [labelled_by_page(part, view.reading) for part in open_train_and_held_out(root, config=config)]
+        )
+        own = (part.take(range(ranks.rank, len(part), ranks.world)) for part in parts)
+        self.train, self.held_out = (EvaluationSet(part, view) for part in own)
 
     def top1(self, encoder: SparseEncoder) -> tuple[float, list[BadImage]]:
         """The fraction of the held-out images whose class their neighbours vote for, and the unreadable images.
 
-        To be called by all ranks. The unreadable images are left out.
+        To be called by all ranks. The unreadable images are left out. Raises UserError where none is readable.
         """
         features, labels, bad = self._gathered_features(self.train, encoder)
         queries, truth, bad_queries = self._gathered_features(self.held_out, encoder)
@@ -72,12 +73,13 @@ class KNNMonitor:
         return right.float().mean().item(), bad + bad_queries
 
     def _gathered_features(
-        self, source: LabelledSource, encoder: SparseEncoder
+        self, images: EvaluationSet, encoder: SparseEncoder
     ) -> tuple[Tensor, Tensor, list[BadImage]]:
-        """`features_of` the parts of all ranks. A part has no images where there are fewer images than ranks."""
-        part = features_of(source, encoder, self.view) if len(source) else None
-        features, labels, bad = zip(*(found for found in self.ranks.gather(part) if found), strict=True)
-        return torch.cat(features), torch.cat(labels), [image for images in bad for image in images]
+        """Features and labels of the parts of all ranks, some of which may have no images that can be read."""
+        features, labels, bad = zip(*self.ranks.gather(features_of(images, encoder)), strict=True)
+        bad = together(bad)
+        check_any(torch.cat(labels), bad, images.source)
+        return torch.cat([part for part in features if len(part)]), torch.cat(labels), bad
 
 
 def linear_probe(features: Tensor, labels: Tensor, queries: Tensor) -> Tensor:

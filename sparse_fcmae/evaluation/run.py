@@ -1,7 +1,7 @@
 """A model run over all images of a source."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +12,7 @@ from sparse_fcmae.data.batches import EvaluationImages, make_loader
 from sparse_fcmae.data.decoders.image import Reading
 from sparse_fcmae.data.format import ImageFormat
 from sparse_fcmae.data.sources import BadImage, ImageSource
+from sparse_fcmae.data.sources.labelled import Labelled
 from sparse_fcmae.data.sources.windows import Covering
 from sparse_fcmae.data.views import CentreView
 from sparse_fcmae.runtime.errors import UserError
@@ -38,55 +39,72 @@ class EvaluationView:
     native: bool = False
 
 
+class EvaluationSet:
+    """What a model sees of labelled images: the images, or under native windows those that cover them.
+
+    Made once, it can be run over again and again. seen: the samples. image_of: int64, for each of them the index of its
+    image in the source. left_out: the images of which there is nothing to see.
+    """
+
+    def __init__(self, source: Labelled, view: EvaluationView) -> None:
+        self.source, self.view = source, view
+        self.seen: ImageSource = source
+        self.image_of, self.left_out = torch.arange(len(source)), list(source.left_out)
+        if view.native and len(source):
+            self.seen = windows = Covering(source, view.size, view.reading)
+            self.image_of = self.image_of.repeat_interleave(torch.from_numpy(windows.counts()))
+            self.left_out += windows.left_out
+
+
 @torch.no_grad()
 def run_model(
-    source: ImageSource, function: Callable[[Tensor], Tensor], view: EvaluationView, description: str | None = None
+    images: EvaluationSet, function: Callable[[Tensor], Tensor], description: str | None = None
 ) -> tuple[Tensor, Tensor, list[BadImage]]:
-    """Applies a function of normalised images [B, C, H, W], such as a model, to all images of a source.
+    """Applies a function of normalised images [B, C, H, W], such as a model, to all images of a set.
 
     Under native windows an image's output is the mean over those that cover it. Returns the outputs, float32 [N, ...]
     on the CPU, the index of the image that each is of, int64 [N], and the unreadable images, which are left out, as are
-    those with an unreadable window. description: the text of a progress bar, which the source's notes precede; None for
-    neither bar nor notes. Raises UserError where no image is readable.
+    those with an unreadable window; `check_any` raises where N is 0. description: the text of a progress bar, which the
+    source's notes precede; None for neither bar nor notes.
     """
-    seen, image_of, bad = _seen(source, view)
+    source, seen, image_of, view = images.source, images.seen, images.image_of, images.view
     dataset = EvaluationImages(seen, CentreView(view.size, view.reading, 1.0 if view.native else view.crop_fraction))
     batches = [part.tolist() for part in torch.arange(len(seen)).split(view.batch_size)]
     loader = make_loader(dataset, batches, view.num_workers, pin_memory=view.device.type == "cuda")
-    sums, read = torch.empty(0), torch.zeros(len(source), dtype=torch.int64)
+    sums, read, bad = None, torch.zeros(len(source), dtype=torch.int64), list(images.left_out)
     unit = "window" if view.native else "image"
     with tqdm(total=len(seen), desc=description, unit=unit, disable=not description, dynamic_ncols=True) as bar:
         for note in seen.notes if description else ():
             bar.write(note, file=sys.stderr)
-        for batch in loader:
+        for batch in loader if len(seen) else ():
             bad += batch.bad
             if len(batch.pixels):
-                images = view.form.normalise(batch.pixels.to(view.device, non_blocking=True))
+                pixels = view.form.normalise(batch.pixels.to(view.device, non_blocking=True))
                 with torch.autocast(view.device.type, torch.bfloat16, enabled=view.bf16):
-                    outputs = function(images).float().cpu()
-                if not read.any():
+                    outputs = function(pixels).float().cpu()
+                if sums is None:
                     sums = outputs.new_zeros(len(source), *outputs.shape[1:])
-                sums.index_add_(0, image_of[batch.index], outputs)
-                read += image_of[batch.index].bincount(minlength=len(source))
+                of = image_of[batch.index]
+                sums.index_add_(0, of, outputs)
+                read.index_add_(0, of, torch.ones_like(of))
             bar.update(len(batch.pixels) + len(batch.bad))
+    expected = image_of.bincount(minlength=len(source))
     if view.native:  # each window of an image may have said the same
-        bad = list({image.name: image for image in bad}.values())
-    index = torch.nonzero((read == image_of.bincount(minlength=len(source))) & (read > 0))[:, 0]
-    if not len(index):
-        raise UserError(f"no image of {source} is readable: {bad[0].name}: {bad[0].reason}")
+        reasons = dict(bad)
+        names = [source.name(int(index)) for index in torch.nonzero(read < expected)]
+        bad = [*images.left_out, *(BadImage(name, reasons[name]) for name in names)]
+    index = torch.nonzero((read == expected) & (read > 0))[:, 0]
+    if sums is None:
+        return torch.empty(0), index, bad
     return sums[index] / read[index].view(-1, *[1] * (sums.ndim - 1)), index, bad
 
 
-def _seen(source: ImageSource, view: EvaluationView) -> tuple[ImageSource, Tensor, list[BadImage]]:
-    """What the model sees of a source: its images, or the windows that cover them.
+def together(of_ranks: Sequence[Sequence[BadImage]]) -> list[BadImage]:
+    """The unreadable images of all ranks. Those that all have left out come once."""
+    return list(dict.fromkeys(image for of_rank in of_ranks for image in of_rank))
 
-    Returns with it the index of the image that each is of, int64, and the images of which there is no window.
-    """
-    if not view.native:
-        return source, torch.arange(len(source)), []
-    windows = Covering(source, view.size, view.reading)
-    return (
-        windows,
-        torch.arange(len(source)).repeat_interleave(torch.from_numpy(windows.counts())),
-        list(windows.left_out),
-    )
+
+def check_any(index: Tensor, bad: Sequence[BadImage], source: ImageSource) -> None:
+    """Raises UserError where no image was readable. index, bad: as `run_model` gives them, of all ranks together."""
+    if not len(index):
+        raise UserError(f"no image of {source} is readable: {bad[0].name}: {bad[0].reason}")

@@ -67,7 +67,7 @@ class Ranks:
     def main_first(self, do: Callable[[], T]) -> T:
         """What all ranks do, the others after the main one, which keeps on the disk what they would find out again.
 
-        A UserError of the main rank is raised on all ranks, so that none waits for it.
+        Where the main rank raises an exception, the others raise a UserError of the same text.
         """
         if self.world == 1:
             return do()
@@ -80,8 +80,8 @@ class Ranks:
             return do()
         try:
             return do()
-        except UserError as error:
-            problem = str(error)
+        except BaseException as error:
+            problem = str(error) or type(error).__name__
             raise
         finally:
             store.set(key, problem)

@@ -23,6 +23,7 @@ from sparse_fcmae.data.splits import few_labels
 from sparse_fcmae.data.survey import check_fits
 from sparse_fcmae.data.views import NativeView, RandomView
 from sparse_fcmae.evaluation.accuracy import measure
+from sparse_fcmae.evaluation.run import EvaluationSet
 from sparse_fcmae.model.convnext import SIZES
 from sparse_fcmae.runtime.checkpoint_folder import newest_checkpoint
 from sparse_fcmae.runtime.distributed import Ranks, process_group
@@ -106,9 +107,9 @@ class Classification(Task):
         self.training_view = training_view(config, self.size, self.form, augment)
         images = (self.source, held_out)
         self.source, held_out = ranks.main_first(lambda: samples_of(*images, self.training_view, config.max_bad_images))
-        self.held_out = held_out.take(range(ranks.rank, len(held_out), ranks.world))
-        self.notes += self.source.notes
-        self.view = evaluation_view(config, self.size, self.form, ranks.device)
+        self.notes += [*self.source.notes, *(note for note in held_out.notes if note not in self.source.notes)]
+        own = held_out.take(range(ranks.rank, len(held_out), ranks.world))
+        self.held_out = EvaluationSet(own, evaluation_view(config, self.size, self.form, ranks.device))
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad) / 1e6
         self.description = (
             f"{self.model.name} on {ranks.device}, backend {resolve_backend(config.backend, ranks.device.type).name}, "
@@ -145,7 +146,7 @@ class Classification(Task):
 
     def evaluate(self, log: RunLog) -> dict[str, float]:
         models = {"": self.model, "ema_": self.ema.module} if self.ema else {"": self.model}
-        values, unreadable = measure(models, self.held_out, self.view, self.ranks)
+        values, unreadable = measure(models, self.held_out, self.ranks)
         log.say_left_out(unreadable)
         return values
 

@@ -9,7 +9,7 @@ from sparse_fcmae.data.batches import make_loader, micro_batches
 from sparse_fcmae.runtime.checkpoint_folder import damaged_checkpoints, newest_checkpoint
 from sparse_fcmae.runtime.device import loader_processes
 from sparse_fcmae.runtime.distributed import averaging
-from sparse_fcmae.runtime.errors import Interrupted
+from sparse_fcmae.runtime.errors import Interrupted, UserError
 from sparse_fcmae.runtime.run_folder import RunFolder
 from sparse_fcmae.training.checkpoint import Checkpoints, check_images, restore
 from sparse_fcmae.training.log import RunLog
@@ -31,6 +31,8 @@ def train(task: Task) -> Path:
     run = RunFolder(config.out, config.task)
     if config.resume:
         check_images(run, task)  # before the schedule, which other images would not fit either
+    if len(set(ranks.gather(task.source.fingerprint))) > 1:
+        raise UserError(f"the processes see different images in {config.data}: are all files there, on each machine?")
     schedule = Schedule.of(config, len(task.source), ranks.world, task.min_lr)
     optimizer = task.optimizer()
     ranks.by_main(lambda: run.hold(config))

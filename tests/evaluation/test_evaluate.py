@@ -12,7 +12,7 @@ from sparse_fcmae.data.decoders.image import PHOTOGRAPHS
 from sparse_fcmae.data.format import ImageFormat
 from sparse_fcmae.data.sources.class_folder import class_folder, open_splits
 from sparse_fcmae.evaluation.imagenet import ALEXNET, wordnet_ids
-from sparse_fcmae.evaluation.run import EvaluationView, run_model
+from sparse_fcmae.evaluation.run import EvaluationSet, EvaluationView, run_model
 from sparse_fcmae.model.convnext import SparseEncoder
 from sparse_fcmae.weights.convert import export_model
 
@@ -30,7 +30,7 @@ def trained(colours, folder, outputs=("blue", "green", "red"), classes=None):
     model = randomise(create_classifier("atto", num_classes=len(outputs), image_size=32, stem_stride=1)).eval()
     data = class_folder(colours / "train")
     view = EvaluationView((32, 32), ImageFormat.imagenet(), PHOTOGRAPHS, 1.0, torch.device("cpu"))
-    x, index, _ = run_model(data, lambda images: model.norm(create_features(model, images)), view)
+    x, index, _ = run_model(EvaluationSet(data, view), lambda images: model.norm(create_features(model, images)))
     centre = x.mean(0)
     with torch.no_grad():
         model.head.weight.zero_()

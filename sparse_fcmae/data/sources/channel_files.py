@@ -56,7 +56,8 @@ class ChannelFiles:
 
     def open(self, index: int) -> BinaryIO:
         """The bytes of an image's files."""
-        return FilesTogether([path.read_bytes() for path in self._paths(self.names[index])])
+        name = self.names[index]
+        return FilesTogether([(self.root / template.replace(NAME, name)).read_bytes() for template in self.templates])
 
     def name(self, index: int) -> str:
         """What an image's files have in common."""
@@ -64,8 +65,5 @@ class ChannelFiles:
 
     def version(self) -> str | None:
         """A digest of the files' sizes and times of change."""
-        return version_of(path for name in self.names for path in self._paths(name))
-
-    def _paths(self, name: str) -> list[Path]:
-        """An image's files."""
-        return [self.root / template.replace(NAME, name) for template in self.templates]
+        names = (template.replace(NAME, name) for name in self.names for template in self.templates)
+        return version_of(self.root, names)

@@ -6,17 +6,15 @@ from collections.abc import Callable, Collection
 from functools import partial
 from pathlib import Path
 
-from sparse_fcmae.data.sources import LabelledSource
 from sparse_fcmae.data.sources.class_folder import class_folder
 from sparse_fcmae.data.sources.folder import check_folder
+from sparse_fcmae.data.sources.labelled import Labelled
 from sparse_fcmae.runtime.errors import UserError
 
 SEVERITIES = 5
 
 
-def find_corruptions(
-    root: str | os.PathLike, names: Collection[str]
-) -> dict[str, dict[str, Callable[[], LabelledSource]]]:
+def find_corruptions(root: str | os.PathLike, names: Collection[str]) -> dict[str, dict[str, Callable[[], Labelled]]]:
     """For each corruption, by severity, what opens its images. names: those of all corruptions.
 
     Corruptions are looked for one and two levels below `root`. The result is empty where there are none. Raises

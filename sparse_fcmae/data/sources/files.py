@@ -101,8 +101,8 @@ class ImageFiles:
         return printable(self.files[index])
 
     def version(self) -> str | None:
-        """A digest of the files' sizes and times of change; None where there are addresses, Zarr folders or none."""
-        return version_of(None if is_address(file) else self.root / file for file in self.files)
+        """As `version_of` has it; None where there are addresses."""
+        return version_of(self.root, self.files)
 
 
 def fingerprint_of(files: Iterable[str]) -> str:
@@ -114,18 +114,26 @@ def fingerprint_of(files: Iterable[str]) -> str:
     return digest.hexdigest()
 
 
-def version_of(paths: Iterable[Path | None]) -> str | None:
-    """A digest of the sizes and times of change of files; None where one is missing or is no file."""
+def version_of(root: Path, files: Iterable[str]) -> str | None:
+    """A digest of where files are, and of their sizes and times of change, in a Zarr folder of all that is in it.
+
+    files: paths that relative ones start at `root`. None where there are addresses.
+    """
     found = array("q")
-    for path in paths:
+    for file in files:
+        if is_address(file):
+            return None
+        path = root / file
         try:
-            status = os.stat(path) if path else None
+            status = os.stat(path)
         except OSError:
-            return None
-        if status is None or not stat.S_ISREG(status.st_mode):
-            return None
-        found.extend((status.st_size, status.st_mtime_ns))
-    return hashlib.sha256(found).hexdigest()
+            found.extend((-1, -1))
+            continue
+        parts = [status]
+        if stat.S_ISDIR(status.st_mode):
+            parts += [os.stat(os.path.join(at, name)) for at, _, names in os.walk(path) for name in sorted(names)]
+        found.extend(number for part in parts for number in (part.st_size, part.st_mtime_ns))
+    return hashlib.sha256(os.path.abspath(root).encode(errors="surrogateescape") + found.tobytes()).hexdigest()
 
 
 def printable(name: str) -> str:

@@ -28,7 +28,7 @@ class Parts(Derived):
     what: what the parts are, for their count to be kept by. count: of an open image, which raises OSError for one that
     has none. left_out: what can't be opened or has none. All images are opened to count their parts. Where that takes
     long it is kept in the user's cache until an image changes. Raises UserError where more than the fraction
-    `max_bad_images` is left out.
+    `max_bad_images` is left out, or all; None for never.
     """
 
     def __init__(
@@ -37,18 +37,18 @@ class Parts(Derived):
         reading: Reading,
         what: str,
         count: Callable[[OpenImage], int],
-        max_bad_images: float,
+        max_bad_images: float | None,
     ) -> None:
         # the parts of a file are as large as each other, so that one is enough
         each = source.counts() if isinstance(source, Parts) else np.ones(len(source), np.int64)
         found, bad, kept = _counted(source, each, replace(reading, page=0), what, count)
         counts, named = found.repeat(each), [f"{name}: {reason}" for name, reason in bad[:NAMED]]
-        if len(bad) > max_bad_images * len(each):
+        if max_bad_images is not None and len(bad) > max_bad_images * len(each):
             raise UserError(
                 f"{len(bad)} of {len(each)} images are unreadable, such as {named[0]}: raise `max_bad_images`, or "
                 "remove them"
             )
-        if not counts.any():
+        if max_bad_images is not None and not counts.any():
             raise UserError(f"{source}: none of its {len(each)} images can be read, such as {named[0]}")
         self.source, self.left_out = source, bad
         self.ends, self.readable = counts.cumsum(), int((counts > 0).sum())
@@ -90,7 +90,7 @@ def _counted(
     bad: list[BadImage] = []
 
     def look_at(numbers: np.ndarray, found: np.ndarray) -> Index:
-        for number in tqdm(numbers, desc="sizes", unit="image", leave=False, dynamic_ncols=True):
+        for number in tqdm(numbers, desc="sizes", unit="image", delay=2, leave=False):
             index = int(firsts[number])
             try:
                 with source.open(index) as file:

@@ -40,7 +40,8 @@ class RemoteFolder(ImageFiles):
     def version(self) -> str | None:
         """A digest of the files' sizes and versions, where the server tells all of these."""
         known = bool((self.sizes > 0).all() and (self.versions != b"").all())
-        return hashlib.sha256(self.sizes.tobytes() + self.versions.tobytes()).hexdigest() if known else None
+        place = self.root_address.encode()
+        return hashlib.sha256(place + self.sizes.tobytes() + self.versions.tobytes()).hexdigest() if known else None
 
     def rows(self) -> Rows:
         """The images with the classes and splits that their folders name, as in train/cat/1.jpg or cat/1.jpg."""

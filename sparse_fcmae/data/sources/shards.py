@@ -55,7 +55,7 @@ class TarShards:
         self.place, self.shards, self.pieces = place, list(shards), pieces
         self.versions = versions(self.shards)
         places = (shard if is_address(shard) else os.path.abspath(shard) for shard in self.shards)
-        key = "\0".join(
+        key = self.version_text = "\0".join(
             f"{place}\0{size}\0{version}" for place, (size, version) in zip(places, self.versions, strict=True)
         )
         index, self.notes = remembered("tar", f"{sorted(image_extensions())}\0{key}", self._index)
@@ -87,9 +87,10 @@ class TarShards:
         """The archive and the image's path in it."""
         return printable(f"{os.path.basename(self.shards[self.shard[index]])}/{self.names[index]}")
 
-    def version(self) -> str:
-        """The sizes and versions of the archives."""
-        return str(self.versions)
+    def version(self) -> str | None:
+        """Where the archives are, their sizes and versions; None where a server does not tell these."""
+        known = all(version for _, version in self.versions)
+        return self.version_text if known else None
 
     def rows(self) -> Rows:
         """The images with their classes, and with the splits that the archives' names begin with, as train-000.tar."""

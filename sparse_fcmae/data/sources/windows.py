@@ -3,28 +3,37 @@
 import math
 import os
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, NamedTuple
 
 from sparse_fcmae.data.decoders import open_image
-from sparse_fcmae.data.decoders.image import OpenImage, Reading
+from sparse_fcmae.data.decoders.image import Box, OpenImage, Reading
 from sparse_fcmae.data.decoders.window import Window, covering
 from sparse_fcmae.data.sources import ImageSource
 from sparse_fcmae.data.sources.parts import Parts
 from sparse_fcmae.data.views import NativeView, check_window
 
 
+class Opened(NamedTuple):
+    """An image that a process keeps open. key: the process, and the image's number. boxes: of the windows on it."""
+
+    key: tuple[int, int]
+    image: OpenImage
+    boxes: list[Box]
+    files: ExitStack
+
+
 class Covering(Parts):
     """The windows of (height, width) pixels that cover the images of a source, each an image of its own.
 
     Images that can't be opened, or are smaller than a window, are left out. A process keeps the image open that it has
-    opened last, so that neighbouring windows decode it once. Raises UserError where no image can be read.
+    opened last, so that neighbouring windows decode it once.
     """
 
     def __init__(self, source: ImageSource, window: tuple[int, int], reading: Reading) -> None:
         self.window, self.reading = window, reading
-        self._opened: tuple[tuple[int, int], OpenImage, ExitStack] | None = None
+        self._opened: Opened | None = None
         height, width = window
-        super().__init__(source, reading, f"covering {height}x{width}", self._count, max_bad_images=1.0)
+        super().__init__(source, reading, f"covering {height}x{width}", self._count, max_bad_images=None)
         self.describe(f"windows of {height}x{width} pixels cover {self.readable} images")
 
     def _count(self, image: OpenImage) -> int:
@@ -36,20 +45,23 @@ class Covering(Parts):
 
     def open(self, index: int) -> Window:
         """A window of an image."""
-        image = self._image(self.whole(index))
-        return Window(image, covering(*image.size, self.window)[self.number(index)])
+        whole = self.whole(index)
+        opened = self._opened_image(whole)
+        if len(opened.boxes) != self.ends[whole] - (self.ends[whole - 1] if whole else 0):
+            raise OSError("has another size than when its windows were counted: has the file changed?")
+        return Window(opened.image, opened.boxes[self.number(index)])
 
-    def _image(self, whole: int) -> OpenImage:
+    def _opened_image(self, whole: int) -> Opened:
         """An image, which stays open until another one is asked for."""
         key = os.getpid(), whole
-        if self._opened is None or self._opened[0] != key:
+        if self._opened is None or self._opened.key != key:
             if self._opened:
-                self._opened[2].close()
+                self._opened.files.close()
                 self._opened = None
             with ExitStack() as files:
                 image = open_image(files.enter_context(self.source.open(whole)), self.reading)
-                self._opened = key, image, files.pop_all()
-        return self._opened[1]
+                self._opened = Opened(key, image, covering(*image.size, self.window), files.pop_all())
+        return self._opened
 
 
 class Windows(Parts):

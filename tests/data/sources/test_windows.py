@@ -12,6 +12,7 @@ from sparse_fcmae.data.config import SourceConfig
 from sparse_fcmae.data.decoders.image import Reading
 from sparse_fcmae.data.decoders.window import covering
 from sparse_fcmae.data.sources.class_folder import class_folder
+from sparse_fcmae.data.sources.files import ImageFiles
 from sparse_fcmae.data.sources.folder import ImageFolder
 from sparse_fcmae.data.sources.labelled import Labelled
 from sparse_fcmae.data.sources.opening import open_images
@@ -125,7 +126,6 @@ def test_an_image_is_opened_once_for_its_windows(counted_images, monkeypatch):
 def test_a_forked_process_opens_its_own(counted_images):
     _, source = counted_images
     windows, reading = Covering(source, (32, 32), Reading(1, "uint16")), Reading(1, "uint16")
-    windows.open(0)
     image = windows.open(0).image
     context = multiprocessing.get_context("fork")
     queue = context.SimpleQueue()
@@ -200,10 +200,32 @@ def test_versions_follow_the_bytes(tmp_path, tmp_path_factory, monkeypatch, kind
 
 
 def test_what_can_change_unseen_has_no_version(tmp_path):
-    (tmp_path / "x.zarr").mkdir()
-    assert open_images(tmp_path).version() is None
+    np.save(tmp_path / "x.npy", np.zeros((4, 4)))
     assert open_images([np.zeros((4, 4))]).version() is None
     assert Several([open_images(tmp_path), open_images([np.zeros((4, 4))])]).version() is None
+    assert ImageFiles("", tmp_path, ["x.npy", "s3://bucket/x.npy"]).version() is None
+
+
+def test_what_is_missing_and_zarr_folders_have_versions_too(tmp_path):
+    (tmp_path / "x.zarr" / "0").mkdir(parents=True)
+    (tmp_path / "x.zarr" / "0" / "chunk").write_bytes(b"1")
+    source = ImageFiles("", tmp_path, ["x.zarr", "missing.npy"])
+    versions = [source.version()]
+    (tmp_path / "x.zarr" / "0" / "chunk").write_bytes(b"12")
+    versions.append(source.version())
+    np.save(tmp_path / "missing.npy", np.zeros(3))
+    versions.append(source.version())
+    (tmp_path / "elsewhere").mkdir()
+    versions.append(ImageFiles("", tmp_path / "elsewhere", ["x.zarr", "missing.npy"]).version())
+    assert len({*versions, None}) == 5
+
+
+def test_an_image_that_has_changed_since_its_windows_were_counted_is_said(counted_images, tmp_path):
+    _, source = counted_images
+    windows = Covering(source, (32, 32), Reading(1, "uint16"))
+    np.save(tmp_path / "0.npy", np.zeros((70, 32), np.uint16))
+    with pytest.raises(OSError, match="has another size than when its windows were counted: has the file changed"):
+        windows.open(0)
 
 
 def test_labelled_windows_count_their_images(tmp_path):
