@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from sparse_fcmae.data.config import FormatConfig
 from sparse_fcmae.data.decoders import open_image
-from sparse_fcmae.data.decoders.image import MissingLibrary, OpenImage, Reading, counted, reading_of
+from sparse_fcmae.data.decoders.image import MissingLibrary, OpenImage, PagesUnsaid, Reading, counted, reading_of
 from sparse_fcmae.data.format import FLOATS, ImageFormat
 from sparse_fcmae.data.sources import ImageSource
 from sparse_fcmae.runtime.errors import UserError
@@ -150,11 +150,14 @@ def _kind(source: ImageSource, reading: Reading, max_bad_images: float) -> tuple
     examples: dict[Kind, str] = {}
     problems: Counter[str] = Counter()
     broken, grey, indices = [], True, spread(source, LOOKED_AT)
+    stacks: list[str] = []
     hint, lacking = None, 0  # channels of an image that lacks some of those to be read
     for index in indices:
         image = _look(source, index, lambda file: open_image(file, reading))
         if isinstance(image, MissingLibrary):
             problems[str(image).replace("needs", "need")] += 1
+        elif isinstance(image, PagesUnsaid):
+            stacks.append(f"{source.name(index)} {one_line(image)}")
         elif isinstance(image, Exception):
             broken.append(f"{source.name(index)}: {one_line(image)}")
         else:
@@ -176,12 +179,14 @@ def _kind(source: ImageSource, reading: Reading, max_bad_images: float) -> tuple
     if not kinds and lacking:
         raise UserError(f"`channels` {', '.join(map(str, reading.channels))}: the images have {lacking}")
     if not kinds:
-        raise UserError(f"{source}: none of the {len(indices)} images looked at can be read: {broken[0]}")
+        raise UserError(f"{source}: none of the {len(indices)} images looked at can be read: {(stacks or broken)[0]}")
     if grey and kinds[GREY_PHOTOGRAPH] and kinds[GREY_ARRAY]:  # which are read in the same way
         kinds[GREY_PHOTOGRAPH] += kinds.pop(GREY_ARRAY)
     (chosen, _), *others = kinds.most_common()
     for kind, count in others:
         lines.append(f"{count} of the {len(indices)} images looked at are {kind}, such as {examples[kind]}")
+    if stacks:
+        lines.append(f"{len(stacks)} of the {len(indices)} images looked at have several pages: {stacks[0]}")
     bad, expected = len(indices) - kinds[chosen], max_bad_images * len(indices)
     chance = 0 if len(indices) == len(source) else CERTAIN * expected**0.5
     if bad > expected + chance and bad > len(broken):  # broken files are named when training meets them

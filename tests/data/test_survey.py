@@ -239,3 +239,17 @@ def test_weights_keep_their_selection_of_channels(tmp_path):
     folder = arrays(tmp_path / "x", np.random.default_rng(10).integers(0, 4096, (4, 16, 16, 6)).astype(np.uint16))
     weights = ImageFormat("uint16", (1.0, 2.0, 3.0), (1.0, 1.0, 1.0), channels=(4, 3, 2))
     assert survey_of(folder, weights)[0] == weights
+
+
+def test_files_of_several_pages_count_as_another_kind(tmp_path):
+    """More of them than may be unreadable are refused before training, fewer are said."""
+    frames = [Image.new("RGB", (40, 40), colour) for colour in ("red", "green")]
+    for number in range(20):
+        frames[0].save(tmp_path / f"{number:02}.jpg")
+    for number in (20, 21):
+        frames[0].save(tmp_path / f"{number}.gif", save_all=True, append_images=frames[1:])
+    text = r"2 of the 22 images looked at have several pages: 20.gif has 2 frames: --pages says what they are"
+    with pytest.raises(UserError, match=text):
+        survey(ImageFolder(tmp_path), FormatConfig(), 0, max_bad_images=0.05)
+    _, notes = survey(ImageFolder(tmp_path), FormatConfig(), 0, max_bad_images=0.5)
+    assert "they count as unreadable" in notes[0]

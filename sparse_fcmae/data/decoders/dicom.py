@@ -19,15 +19,17 @@ def recognises(head: bytes) -> bool:
 def open_image(file: BinaryIO, reading: Reading) -> OpenImage:
     """The image in a file, in the units that its slope and intercept give, such as Hounsfield's.
 
-    Light is high: where a file says that its least values are white, they are turned round. Raises OSError where there
-    is no image, or one that can't be decoded.
+    Light is high: where a file says that its least values are white, they are turned round. Padding is missing. Raises
+    OSError where there is no image, one in palette colours, or one that can't be decoded.
     """
     pydicom = library("pydicom", "medical")
     try:
         data = pydicom.dcmread(file)
         reading.check_size(data.Columns, data.Rows)
+        if data.PhotometricInterpretation == "PALETTE COLOR":
+            raise OSError("has palette colours: save it in grey or RGB")
         frames, alone = int(data.get("NumberOfFrames") or 1), reading.pages == "images"
-        values = _values(data, (reading.page or 0) if alone else None)
+        values = _values(data, frames, (reading.page or 0) if alone else None)
     except OSError:
         raise
     except Exception as error:  # of attributes that are missing, and of each decoder
@@ -40,20 +42,47 @@ def open_image(file: BinaryIO, reading: Reading) -> OpenImage:
     return image
 
 
-def _values(data: Any, frame: int | None) -> np.ndarray:
-    """The values of a data set's frames or of one, integers where slope and intercept are."""
+def _values(data: Any, frames: int, frame: int | None) -> np.ndarray:
+    """The values of a data set's frames or of one: integers where slopes and intercepts are and nothing is missing."""
     stored = library("pydicom.pixels", "medical").pixel_array(data, index=frame)
     if data.get("SamplesPerPixel", 1) != 1:
         return stored  # in RGB, as pydicom converts YBR
-    slope, intercept = float(data.get("RescaleSlope", 1)), float(data.get("RescaleIntercept", 0))
+    rescales = [_rescale(data, number) for number in range(frames)]
     low, high = (-(1 << data.BitsStored - 1), (1 << data.BitsStored - 1) - 1)
     if not data.PixelRepresentation:
         low, high = 0, (1 << data.BitsStored) - 1
+    absent = _padding(data, stored)
     if data.PhotometricInterpretation == "MONOCHROME1":
         stored = low + high - stored.astype(np.int64)
-    if not (slope.is_integer() and intercept.is_integer()):
-        return (stored * np.float64(slope) + intercept).astype(np.float32)
-    ends = sorted((int(low * slope + intercept), int(high * slope + intercept)))
-    fitting = (np.uint8, np.uint16) if ends[0] >= 0 else (np.int16,)
-    dtype = next((d for d in fitting if np.iinfo(d).min <= ends[0] and ends[1] <= np.iinfo(d).max), np.int32)
-    return (stored.astype(np.int64) * int(slope) + int(intercept)).astype(dtype)
+    of_each = np.array(rescales if frame is None else rescales[frame : frame + 1]).reshape(-1, 1, 1, 2)
+    slope, intercept = of_each[..., 0], of_each[..., 1]
+    exact = stored.reshape(-1, *stored.shape[-2:]) * slope + intercept
+    if absent is not None:
+        return np.where(absent.reshape(exact.shape), np.nan, exact).astype(np.float32)
+    if not all(number.is_integer() for rescale in rescales for number in rescale):
+        return exact.astype(np.float32)
+    ends = [end * s + i for s, i in rescales for end in (low, high)]
+    fitting = (np.uint8, np.uint16) if min(ends) >= 0 else (np.int16,)
+    limits = ((d, np.iinfo(d)) for d in (*fitting, np.int32))
+    dtype = next((d for d, limit in limits if limit.min <= min(ends) and max(ends) <= limit.max), None)
+    if dtype is None:
+        raise OSError(f"has values from {min(ends):g} to {max(ends):g}, beyond 32 bits")
+    return exact.astype(dtype)
+
+
+def _rescale(data: Any, frame: int) -> tuple[float, float]:
+    """Slope and intercept of a frame: those of its functional groups, of the shared ones, or of the whole file."""
+    of_frames, shared = (data.get(f"{of}FunctionalGroupsSequence") or [] for of in ("PerFrame", "Shared"))
+    for group in (*of_frames[frame : frame + 1], *shared[:1]):
+        for found in group.get("PixelValueTransformationSequence") or []:
+            return float(found.RescaleSlope), float(found.RescaleIntercept)
+    return float(data.get("RescaleSlope", 1)), float(data.get("RescaleIntercept", 0))
+
+
+def _padding(data: Any, stored: np.ndarray) -> np.ndarray | None:
+    """Where stored values are padding, None where a file declares none."""
+    first = data.get("PixelPaddingValue")
+    if first is None:
+        return None
+    ends = sorted((int(first), int(data.get("PixelPaddingRangeLimit", first))))
+    return (stored >= ends[0]) & (stored <= ends[1])

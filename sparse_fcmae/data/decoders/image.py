@@ -2,6 +2,7 @@
 
 import importlib
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,17 @@ EXTRAS = {  # and their packages
 BAND = 1024  # rows that are decoded at once where all are
 LEAST_KNOWN = 0.5  # of a resampled value's weights that are on values: with fewer it is missing
 ROUNDED = {"float64": "float32"}  # dtypes that are read as another one
+TURNS: dict[
+    int, Callable[[np.ndarray], np.ndarray]
+] = {  # by the value of the orientation's tag, what makes [H, W, C] upright
+    2: lambda image: image[:, ::-1],
+    3: lambda image: image[::-1, ::-1],
+    4: lambda image: image[::-1],
+    5: lambda image: image.swapaxes(0, 1),
+    6: lambda image: np.rot90(image, -1),
+    7: lambda image: np.rot90(image, 2).swapaxes(0, 1),
+    8: lambda image: np.rot90(image),
+}
 Box = tuple[int, int, int, int]  # left, top, right, bottom, in pixels
 
 
@@ -79,6 +91,10 @@ def library(name: str, extra: str) -> Any:
     except ImportError:
         packages = " ".join(EXTRAS[extra])
         raise MissingLibrary(f"needs {name}: pip install {packages} (the extra {extra})") from None
+
+
+class PagesUnsaid(OSError):
+    """A file of several pages, of which nothing says what they are."""
 
 
 class OpenImage(ABC):
@@ -177,6 +193,8 @@ def resampled(crop: np.ndarray, size: tuple[int, int]) -> Tensor:
     else:
         share = resize(known.to(exact.dtype))
         result = torch.where(share > LEAST_KNOWN, resize(exact.nan_to_num(0.0)) / share, torch.nan)
+    if crop.dtype == np.float16:
+        result = result.clamp(*(float(limit) for limit in (np.finfo(np.float16).min, np.finfo(np.float16).max)))
     return result[0].movedim(0, -1).to(values.dtype).contiguous()
 
 

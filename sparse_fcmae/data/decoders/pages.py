@@ -6,7 +6,7 @@ from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 
-from sparse_fcmae.data.decoders.image import ArrayImage, Reading
+from sparse_fcmae.data.decoders.image import ROUNDED, ArrayImage, PagesUnsaid, Reading
 
 CHANNELS = "CS"  # letters of the axes that count channels and samples; all but these, X and Y count pages
 
@@ -78,7 +78,7 @@ def open_stack(
     """
     count, _, _, channels = stack.shape
     if count > 1 and reading.pages is None:
-        raise OSError(f"has {count} {what}: --pages says what they are, channels, max or images")
+        raise PagesUnsaid(f"has {count} {what}: --pages says what they are, channels, max or images")
     number = reading.page or 0
     if number >= count:
         raise OSError(f"has {count} {what}, and page {number + 1} is to be read: has the file changed?")
@@ -103,6 +103,8 @@ def greatest(pages: np.ndarray, missing: float | None) -> np.ndarray:
     result.
     """
     absent = pages == missing if missing is not None else np.zeros(pages.shape, bool)
+    with np.errstate(over="ignore"):  # what is beyond float32 is missing
+        pages = pages.astype(ROUNDED.get(pages.dtype.name, pages.dtype))
     if pages.dtype.kind == "f":
         absent |= ~np.isfinite(pages)
         least = -np.inf

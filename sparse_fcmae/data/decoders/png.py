@@ -4,7 +4,8 @@ from typing import BinaryIO
 
 import numpy as np
 
-from sparse_fcmae.data.decoders.image import ArrayImage, OpenImage, Reading, library
+from sparse_fcmae.data.decoders import photograph
+from sparse_fcmae.data.decoders.image import TURNS, ArrayImage, OpenImage, Reading, library
 
 MAGIC = b"\x89PNG\r\n\x1a\n"
 DEPTH, KIND = 24, 25  # where a file says how many bits a value has, and what a pixel has
@@ -17,10 +18,15 @@ def recognises(head: bytes) -> bool:
 
 
 def open_image(file: BinaryIO, reading: Reading) -> OpenImage:
-    """The image in a file. An alpha channel counts as a channel."""
+    """The image in a file, upright. An alpha channel counts as a channel. Raises OSError for an animation."""
     codec = library("imagecodecs", "microscopy")
     try:
-        values = codec.png_decode(file.read())
+        values = np.atleast_3d(codec.png_decode(file.read()))
     except codec.PngError as error:
         raise OSError(f"a damaged PNG: {error}") from None
-    return ArrayImage(np.atleast_3d(values), reading)
+    file.seek(0)
+    header = photograph.opened(file)
+    if header.is_animated:
+        raise OSError(f"has {header.n_frames} frames of 16 bits: save each as a file of its own")
+    turn = TURNS.get(header.getexif().get(photograph.ORIENTATION, 1))
+    return ArrayImage(turn(values) if turn else values, reading)

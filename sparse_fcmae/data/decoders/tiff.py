@@ -6,7 +6,8 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any, BinaryIO
 
@@ -15,7 +16,7 @@ from PIL import Image
 
 from sparse_fcmae.data.decoders import photograph
 from sparse_fcmae.data.decoders.arrays import KNOWN
-from sparse_fcmae.data.decoders.image import ArrayImage, OpenImage, Reading, library
+from sparse_fcmae.data.decoders.image import TURNS, ArrayImage, OpenImage, Reading, library
 from sparse_fcmae.data.decoders.pages import AxesStack, Stack, open_stack
 from sparse_fcmae.data.format import DTYPES
 
@@ -23,15 +24,6 @@ warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.TiffImageP
 MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 BITS, PHOTOMETRIC, PLANAR, EXTRA_SAMPLES, SAMPLE_FORMAT, NODATA = 258, 262, 284, 338, 339, 42113  # tags
 ORIENTATION = 274
-TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {  # by the tag's value, what makes [H, W, C] upright
-    2: lambda image: image[:, ::-1],
-    3: lambda image: image[::-1, ::-1],
-    4: lambda image: image[::-1],
-    5: lambda image: image.swapaxes(0, 1),
-    6: lambda image: np.rot90(image, -1),
-    7: lambda image: np.rot90(image, 2).swapaxes(0, 1),
-    8: lambda image: np.rot90(image),
-}
 WHITE_IS_LEAST, PALETTE, CMYK, ALPHA = 0, 3, 5, (1, 2)  # values of PHOTOMETRIC and of EXTRA_SAMPLES
 MASK = 4  # the bit of a page's type that says it is one, as GDAL writes it: 1 where there are values
 OPEN_AT_ONCE = 16  # files of many pages that a process keeps open
@@ -132,6 +124,7 @@ def _image_of(tiff: Any, file: BinaryIO, reading: Reading) -> OpenImage:
     if page.photometric == WHITE_IS_LEAST and stack.dtype.kind == "u":
         stack = Reversed(stack, (1 << page.bitspersample) - 1)
         missing = None if missing is None else stack.greatest - missing
+        reading = replace(reading, nodata=None if reading.nodata is None else stack.greatest - reading.nodata)
     valid = next((TiffPage(mask) for mask in masks if mask.shape == (sizes["Y"], sizes["X"])), None)
     image = open_stack(stack, reading, f"pages (axes {letters})", missing, valid)
     orientation = tiff.pages[0].tags.get(ORIENTATION)

@@ -51,6 +51,8 @@ class MapStyleImages:
             item = item.filename
         if isinstance(item, str | os.PathLike):
             return ImageFiles("", "", [os.fspath(item)]).open(0)
+        if getattr(item, "is_animated", False):
+            raise OSError(f"has {item.n_frames} frames: give each as an image of its own")
         if isinstance(item, Image.Image):
             item = item.copy()  # as an image that is read may be turned and reduced
         return InMemory(item.numpy(force=True) if isinstance(item, Tensor) else item)

@@ -1,5 +1,8 @@
 """The frames of animated GIF, PNG, WebP and AVIF are pages, of which none is dropped in silence."""
 
+import io
+
+import imagecodecs
 import numpy as np
 import pytest
 from PIL import Image, ImageSequence, features
@@ -58,3 +61,21 @@ def test_previews_within_a_photograph_are_no_pages(tmp_path):
     colours[0].save(tmp_path / "x.mpo", save_all=True, append_images=colours[1:])
     pixels = open_image(tmp_path / "x.mpo", Reading()).resized_crop(WHOLE, (24, 40))
     assert pixels.float().mean((0, 1)).tolist() == pytest.approx([254, 0, 0], abs=1)
+
+
+def test_frames_of_sixteen_bits_and_of_other_formats_are_not_dropped(tmp_path):
+    still = [Image.fromarray(np.full((8, 8), value, np.uint8)) for value in (1, 2)]
+    still[0].save(tmp_path / "x.png", save_all=True, append_images=still[1:])
+    eight = (tmp_path / "x.png").read_bytes()
+    place = eight.index(b"acTL") - 4
+    sixteen = imagecodecs.png_encode(np.zeros((8, 8, 3), np.uint16))
+    (tmp_path / "x.png").write_bytes(sixteen[:33] + eight[place : place + 20] + sixteen[33:])
+    with pytest.raises(OSError, match=r"has \d frames of 16 bits: save each as a file of its own"):
+        open_image(tmp_path / "x.png", Reading(3, "uint16"))
+
+
+def test_an_open_animation_is_refused(animation):
+    with Image.open(io.BytesIO(animation[0].read_bytes())) as image:
+        source = open_images([image])
+        with pytest.raises(OSError, match="has 4 frames: give each as an image of its own"):
+            source.open(0)

@@ -1,6 +1,7 @@
 """DICOM files against the numbers that they were made of."""
 
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pydicom
@@ -96,3 +97,54 @@ def test_what_can_not_be_read_is_said(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pydicom", None)
     with pytest.raises(OSError, match=r"needs pydicom: pip install pydicom \(the extra medical\)"):
         open_image(tmp_path / "x.dcm", Reading())
+
+
+def groups(slope, intercept):
+    """A functional group with a slope and an intercept."""
+    values = pydicom.Dataset()
+    values.RescaleSlope, values.RescaleIntercept, values.RescaleType = slope, intercept, "HU"
+    group = pydicom.Dataset()
+    group.PixelValueTransformationSequence = [values]
+    return group
+
+
+def test_slopes_of_functional_groups(tmp_path):
+    """As enhanced files have them: one for all frames, or one for each."""
+    stored = np.arange(8, dtype=np.uint16).reshape(2, 2, 2)
+    shared = {"SharedFunctionalGroupsSequence": [groups(2, -1024)], "RescaleSlope": 7}
+    write(tmp_path / "x.dcm", stored, **shared)
+    reading = Reading(1, "int16", pages="images")
+    found = read(tmp_path / "x.dcm", replace(reading, dtype="int32", page=1))
+    assert found[..., 0].tolist() == [[-1016, -1014], [-1012, -1010]]
+    each = {"PerFrameFunctionalGroupsSequence": [groups(1, 0), groups(100, -5)]}
+    write(tmp_path / "x.dcm", stored, bits=6, **shared, **each)
+    for page, expected in ((0, stored[0]), (1, stored[1] * 100 - 5)):
+        assert np.array_equal(read(tmp_path / "x.dcm", replace(reading, page=page))[..., 0], expected)
+    both = read(tmp_path / "x.dcm", Reading(2, "int16", pages="channels"))
+    assert np.array_equal(both, np.stack([stored[0], stored[1] * 100 - 5], -1))
+    write(tmp_path / "x.dcm", stored, **{"PerFrameFunctionalGroupsSequence": [groups(1, 0), groups(0.5, 0)]})
+    assert np.array_equal(read(tmp_path / "x.dcm", replace(reading, dtype="float32", page=1))[..., 0], stored[1] / 2)
+    write(tmp_path / "x.dcm", stored, RescaleSlope="1000000")
+    with pytest.raises(OSError, match=r"has values from 0 to 6.5535e.10, beyond 32 bits"):
+        read(tmp_path / "x.dcm", replace(reading, page=0))
+
+
+def test_padding_is_missing(tmp_path):
+    stored = np.array([[-2000, 3], [-1999, 5]], np.int16)
+    padding = {"PixelPaddingValue": -2000, "RescaleSlope": 2, "RescaleIntercept": -10}
+    write(tmp_path / "x.dcm", stored, signed=True, **padding)
+    found = read(tmp_path / "x.dcm", Reading(1, "float32"))[..., 0]
+    assert np.array_equal(found, np.array([[np.nan, -4], [-4008, 0]], np.float32), equal_nan=True)
+    write(tmp_path / "x.dcm", stored, signed=True, **padding, PixelPaddingRangeLimit=-1500)
+    found = read(tmp_path / "x.dcm", Reading(1, "float32"))[..., 0]
+    assert np.array_equal(found, np.array([[np.nan, -4], [np.nan, 0]], np.float32), equal_nan=True)
+    stored = np.array([[0, 3], [255, 5]], np.uint8)
+    write(tmp_path / "x.dcm", stored, photometric="MONOCHROME1", PixelPaddingValue=0)
+    found = read(tmp_path / "x.dcm", Reading(1, "float32"))[..., 0]
+    assert np.array_equal(found, np.array([[np.nan, 252], [0, 250]], np.float32), equal_nan=True)
+
+
+def test_palette_colours_are_refused(tmp_path):
+    write(tmp_path / "x.dcm", np.zeros((2, 2), np.uint8), photometric="PALETTE COLOR")
+    with pytest.raises(OSError, match="has palette colours: save it in grey or RGB"):
+        read(tmp_path / "x.dcm", Reading(1))

@@ -221,3 +221,16 @@ def test_the_greatest_value_is_of_those_that_are_there(tmp_path, dtype, missing)
     tifffile.imwrite(tmp_path / "x.tif", stack, photometric="minisblack", extratags=tags)
     found = box(tmp_path / "x.tif", Reading(1, "float32", pages="max"), (0, 0, 50, 40))
     assert np.array_equal(found[..., 0], exact.astype(np.float32), equal_nan=True)
+
+
+def test_what_is_beyond_float32_is_not_the_greatest(tmp_path):
+    stack = np.array([1e300, 2.0, -np.inf, 5.0]).reshape(4, 1, 1) * np.ones((4, 8, 9))
+    np.save(tmp_path / "x.npy", stack)
+    assert (box(tmp_path / "x.npy", Reading(1, "float32", pages="max"), (0, 0, 9, 8)) == 5).all()
+
+
+def test_the_no_data_value_of_a_white_is_least_tiff_is_the_stored_one(tmp_path):
+    values = np.array([[0, 1000], [65535, 7]], np.uint16)
+    tifffile.imwrite(tmp_path / "x.tif", values, photometric="miniswhite")
+    found = box(tmp_path / "x.tif", Reading(1, "float32", nodata=0), (0, 0, 2, 2))[..., 0]
+    assert np.array_equal(found, np.array([[np.nan, 64535], [0, 65528]], np.float32), equal_nan=True)

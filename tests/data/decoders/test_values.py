@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tifffile
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from sparse_fcmae.data.decoders import open_image
 from sparse_fcmae.data.decoders.image import Reading, resampled
@@ -299,3 +299,29 @@ def test_values_that_pillow_would_not_keep_are_refused(tmp_path):
     assert np.array_equal(read(tmp_path / "y.pgm", Reading(1, "int32"))[..., 0], grey)
     (tmp_path / "y.ppm").write_bytes(b"P6 4 2 255\n" + bytes(24))
     assert read(tmp_path / "y.ppm", Reading()).shape == (2, 4, 3)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_sixteen_bit_colour_is_upright(tmp_path, orientation):
+    """As Pillow turns the same pixels in 8 bits."""
+    values = np.random.default_rng(0).integers(0, 256, (4, 8, 3)).astype(np.uint8)
+    exif = Image.Exif()
+    exif[274] = orientation
+    Image.fromarray(values).save(tmp_path / "x.png", exif=exif)
+    expected = np.asarray(ImageOps.exif_transpose(Image.open(tmp_path / "x.png"))).astype(np.uint16) * 257
+    eight = (tmp_path / "x.png").read_bytes()
+    place = eight.index(b"eXIf") - 4
+    chunk = eight[place : place + 12 + int.from_bytes(eight[place : place + 4], "big")]
+    sixteen = imagecodecs.png_encode(values.astype(np.uint16) * 257)
+    (tmp_path / "x.png").write_bytes(sixteen[:33] + chunk + sixteen[33:])
+    found = read(tmp_path / "x.png", Reading(3, "uint16"))
+    assert np.array_equal(found, expected)
+
+
+def test_resampled_half_floats_stay_finite(tmp_path):
+    values = np.where(np.arange(64) % 8 < 4, 65504, -65504).astype(np.float16) * np.ones((64, 1), np.float16)
+    np.save(tmp_path / "x.npy", values)
+    with open(tmp_path / "x.npy", "rb") as file:
+        found = open_image(file, Reading(1, "float16")).resized_crop((0, 0, 64, 64), (96, 96))
+    assert found.isfinite().all()
+    assert found.abs().max() == 65504
