@@ -267,6 +267,9 @@ def say(message: str) -> int:
 
     Of several processes the first says it. Another one waits, as torchrun ends it if the first has said the same.
     """
+    if "tqdm" in sys.modules:  # a bar that the mistake has left would stand in front of it
+        for bar in list(getattr(sys.modules["tqdm"].tqdm, "_instances", ())):
+            bar.close()
     rank = os.environ.get("RANK", "0")
     if rank != "0":
         time.sleep(OTHERS_WAIT)

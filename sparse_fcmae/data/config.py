@@ -44,7 +44,7 @@ class ReadingConfig(SourceConfig):
         help="what the pages of a file are: channels, images of their own, or max for the greatest value of each pixel",
         choices=("channels", "images", "max"),
     )
-    nodata: float | None = option(None, help="the value of pixels without data [what a TIFF says]")
+    nodata: float | None = option(None, help="the value of pixels without data, whatever files say [what a TIFF says]")
 
 
 @dataclass(frozen=True, kw_only=True)

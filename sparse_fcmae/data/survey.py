@@ -150,8 +150,7 @@ def _kind(source: ImageSource, reading: Reading, max_bad_images: float) -> tuple
     examples: dict[Kind, str] = {}
     problems: Counter[str] = Counter()
     broken, grey, indices = [], True, spread(source, LOOKED_AT)
-    stacks: list[str] = []
-    hint, lacking = None, 0  # channels of an image that lacks some of those to be read
+    stacks, lacking, hint = list[str](), list[str](), None  # lacking: some of the channels that are to be read
     for index in indices:
         image = _look(source, index, lambda file: open_image(file, reading))
         if isinstance(image, MissingLibrary):
@@ -166,7 +165,7 @@ def _kind(source: ImageSource, reading: Reading, max_bad_images: float) -> tuple
             if reading.channels and max(reading.channels) <= channels:
                 channels, as_colour = len(reading.channels), False
             elif reading.channels:
-                lacking = channels
+                lacking.append(f"{source.name(index)} with {channels}")
                 continue
             kind = Kind(image.dtype, channels, as_colour)
             kinds[kind] += 1
@@ -177,7 +176,8 @@ def _kind(source: ImageSource, reading: Reading, max_bad_images: float) -> tuple
     if problems.total() > kinds.total():
         raise UserError(f"{source}: {lines[0]}")
     if not kinds and lacking:
-        raise UserError(f"`channels` {', '.join(map(str, reading.channels))}: the images have {lacking}")
+        asked = ", ".join(map(str, reading.channels))
+        raise UserError(f"`channels` {asked}: the images have fewer, such as {lacking[0]}")
     if not kinds:
         raise UserError(f"{source}: none of the {len(indices)} images looked at can be read: {(stacks or broken)[0]}")
     if grey and kinds[GREY_PHOTOGRAPH] and kinds[GREY_ARRAY]:  # which are read in the same way
@@ -185,16 +185,18 @@ def _kind(source: ImageSource, reading: Reading, max_bad_images: float) -> tuple
     (chosen, _), *others = kinds.most_common()
     for kind, count in others:
         lines.append(f"{count} of the {len(indices)} images looked at are {kind}, such as {examples[kind]}")
+    if lacking:
+        lines.append(f"{len(lacking)} of the {len(indices)} images looked at have fewer channels, such as {lacking[0]}")
     if stacks:
         lines.append(f"{len(stacks)} of the {len(indices)} images looked at have several pages: {stacks[0]}")
     bad, expected = len(indices) - kinds[chosen], max_bad_images * len(indices)
     chance = 0 if len(indices) == len(source) else CERTAIN * expected**0.5
     if bad > expected + chance and bad > len(broken):  # broken files are named when training meets them
         raise UserError(
-            f"{source}: {'; '.join(lines)}: more are {chosen}, so choose these by a pattern or a list, or raise "
+            f"{source}: {'; '.join(lines)}: the others are {chosen}, so choose these by a pattern or a list, or raise "
             "`max_bad_images`"
         )
-    lines = [f"{line}: they count as unreadable, as more are {chosen}" for line in lines]
+    lines = [f"{line}: they count as unreadable, as the others are {chosen}" for line in lines]
     return chosen, grey, [*lines, *([as_flags(hint, ["pages"])] if hint else [])]
 
 

@@ -30,7 +30,7 @@ from sparse_fcmae.model.convnext import SparseEncoder
 from sparse_fcmae.runtime.device import choose_device, loader_processes
 from sparse_fcmae.runtime.errors import UserError
 from sparse_fcmae.runtime.files import write_atomic, write_json, writing
-from sparse_fcmae.runtime.options import check, image_size_of, keywords_of
+from sparse_fcmae.runtime.options import check, check_paths, image_size_of, keywords_of
 from sparse_fcmae.runtime.run_folder import RunFolder
 from sparse_fcmae.weights.read import Weights, read_weights
 
@@ -60,6 +60,7 @@ def evaluate(options: dict[str, Any]) -> dict[str, Any]:
 
 def checked(options: dict[str, Any]) -> EvaluateConfig:
     """The config of options. Raises UserError for options that can't be; touches nothing on the disk."""
+    check_paths(EvaluateConfig, options)
     for name, what in (("data", "the images"), ("init", "the weights")):
         if not options.get(name):
             raise UserError(f"`{name}` is missing: name {what}")

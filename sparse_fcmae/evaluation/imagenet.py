@@ -63,7 +63,7 @@ def outputs_of(classes: Sequence[str], num_classes: int, names: Sequence[str] | 
             return torch.tensor([output_of[name] for name in classes])
     if names:
         unknown, known = min(set(classes) - set(names)), ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
-        raise UserError(f"class folder {unknown} is none of the head's {num_classes} classes: {known}")
+        raise UserError(f"class {unknown} is none of the head's {num_classes} classes: {known}")
     raise UserError(
         f"`data` has {len(classes)} class folders but the head {num_classes} outputs, whose names are not known: give "
         "data with the head's classes"

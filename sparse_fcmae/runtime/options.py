@@ -63,6 +63,19 @@ def options_of(config: type) -> list[Field]:
     return sorted(fields(config), key=lambda f: f.name not in config.__annotations__)
 
 
+def all_paths(value: Any) -> bool:
+    """Whether a value is a path or several ones."""
+    return all(isinstance(path, str | os.PathLike) for path in (value if isinstance(value, list | tuple) else [value]))
+
+
+def check_paths(kind: type, options: dict[str, Any]) -> None:
+    """Raises UserError for the first option of a config's class that is to name files or folders, and is no path."""
+    for f in fields(kind):
+        value = options.get(f.name)
+        if f.metadata.get("path") and value is not None and not all_paths(value):
+            raise UserError(f"`{f.name}` is of the type {type(value).__name__}: give a path")
+
+
 def check(config: Any) -> None:
     """Raises UserError for the first option that is not finite, not among its choices, or out of its bounds."""
     for f in fields(config):

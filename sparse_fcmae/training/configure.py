@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from sparse_fcmae.runtime.errors import UserError
-from sparse_fcmae.runtime.options import check, differences, image_size_of, shown_size
+from sparse_fcmae.runtime.options import check, check_paths, differences, image_size_of, shown_size
 from sparse_fcmae.runtime.run_folder import RunFolder
 from sparse_fcmae.training.config import OF_WEIGHTS, RunConfig
 
@@ -19,6 +19,7 @@ def configure(kind: type[Config], given: dict[str, Any]) -> Config:
     With resume=True an option that is not given has the value in the run's folder. Raises UserError for values out of
     range, and for a folder that can't be used as asked.
     """
+    check_paths(kind, given)
     options = _written_out(kind, given)
     try:
         os.fspath(options.get("out", "")).encode()

@@ -5,6 +5,7 @@ the model of its size.
 """
 
 import argparse
+import os
 import pickle
 import re
 from collections.abc import Callable
@@ -53,9 +54,9 @@ def load_classifier(path: str | Path, *, backend: str = "auto") -> Classifier:
 def load_transform(path: str | Path, crop_fraction: float | None = None) -> Callable[..., Tensor]:
     """What makes of an image's file the image that the model of a checkpoint takes: float32 [C, H, W], normalised.
 
-    path: as in `read_weights`. crop_fraction: as in `CentreView`; None for what suits
-    the size or, where the model was trained on native windows, for the window in the middle. The function takes a
-    path, a binary file or an image of Pillow's, and raises OSError for an image that the model does not take. Where
+    path: as in `read_weights`. crop_fraction: as in `CentreView`; None for what suits the size or, where the model was
+    trained on native windows, for the window in the middle. The function takes a path, a binary file, an image of
+    Pillow's, an array or a tensor, and raises OSError for an image that the model does not take. Where
     the pages of a file are images of their own, it takes the number of one too, counted from 0, as `page`.
     """
     weights = read_weights(path)
@@ -63,8 +64,14 @@ def load_transform(path: str | Path, crop_fraction: float | None = None) -> Call
     native = form.native and crop_fraction is None
     view = CentreView(size, reading_of(form), crop_fraction or default_crop_fraction(size), native)
 
-    def transform(file: File, page: int | None = None) -> Tensor:
-        return form.normalise(view(file if page is None else Page(file, page))[None])[0]
+    def transform(file: File | Tensor, page: int | None = None) -> Tensor:
+        if isinstance(file, Tensor):
+            file = file.numpy(force=True)
+        try:
+            return form.normalise(view(file if page is None else Page(file, page))[None])[0]
+        except OSError as error:
+            name = file if isinstance(file, str | os.PathLike) else f"the {type(file).__name__}"
+            raise OSError(f"{name}: {error}") from None
 
     return transform
 

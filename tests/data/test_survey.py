@@ -80,7 +80,7 @@ def test_channels_are_selected(tmp_path):
         survey_of(folder, channels="4,3,2", in_chans=5)
     with pytest.raises(UserError, match="`channels` 0,1: they are counted from 1"):
         survey_of(folder, channels="0,1")
-    with pytest.raises(UserError, match="`channels` 14: the images have 13"):
+    with pytest.raises(UserError, match=r"`channels` 14: the images have fewer, such as .* with 13"):
         survey_of(folder, channels="14")
 
 
@@ -91,8 +91,8 @@ def test_most_images_decide_and_the_others_are_said(tmp_path):
     form, notes = survey_of(folder)
     assert (form.dtype, form.in_chans) == ("uint16", 1)
     assert notes[0] == (
-        "1 of the 7 images looked at are photographs of 8 bits, such as photo.png: they count as unreadable, as more "
-        "are of 1 channel of uint16"
+        "1 of the 7 images looked at are photographs of 8 bits, such as photo.png: they count as unreadable, as the "
+        "others are of 1 channel of uint16"
     )
 
 
@@ -253,3 +253,14 @@ def test_files_of_several_pages_count_as_another_kind(tmp_path):
         survey(ImageFolder(tmp_path), FormatConfig(), 0, max_bad_images=0.05)
     _, notes = survey(ImageFolder(tmp_path), FormatConfig(), 0, max_bad_images=0.5)
     assert "they count as unreadable" in notes[0]
+
+
+def test_images_with_fewer_channels_than_asked_for_are_said_or_refused(tmp_path):
+    for number in range(10):
+        np.save(tmp_path / f"{number}.npy", np.ones((8, 8, 5 if number < 3 else 4), np.float32) * number)
+    config = FormatConfig(channels="5")
+    text = r"7 of the 10 images looked at have fewer channels, such as 3.npy with 4"
+    with pytest.raises(UserError, match=f"{text}: the others are of 1 channel of float32"):
+        survey(ImageFolder(tmp_path), config, 0, max_bad_images=0.01)
+    _, notes = survey(ImageFolder(tmp_path), config, 0)
+    assert notes[0].startswith(text)

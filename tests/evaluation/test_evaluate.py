@@ -171,7 +171,7 @@ def test_mistakes_are_one_line(colours, encoder, tmp_path, capsys, monkeypatch):
         ({"data": tmp_path / "none", "init": tmp_path / "ours"}, "no such folder"),
         (
             {"data": tmp_path / "other", "init": tmp_path / "ours"},
-            "class folder cyan is none of the head's 3 classes: blue, green, red",
+            "class cyan is none of the head's 3 classes: blue, green, red",
         ),
         ({"data": data, "init": tmp_path / "ours", "labels-per-class": 3}, "goes with --knn or --linear-probe alone"),
         ({"data": data, "init": tmp_path / "ours", "crop-fraction": 0}, "--crop-fraction must be greater than 0"),

@@ -22,9 +22,9 @@ def test_outputs_of_classes():
     assert outputs_of(numbers, 1000, None).tolist() == [10, 9]
     for classes, outputs, names, message in (
         (some, 5, None, "`data` has 2 class folders but the head 5 outputs"),
-        (some, 2, ["a", "b"], f"class folder {ids[7]} is none of the head's 2 classes: a, b"),
+        (some, 2, ["a", "b"], f"class {ids[7]} is none of the head's 2 classes: a, b"),
         (some, 1000, words, "is none of the head's 1000 classes: word 0, "),
-        (numbers, 11, words[:11], "class folder 10 is none"),
+        (numbers, 11, words[:11], "class 10 is none"),
     ):
         with pytest.raises(UserError, match=message):
             outputs_of(classes, outputs, names)

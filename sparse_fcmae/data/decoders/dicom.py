@@ -65,9 +65,9 @@ def _values(data: Any, frames: int, frame: int | None) -> np.ndarray:
     fitting = (np.uint8, np.uint16) if min(ends) >= 0 else (np.int16,)
     limits = ((d, np.iinfo(d)) for d in (*fitting, np.int32))
     dtype = next((d for d, limit in limits if limit.min <= min(ends) and max(ends) <= limit.max), None)
-    if dtype is None:
-        raise OSError(f"has values from {min(ends):g} to {max(ends):g}, beyond 32 bits")
-    return exact.astype(dtype)
+    if dtype is None and max(abs(exact.min()), abs(exact.max())) > np.iinfo(np.int32).max:
+        raise OSError(f"has values from {exact.min():g} to {exact.max():g}, beyond 32 bits")
+    return exact.astype(dtype or np.int32)
 
 
 def _rescale(data: Any, frame: int) -> tuple[float, float]:

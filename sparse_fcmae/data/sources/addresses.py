@@ -34,7 +34,7 @@ WAITS = 1.0, 2.0, 4.0, 8.0  # seconds before each further try
 FILES_AT_ONCE, ASKED_AT_ONCE = 4, 32  # that are copied to the disk, and whose versions are asked for
 SCANNED_EVERY = 0.01  # of the limit: so much is written by a process before the cache is looked through
 NOT_FOUND, AGAIN = 404, (408, 429)  # the status of an answer, and those after which to try again
-LASTING = ("NoCredentialsError", "GatedRepoError", "RepositoryNotFoundError")  # errors that stay
+LASTING = ("GatedRepoError", "RepositoryNotFoundError")  # errors that stay
 LEFT = 0.9  # of the limit that is kept where it was exceeded
 VERSIONS = (  # what file systems call a file's version
     "ETag",
@@ -87,12 +87,14 @@ def reach(address: str, ask: Callable[[Any, str], T]) -> T:
             error, cause = caught, caught.__cause__  # web servers that can't be reached have no file, as fsspec has it
             if isinstance(error, FileNotFoundError):
                 if not isinstance(cause, OSError) and getattr(cause, "status", NOT_FOUND) == NOT_FOUND:
-                    raise
+                    raise FileNotFoundError(errno.ENOENT, "no such file or folder", address) from None
                 error = cause
             if getattr(error, "errno", None) == errno.ENOSPC:
                 raise UserError(f"{address}: no space left in {cache_folder()}: XDG_CACHE_HOME names another") from None
             wait = next(waits, None)
             refused = 400 <= getattr(error, "status", 0) < 500 and error.status not in AGAIN
+            if type(error).__name__ == "NoCredentialsError":
+                raise OSError("no credentials: set AWS_PROFILE, or for a public bucket FSSPEC_S3_ANON=true") from None
             if wait is None or refused or isinstance(error, ValueError) or type(error).__name__ in LASTING:
                 raise OSError(f"can't be reached: {one_line(error)}") from None
         tqdm.write(f"{address}: {one_line(error)}: trying again in {wait:g} s", file=sys.stderr)

@@ -4,7 +4,7 @@ import torch
 from PIL import Image
 from torch.utils.data import TensorDataset
 
-from sparse_fcmae import UserError, inspect, pretrain
+from sparse_fcmae import UserError, evaluate, finetune, inspect, pretrain
 from sparse_fcmae.data.batches import TrainingImages, make_loader
 from sparse_fcmae.data.decoders import open_image
 from sparse_fcmae.data.decoders.image import Reading
@@ -107,3 +107,9 @@ def test_what_can_not_be_data_is_said(tmp_path):
     with pytest.raises(UserError, match="`data` is missing"):
         pretrain(data=None, out=tmp_path / "run")
     assert inspect(data=VALUES)["images"] == 12
+
+
+def test_only_pretraining_takes_objects(tmp_path):
+    for start in (finetune, evaluate):
+        with pytest.raises(UserError, match="`data` is of the type ndarray: give a path"):
+            start(data=VALUES, init=tmp_path)
