@@ -6,8 +6,10 @@ and goes on with them when it is resumed.
 
 import atexit
 import multiprocessing
+import re
 import signal
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
 from typing import Any, BinaryIO, NamedTuple
 from weakref import WeakSet
@@ -15,13 +17,15 @@ from weakref import WeakSet
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from sparse_fcmae.data.sources import BadImage, ImageSource
+from sparse_fcmae.runtime.errors import UserError
 from sparse_fcmae.runtime.files import one_line
 from sparse_fcmae.runtime.signals import STOPPING
 from sparse_fcmae.runtime.streams import Stream, numpy_generator
 
+KILLED = re.compile(r"DataLoader worker \(pid")  # how PyTorch's error begins
 TRIES = 10  # images that are opened for one sample before it is given up
 LOADER_PROCESSES: WeakSet[BaseProcess] = WeakSet()  # that this process has started
 
@@ -102,10 +106,10 @@ def micro_batches(
             yield keys[start : start + micro_batch_size]
 
 
-def make_loader(dataset: Dataset, batches: Iterable[list], num_workers: int, pin_memory: bool) -> DataLoader:
+def make_loader(dataset: Dataset, batches: Iterable[list], num_workers: int, pin_memory: bool) -> "Loader":
     """A loader of `Batch`es, one for each list of keys in `batches`. 0 processes load in the calling one."""
     return Loader(
-        dataset,
+        Noted(dataset, num_workers),
         batch_sampler=batches,
         num_workers=num_workers,
         collate_fn=_collate,
@@ -114,14 +118,46 @@ def make_loader(dataset: Dataset, batches: Iterable[list], num_workers: int, pin
     )
 
 
+class Noted(Dataset):
+    """A data set of which each loader process notes the image that it reads.
+
+    reading: int64 [processes], the indices of these images, shared by all processes; -1 before the first.
+    """
+
+    def __init__(self, dataset: Dataset, processes: int) -> None:
+        self.dataset, self.reading = dataset, torch.full((processes,), -1).share_memory_()
+
+    def __getitem__(self, key: Any) -> Sample:
+        if process := get_worker_info():
+            self.reading[process.id] = key[1] if isinstance(key, tuple) else key
+        return self.dataset[key]
+
+
 class Loader(DataLoader):
     """A DataLoader whose processes ignore the signals that stop a run, and are ended at exit all the same."""
 
-    def __iter__(self) -> Any:
+    def __iter__(self) -> Iterator[Batch]:
         before = multiprocessing.active_children()
         batches = super().__iter__()
         LOADER_PROCESSES.update(process for process in multiprocessing.active_children() if process not in before)
+        self.processes = getattr(batches, "_workers", [])
         return batches
+
+    @contextmanager
+    def explained(self) -> Iterator[None]:
+        """Has what PyTorch raises where one of the processes was killed, at any moment, be a UserError instead."""
+        try:
+            yield
+        except RuntimeError as error:
+            if not KILLED.match(str(error)):
+                raise
+            alive = [process.is_alive() for process in self.processes]
+            index = next((i for i, runs in zip(self.dataset.reading.tolist(), alive, strict=True) if not runs), -1)
+            last = f" while it read {self.dataset.dataset.source.name(index)}, or just after" if index >= 0 else ""
+            raise UserError(
+                f"a process that loads images was killed{last}: if memory was short, give fewer `num_workers`; "
+                "`resume=True` goes on"
+            ) from None
 
 
 def _collate(samples: list[Sample]) -> Batch:

@@ -73,7 +73,8 @@ def run_model(
     loader = make_loader(dataset, batches, view.num_workers, pin_memory=view.device.type == "cuda")
     sums, read, bad = None, torch.zeros(len(source), dtype=torch.int64), list(images.left_out)
     unit = "window" if view.native else "image"
-    with tqdm(total=len(seen), desc=description, unit=unit, disable=not description, dynamic_ncols=True) as bar:
+    bar = tqdm(total=len(seen), desc=description, unit=unit, disable=not description, dynamic_ncols=True)
+    with bar, loader.explained():
         for note in seen.notes if description else ():
             bar.write(note, file=sys.stderr)
         for batch in loader if len(seen) else ():

@@ -2,7 +2,11 @@
 
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import fields
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import torch
@@ -19,10 +23,11 @@ from sparse_fcmae.runtime.checkpoint_folder import (
     folder_of,
     newest_checkpoint,
 )
-from sparse_fcmae.runtime.errors import UserError
+from sparse_fcmae.runtime.errors import Interrupted, UserError
 from sparse_fcmae.runtime.files import (
     digest_of,
     new_folder,
+    one_line,
     read_json,
     save_pickled,
     save_tensors,
@@ -30,10 +35,14 @@ from sparse_fcmae.runtime.files import (
     write_json,
     writing,
 )
+from sparse_fcmae.runtime.options import as_flags
 from sparse_fcmae.runtime.run_folder import RunFolder
+from sparse_fcmae.training.config import RunConfig
 from sparse_fcmae.training.log import RunLog
 from sparse_fcmae.training.optim import load_optimizer
+from sparse_fcmae.training.progress import Progress
 from sparse_fcmae.training.schedule import Schedule
+from sparse_fcmae.training.signals import StoppedWaiting
 from sparse_fcmae.training.task import Task
 
 ANOTHER = "delete its folder to go on from the one before"
@@ -89,6 +98,39 @@ class Checkpoints:
         write_checkpoint(self.run.checkpoints, step, model.state_dict(), trainer, task.config.keep_checkpoints)
         task.illustrate(self.run.path, step)
         self.saved_step, self.saved_at = step, time.monotonic()
+
+    @contextmanager
+    def kept(self, progress: Progress) -> Iterator[None]:
+        """What ends the block early is noted in train.log, and a checkpoint is saved of the steps that are done.
+
+        A run that waits for images and is to stop ends by Interrupted.
+        """
+        try:
+            yield
+        except Interrupted:
+            raise
+        except (Exception, StoppedWaiting) as error:
+            stopped, config = isinstance(error, StoppedWaiting), self.task.config
+            names = (f.name for f in fields(config))
+            reason = as_flags(one_line(error), names) if isinstance(error, UserError) else repr(error)
+            # each may fail as well, on a full disk, say, or where the weights are what is wrong
+            with suppress(Exception):
+                if self.task.ranks.world == 1 and progress.losses:  # many processes can't do it together any more
+                    progress.flush(progress.done, 0.0)
+            with suppress(Exception):
+                if self.task.ranks.main and progress.done > self.saved_step and not progress.losses:
+                    self.save(progress.done)
+            with suppress(Exception):
+                self.log.note("stopped while waiting for images" if stopped else reason)
+            if not stopped:
+                raise
+            self.log.say(to_go_on(config, self.saved_step))
+            raise Interrupted from None
+
+
+def to_go_on(config: RunConfig, step: int) -> str:
+    """What a run that was stopped says."""
+    return f"stopped at step {step}; to go on: sparse-fcmae {config.command} --resume --out {quote(config.out)}"
 
 
 def check_images(run: RunFolder, task: Task) -> None:

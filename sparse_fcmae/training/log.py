@@ -54,9 +54,12 @@ class RunLog:
         if self.main:
             with lost_if_unread():
                 self.bar.write(message)
-            self._note(message)
+            self.note(message)
 
-    def _note(self, message: str) -> None:
+    def note(self, message: str) -> None:
+        """One line into train.log alone."""
+        if not self.main:
+            return
         with writing(self.run):
             self.text.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {message}\n")
 
@@ -95,7 +98,7 @@ class RunLog:
             self.bar.set_postfix_str(status, refresh=False)
             self.bar.update(len(losses))
         if self.main:
-            self._note(f"step {last}, {status}")
+            self.note(f"step {last}, {status}")
 
     def evaluation(self, step: int, epoch: float, values: dict[str, float]) -> None:
         """Records what was measured after a step: fractions between 0 and 1, and losses."""

@@ -1,17 +1,14 @@
 """The training loop, one for every task, on one process or many."""
 
 from pathlib import Path
-from shlex import quote
 
-from torch.utils.data import DataLoader
-
-from sparse_fcmae.data.batches import make_loader, micro_batches
+from sparse_fcmae.data.batches import Loader, make_loader, micro_batches
 from sparse_fcmae.runtime.checkpoint_folder import damaged_checkpoints, newest_checkpoint
 from sparse_fcmae.runtime.device import loader_processes
 from sparse_fcmae.runtime.distributed import averaging
 from sparse_fcmae.runtime.errors import Interrupted, UserError
 from sparse_fcmae.runtime.run_folder import RunFolder
-from sparse_fcmae.training.checkpoint import Checkpoints, check_images, restore
+from sparse_fcmae.training.checkpoint import Checkpoints, check_images, restore, to_go_on
 from sparse_fcmae.training.log import RunLog
 from sparse_fcmae.training.optim import set_lr
 from sparse_fcmae.training.prefetch import prefetched
@@ -19,6 +16,7 @@ from sparse_fcmae.training.progress import Progress
 from sparse_fcmae.training.schedule import Schedule
 from sparse_fcmae.training.signals import stop_signals
 from sparse_fcmae.training.task import Task
+from sparse_fcmae.training.waiting import Waiting
 
 
 def train(task: Task) -> Path:
@@ -44,7 +42,8 @@ def train(task: Task) -> Path:
         run.begin(config, task.outputs, **task.beside_config())
     ranks.barrier()
 
-    with stop_signals(ranks) as stop, RunLog(run.path, start, schedule.steps, ranks.main, task.evaluates) as log:
+    log = RunLog(run.path, start, schedule.steps, ranks.main, task.evaluates)
+    with log, Waiting(log.say, str(task.source)) as waiting, stop_signals(ranks, waiting) as stop:
         batches = prefetched(iter(loader), ranks.device)
         runner = task.step_type(
             averaging(task.objective, ranks),
@@ -53,7 +52,7 @@ def train(task: Task) -> Path:
             clip_grad=config.clip_grad,
             bf16=config.dtype == "bf16",
         )
-        progress = Progress(config, schedule, task.source, log, ranks, unreadable)
+        progress = Progress(config, schedule, task.source, log, ranks, unreadable, start)
         checkpoints = Checkpoints(run, task, optimizer, schedule, log, unreadable, start)
         log.say(f"{task.description}; {len(task.source)} samples, {schedule}")
         if config.resume:
@@ -63,39 +62,40 @@ def train(task: Task) -> Path:
             log.say(found + (", the run's last: only exporting again" if start == schedule.steps else ""))
         for note in (*task.notes, *notes, str(checkpoints)):
             log.say(note)
-        if not start and task.evaluates_untrained:
-            log.evaluation(0, 0.0, task.evaluate(log))
-        for step in range(start, schedule.steps):
-            set_lr(optimizer, lr := schedule.lr(step))
-            for first, images in schedule.micro_batches():
-                batch = progress.next_of(batches)
-                progress.take(batch, images)
-                last = first + images == schedule.images_per_rank
-                runner.add(*task.inputs(batch, step, first), last=last)
-            progress.step_done(runner.finish(), lr)
-            task.after_step()
+        with checkpoints.kept(progress), loader.explained():
+            if not start and task.evaluates_untrained:
+                log.evaluation(0, 0.0, task.evaluate(log))
+            for step in range(start, schedule.steps):
+                set_lr(optimizer, lr := schedule.lr(step))
+                for first, images in schedule.micro_batches():
+                    batch = waiting.for_next(batches)
+                    progress.take(batch, images)
+                    last = first + images == schedule.images_per_rank
+                    runner.add(*task.inputs(batch, step, first), last=last)
+                loss = runner.finish()
+                task.after_step()
+                progress.step_done(loss, lr)
 
-            done, stopping = step + 1, stop.agreed(step + 1)
-            evaluating = task.evaluates and schedule.evaluates_after(done)
-            saving = stopping or checkpoints.asked_for(done) or (ranks.world == 1 and checkpoints.due(done))
-            if evaluating or saving or done % config.log_every == 0 or step == start:
-                progress.flush(done)
-                if evaluating:
-                    log.evaluation(done, schedule.epoch(done), task.evaluate(log))
-                if ranks.main and (saving or checkpoints.due(done)):
-                    checkpoints.save(done)
-            if stopping and done < schedule.steps:
-                command = f"sparse-fcmae {config.command} --resume --out {quote(config.out)}"
-                log.say(f"stopped at step {done}; to go on: {command}")
-                ranks.barrier()  # or torchrun would end the main rank, which saves, as others have ended
-                raise Interrupted
+                done, stopping = step + 1, stop.agreed(step + 1)
+                evaluating = task.evaluates and schedule.evaluates_after(done)
+                saving = stopping or checkpoints.asked_for(done) or (ranks.world == 1 and checkpoints.due(done))
+                if evaluating or saving or done % config.log_every == 0 or step == start:
+                    progress.flush(done, waiting.take_seconds())
+                    if evaluating:
+                        log.evaluation(done, schedule.epoch(done), task.evaluate(log))
+                    if ranks.main and (saving or checkpoints.due(done)):
+                        checkpoints.save(done)
+                if stopping and done < schedule.steps:
+                    log.say(to_go_on(config, done))
+                    ranks.barrier()  # or torchrun would end the main rank, which saves, as others have ended
+                    raise Interrupted
         if ranks.main:
             task.export(run.path, log)
         ranks.barrier()
     return run.path / "exported"
 
 
-def _loader(task: Task, schedule: Schedule, start: int) -> tuple[DataLoader, list[str]]:
+def _loader(task: Task, schedule: Schedule, start: int) -> tuple[Loader, list[str]]:
     """The micro-batches of this rank's remaining steps, and what there is to say about the processes that load them."""
     config, ranks, steps = task.config, task.ranks, range(start, schedule.steps)
     sizes = (len(task.source), config.batch_size, steps, config.seed)

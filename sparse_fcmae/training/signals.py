@@ -11,16 +11,28 @@ from typing import Any
 from sparse_fcmae.runtime.distributed import Ranks
 from sparse_fcmae.runtime.signals import STOPPING
 from sparse_fcmae.runtime.terminal import lost_if_unread
+from sparse_fcmae.training.waiting import Waiting
 
 SAME = 2.0  # seconds in which signals count as one, as batch systems and torchrun send them to a process and its group
+PATIENCE = 10.0  # seconds that a run that is to stop waits for the images of its step
 LOOK_SECONDS = 1.0  # about so often the ranks tell each other of signals
 
 
-class StopSignals:
-    """Whether the run is to stop. The ranks agree on the step after which they do."""
+class StoppedWaiting(BaseException):
+    """A run of one process is to stop, and its step can't be finished, as no images come.
 
-    def __init__(self, ranks: Ranks) -> None:
-        self.ranks, self.first = ranks, None
+    No Exception, as what reads images takes any of these for a broken file.
+    """
+
+
+class StopSignals:
+    """Whether the run is to stop. The ranks agree on the step after which they do.
+
+    waiting: in which the step can't be finished.
+    """
+
+    def __init__(self, ranks: Ranks, waiting: Waiting) -> None:
+        self.ranks, self.waiting, self.first = ranks, waiting, None
         self.looked_at = self.next_look = 0
         self.since = time.monotonic()
 
@@ -32,8 +44,15 @@ class StopSignals:
             if self.ranks.main:
                 with lost_if_unread():
                     print("\nstopping after this step; once more to stop at once", file=sys.stderr)
+            if self.ranks.world == 1 and hasattr(signal, "setitimer"):
+                signal.setitimer(signal.ITIMER_REAL, PATIENCE, PATIENCE)
         elif now - self.first > SAME or (number == signal.SIGINT and self.ranks.world == 1):
             raise KeyboardInterrupt
+
+    def look(self, number: int, frame: Any) -> None:
+        """Raises StoppedWaiting where the run was to stop for PATIENCE, and images are waited for."""
+        if self.waiting.since is not None:
+            raise StoppedWaiting
 
     def agreed(self, step: int) -> bool:
         """Whether all ranks stop after so many steps, as one of them has received a signal.
@@ -53,16 +72,20 @@ class StopSignals:
 
 
 @contextmanager
-def stop_signals(ranks: Ranks) -> Iterator[StopSignals]:
+def stop_signals(ranks: Ranks, waiting: Waiting) -> Iterator[StopSignals]:
     """Notes the signals of STOPPING while the block runs, but for those that are ignored, as by nohup."""
-    stop = StopSignals(ranks)
+    stop = StopSignals(ranks, waiting)
     if threading.current_thread() is not threading.main_thread():  # others can't have handlers
         yield stop
         return
     heeded = [number for number in STOPPING if signal.getsignal(number) is not signal.SIG_IGN]
     old = {number: signal.signal(number, stop.receive) for number in heeded}
+    if hasattr(signal, "setitimer"):
+        old[signal.SIGALRM] = signal.signal(signal.SIGALRM, stop.look)
     try:
         yield stop
     finally:
+        if hasattr(signal, "setitimer"):
+            signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in old.items():
             signal.signal(number, handler)

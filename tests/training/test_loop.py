@@ -2,8 +2,10 @@
 
 import io
 import json
+import os
 import shutil
 import signal
+import time
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import ClassVar
@@ -23,7 +25,7 @@ from sparse_fcmae.data.views import RandomView
 from sparse_fcmae.runtime.distributed import Ranks
 from sparse_fcmae.runtime.errors import Interrupted
 from sparse_fcmae.runtime.options import option
-from sparse_fcmae.training import checkpoint
+from sparse_fcmae.training import checkpoint, signals, waiting
 from sparse_fcmae.training.config import RunConfig
 from sparse_fcmae.training.configure import configure
 from sparse_fcmae.training.log import RunLog
@@ -197,6 +199,7 @@ def test_a_run_without_a_checkpoint_begins_again(pictures, whole, tmp_path):
 @dataclass(frozen=True, kw_only=True)
 class GreyConfig(RunConfig):
     task: ClassVar[str] = "grey"
+    command: ClassVar[str] = "brighten"
 
     data: str | None = option("MEMORY", help="images")
     out: str = option("runs/grey", help="folder")
@@ -361,3 +364,90 @@ def test_a_source_without_a_readable_image_ends_the_run_and_closes_its_log(tmp_p
     assert closed == [1]
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == ""
     assert not list((tmp_path / "run" / "checkpoints").iterdir())
+    assert lines(tmp_path / "run")[-1].startswith("no readable image found in many tries: image ")
+
+
+class Failing(Memory):
+    """A source that fails once, when an image is opened after so many others, and is well again afterwards."""
+
+    def __init__(self, after, fail):
+        super().__init__()
+        self.left, self.fail = after, fail
+
+    def open(self, index):
+        self.left -= 1
+        if self.left == 0:
+            self.fail(self)
+        return super().open(index)
+
+
+@pytest.fixture
+def undisturbed(tmp_path):
+    """The rows of a run that nothing has disturbed, and its last rates."""
+    train(Grey(tmp_path / "whole"))
+    return [{k: row[k] for k in ("step", "lr")} for row in rows(tmp_path / "whole", "metrics")]
+
+
+def goes_on(out, undisturbed, step):
+    """Checks that a run has a checkpoint of a step alone, and ends as the undisturbed one when it is resumed."""
+    assert [p.name for p in (out / "checkpoints").glob("step-*")] == [f"step-{step:08d}"]
+    train(Grey(out, resume=True))
+    assert [{k: row[k] for k in ("step", "lr")} for row in rows(out, "metrics")] == undisturbed
+
+
+def test_what_ends_a_run_early_is_logged_and_the_steps_that_are_done_are_saved(tmp_path, undisturbed):
+    def break_down(source):
+        source.unreadable = range(20)
+
+    out = tmp_path / "run"
+    with pytest.raises(UserError, match="no readable image found"):
+        train(Grey(out, Failing(33, break_down), save_every=100))
+    assert lines(out)[-1] == "no readable image found in many tries: image 5: no image of a known format; check --data"
+    goes_on(out, undisturbed, 6)
+
+
+def test_a_fault_of_the_program_is_logged_too(tmp_path, undisturbed):
+    class Faulty(Grey):
+        def inputs(self, batch, step, first):
+            if step == 7:
+                raise ZeroDivisionError("a fault")
+            return (batch.pixels,)
+
+    out = tmp_path / "run"
+    with pytest.raises(ZeroDivisionError):
+        train(Faulty(out, save_every=100))
+    assert lines(out)[-1] == "ZeroDivisionError('a fault')"
+    goes_on(out, undisturbed, 7)
+
+
+def test_a_run_that_waits_for_images_in_vain_stops_with_the_steps_that_are_done(tmp_path, monkeypatch, undisturbed):
+    def hang(source):
+        signal.raise_signal(signal.SIGTERM)
+        time.sleep(60)
+
+    monkeypatch.setattr(signals, "PATIENCE", 0.2)
+    monkeypatch.setattr(waiting, "LONG", 0.1)
+    monkeypatch.setattr(waiting, "LOOK", 0.05)
+    out = tmp_path / "run"
+    before = signal.getsignal(signal.SIGALRM)
+    with pytest.raises(Interrupted):
+        train(Grey(out, Failing(33, hang), save_every=100))
+    assert signal.getsignal(signal.SIGALRM) is before
+    assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+    assert "no images have come for 0 seconds: is MEMORY slow, or out of reach?" in lines(out)
+    assert lines(out)[-2:] == [
+        "stopped while waiting for images",
+        f"stopped at step 6; to go on: sparse-fcmae brighten --resume --out {out}",
+    ]
+    goes_on(out, undisturbed, 6)
+
+
+def test_a_loader_process_that_is_killed_is_reported_with_the_image(tmp_path, undisturbed):
+    out = tmp_path / "run"
+    source = Failing(3, lambda source: os.kill(os.getpid(), signal.SIGKILL))
+    text = r"a process that loads images was killed while it read image \d+, or just after: if memory was short"
+    with pytest.raises(UserError, match=text):
+        train(Grey(out, source, num_workers=1))
+    assert "killed while it read image" in lines(out)[-1]
+    train(Grey(out, resume=True))
+    assert [{k: row[k] for k in ("step", "lr")} for row in rows(out, "metrics")] == undisturbed

@@ -16,7 +16,7 @@ def progress(bad=None, ranks=CPU, allowed=0.1):
     said, recorded = [], []
     log = SimpleNamespace(say=said.append, steps=lambda *arguments: recorded.append(arguments))
     config = SimpleNamespace(batch_size=4, max_bad_images=allowed, out="runs/x")
-    made = Progress(config, SimpleNamespace(steps_per_epoch=5), range(20), log, ranks, {} if bad is None else bad)
+    made = Progress(config, SimpleNamespace(steps_per_epoch=5), range(20), log, ranks, {} if bad is None else bad, 0)
     made.said, made.recorded = said, recorded
     return made
 
@@ -30,10 +30,10 @@ def test_losses_are_recorded_together_and_once():
     for loss in (1.0, 0.5):
         steps.take(batch(4), 4)
         steps.step_done(torch.tensor(loss), lr=loss / 10)
-    steps.flush(2)
+    steps.flush(2, 0.25)
     steps.step_done(torch.tensor(0.25), lr=0.01)
-    steps.flush(3)
-    assert steps.recorded == [(2, 5, [1.0, 0.5], [0.1, 0.05], 8, 0.0), (3, 5, [0.25], [0.01], 4, 0.0)]
+    steps.flush(3, 0.25)
+    assert steps.recorded == [(2, 5, [1.0, 0.5], [0.1, 0.05], 8, 0.25), (3, 5, [0.25], [0.01], 4, 0.25)]
 
 
 def test_an_unreadable_image_is_named_once_in_all_of_a_run():
@@ -42,13 +42,13 @@ def test_an_unreadable_image_is_named_once_in_all_of_a_run():
     steps.take(batch(4, "new.png", "old.png"), 4)
     steps.take(batch(4, "new.png"), 4)
     steps.step_done(torch.tensor(1.0), 0.1)
-    steps.flush(1)
+    steps.flush(1, 0.25)
     assert steps.said == ["unreadable, replaced by another image: new.png: cut"]
     assert bad == {"old.png": "cut", "new.png": "cut"}  # which checkpoints hold
     steps.take(batch(4, "third.png", "fourth.png"), 4)
     steps.step_done(torch.tensor(1.0), 0.1)
     with pytest.raises(UserError, match=r"4 of 20 images are unreadable, such as old.png: raise `max_bad_images`"):
-        steps.flush(2)
+        steps.flush(2, 0.25)
 
 
 def test_what_other_ranks_could_not_read_counts_too():
@@ -57,7 +57,7 @@ def test_what_other_ranks_could_not_read_counts_too():
     )
     steps = progress(ranks=ranks)
     steps.step_done(torch.tensor(1.0), 0.1)
-    steps.flush(1)
+    steps.flush(1, 0.25)
     assert steps.said == ["unreadable, replaced by another image: there.png: cut"]
     assert steps.recorded[0][2] == [0.5]
 

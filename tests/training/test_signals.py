@@ -8,7 +8,7 @@ from sparse_fcmae.runtime.signals import STOPPING
 from sparse_fcmae.training import signals
 from sparse_fcmae.training.signals import stop_signals
 
-ONE = SimpleNamespace(world=1, main=True)
+ONE, IDLE = SimpleNamespace(world=1, main=True), SimpleNamespace(since=None)
 
 
 @pytest.fixture
@@ -22,7 +22,7 @@ def clock(monkeypatch):
 @pytest.mark.parametrize("number", STOPPING)
 def test_the_first_signal_is_told_and_a_later_one_interrupts(number, capsys, clock):
     before = {n: signal.getsignal(n) for n in STOPPING}
-    with stop_signals(ONE) as stop:
+    with stop_signals(ONE, IDLE) as stop:
         assert not stop.agreed(1)
         signal.raise_signal(number)
         assert stop.agreed(2)
@@ -37,11 +37,11 @@ def test_the_first_signal_is_told_and_a_later_one_interrupts(number, capsys, clo
 
 
 def test_ctrl_c_twice_interrupts_at_once(clock):
-    with stop_signals(ONE):
+    with stop_signals(ONE, IDLE):
         signal.raise_signal(signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
-    with stop_signals(SimpleNamespace(world=2, main=False)):  # the terminal sends it, and so does torchrun
+    with stop_signals(SimpleNamespace(world=2, main=False), IDLE):  # the terminal sends it, and so does torchrun
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
         clock.now += 3
@@ -53,7 +53,7 @@ def test_what_is_ignored_stays_so():
     """As SIGHUP is under nohup."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with stop_signals(ONE) as stop:
+        with stop_signals(ONE, IDLE) as stop:
             signal.raise_signal(signal.SIGHUP)
             assert not stop.agreed(1)
     finally:
@@ -64,7 +64,7 @@ def test_other_threads_have_no_handlers():
     before, found = signal.getsignal(signal.SIGINT), []
 
     def look():
-        with stop_signals(ONE) as stop:
+        with stop_signals(ONE, IDLE) as stop:
             found.append((stop.agreed(1), signal.getsignal(signal.SIGINT) is before))
 
     thread = threading.Thread(target=look)
@@ -85,7 +85,7 @@ def test_ranks_agree_and_ask_about_every_second(clock, slow, looks):
 
         return SimpleNamespace(world=2, main=number == 0, gather=gather)
 
-    with stop_signals(rank(0)) as stop:
+    with stop_signals(rank(0), IDLE) as stop:
         found = []
         for step in range(1, 21):
             clock.now += slow / 2
@@ -96,7 +96,7 @@ def test_ranks_agree_and_ask_about_every_second(clock, slow, looks):
         told.append(True)
         assert any(stop.agreed(step) for step in range(21, 3000))
         assert not any(received for received, _ in asked)
-    with stop_signals(rank(1)) as stop:
+    with stop_signals(rank(1), IDLE) as stop:
         told.clear()
         signal.raise_signal(signal.SIGUSR1)
         stop.agreed(1)

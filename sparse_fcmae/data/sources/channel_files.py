@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from sparse_fcmae.data.decoders.together import FilesTogether
-from sparse_fcmae.data.sources.files import Paths, fingerprint_of, printable, version_of
+from sparse_fcmae.data.sources.files import Paths, fingerprint_of, open_file, printable, version_of
 from sparse_fcmae.data.sources.folder import check_folder, paths_below
 from sparse_fcmae.runtime.errors import UserError
 
@@ -57,7 +57,11 @@ class ChannelFiles:
     def open(self, index: int) -> BinaryIO:
         """The bytes of an image's files."""
         name = self.names[index]
-        return FilesTogether([(self.root / template.replace(NAME, name)).read_bytes() for template in self.templates])
+        contents = []
+        for template in self.templates:
+            with open_file(self.root / template.replace(NAME, name)) as file:
+                contents.append(file.read())
+        return FilesTogether(contents)
 
     def name(self, index: int) -> str:
         """What an image's files have in common."""

@@ -14,6 +14,8 @@ import numpy as np
 from sparse_fcmae.data.decoders.ome_zarr import ZarrFolder
 from sparse_fcmae.data.sources.addresses import Pieces, is_address
 
+NOT_WAITING = getattr(os, "O_NONBLOCK", 0)
+
 
 class Paths(Sequence[str]):
     """Many paths in little memory: the bytes of all of them in a row, and where each ends.
@@ -90,11 +92,7 @@ class ImageFiles:
         file = self.files[index]
         if is_address(file):
             return io.BytesIO(self.pieces.read(file))
-        path = self.root / file
-        try:
-            return path.open("rb")
-        except IsADirectoryError:
-            return ZarrFolder(path)
+        return open_file(self.root / file)
 
     def name(self, index: int) -> str:
         """An image's path as it was given, or as it was found below the folder."""
@@ -103,6 +101,18 @@ class ImageFiles:
     def version(self) -> str | None:
         """As `version_of` has it; None where there are addresses."""
         return version_of(self.root, self.files)
+
+
+def open_file(path: Path) -> BinaryIO | ZarrFolder:
+    """A file, or a Zarr folder. Raises OSError for anything else, such as a pipe, which would keep one waiting."""
+    try:
+        file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | NOT_WAITING))  # noqa: SIM115
+    except IsADirectoryError:
+        return ZarrFolder(path)
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError("is no regular file")
+    return file
 
 
 def fingerprint_of(files: Iterable[str]) -> str:

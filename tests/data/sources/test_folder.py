@@ -146,3 +146,12 @@ def test_masks_beside_images_are_said(tmp_path):
     (tmp_path / "a.tif.msk").write_text("")
     (note,) = ImageFolder(tmp_path).notes
     assert "1 .msk; masks beside images are not heeded: gdal_translate" in note
+
+
+def test_what_is_no_regular_file_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.jpg")
+    (tmp_path / "zero.png").symlink_to("/dev/zero")
+    source = ImageFolder(tmp_path)
+    for index in range(2):
+        with pytest.raises(OSError, match="is no regular file"):
+            source.open(index)
