@@ -207,7 +207,10 @@ def add_options(parser: Parser, config: type) -> None:
         if not any(f.default is silent for silent in (MISSING, None, False)):
             text += f" [{'yes' if f.default is True else f.default}]"
         settings: dict[str, Any] = {"help": text.replace("%", "%%"), "default": argparse.SUPPRESS, "action": Once}
-        if kind is bool:
+        if f.metadata["value_optional"]:
+            named = [choice for choice in f.metadata["choices"] if isinstance(choice, str)]
+            settings |= {"nargs": "?", "const": True, "choices": named, "metavar": "|".join(named)}
+        elif kind is bool:
             settings["nargs"] = 0
         elif several:
             settings |= {"nargs": "+", "metavar": "PATH"}

@@ -40,17 +40,29 @@ def option(
     at_most: float | None = None,
     path: bool = False,
     resumable: bool = False,
+    changes_run: bool = False,
     positional: bool = False,
+    value_optional: bool = False,
 ) -> Any:
     """A dataclass field that is an option.
 
     help: what the flag's help says. choices, above, at_least, below, at_most: which values `check` accepts. path: the
-    value names a file or folder. resumable: the value may differ when a run is resumed. positional: an argument of the
-    command line without a flag.
+    value names a file or folder. resumable: the value may differ when a run is resumed. changes_run: it may differ, but
+    then the run is another one from there on, which its log says. positional: an argument of the command line without a
+    flag. value_optional: the flag may stand alone, for True.
     """
     bounds = {"above": above, "at_least": at_least, "below": below, "at_most": at_most}
-    metadata = {"help": help, "choices": choices, "path": path, "resumable": resumable, "positional": positional}
-    return field(default=default, metadata=metadata | {"bounds": {k: v for k, v in bounds.items() if v is not None}})
+    metadata = {
+        "help": help,
+        "choices": choices,
+        "bounds": {k: v for k, v in bounds.items() if v is not None},
+        "path": path,
+        "resumable": resumable or changes_run,
+        "changes_run": changes_run,
+        "positional": positional,
+        "value_optional": value_optional,
+    }
+    return field(default=default, metadata=metadata)
 
 
 def seed_option(help: str) -> Any:
@@ -155,6 +167,20 @@ def as_flags(message: str, names: Iterable[str]) -> str:
 def differences(a: Any, b: Any) -> list[str]:
     """The names of the options in which two configs differ, without those that may differ when a run is resumed."""
     return [f.name for f in fields(a) if not f.metadata["resumable"] and getattr(a, f.name) != getattr(b, f.name)]
+
+
+def changes(before: dict[str, Any], config: Any) -> list[str]:
+    """A line for each option that changes the run that is resumed. before: the options that it had."""
+    lines = []
+    for f in fields(config):
+        now, then = getattr(config, f.name), before.get(f.name)
+        if f.metadata["changes_run"] and f.name in before and now != then:
+            lines.append(f"changed from here on: {flag(f.name)} {_shown(now)}, which was {_shown(then)}")
+    return lines
+
+
+def _shown(value: Any) -> str:
+    return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def shown_size(size: tuple[int, int]) -> str:

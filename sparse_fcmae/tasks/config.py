@@ -58,16 +58,18 @@ class PretrainConfig(RunConfig):
     decoder_dim: int = option(512, help="width of the decoder", above=0)
     decoder_depth: int = option(1, help="blocks of the decoder", above=0)
 
-    epochs: int | None = option(None, help="passes over the images [recipe]", above=0)
+    epochs: int | None = option(None, help="passes over the images [recipe]", above=0, changes_run=True)
     batch_size: int | None = option(
         None, help="images an optimiser step, over all ranks and micro-batches [recipe]", above=0
     )
     micro_batch_size: int = option(128, help="images a rank takes through the model at once", above=0, resumable=True)
     warmup_epochs: float | None = option(None, help="epochs of linear warm-up [5 % of `epochs`]", at_least=0)
-    base_lr: float | None = option(None, help="peak learning rate for each 256 images of `batch_size`", above=0)
-    lr: float | None = option(None, help="peak learning rate outright [recipe]", above=0)
+    base_lr: float | None = option(
+        None, help="peak learning rate for each 256 images of `batch_size`", above=0, changes_run=True
+    )
+    lr: float | None = option(None, help="peak learning rate outright [recipe]", above=0, changes_run=True)
     weight_decay: float = option(0.05, help="of AdamW; none on biases and norms", at_least=0)
-    clip_grad: float | None = option(None, help="clip the gradient to this norm [off]", above=0)
+    clip_grad: float | None = option(None, help="clip the gradient to this norm [off]", above=0, changes_run=True)
     seed: int = seed_option("of weights, data order, augmentation and masks")
 
     compile: bool = option(False, help="compile the model with torch.compile", resumable=True)
@@ -133,14 +135,14 @@ class FinetuneConfig(RunConfig):
     )
     stem_stride: int = option(4, help="with `from_scratch`: the patch is 8 times that", choices=STRIDES)
 
-    epochs: int | None = option(None, help="passes over the images [preset]", above=0)
+    epochs: int | None = option(None, help="passes over the images [preset]", above=0, changes_run=True)
     batch_size: int = option(1024, help="images an optimiser step, over all ranks and micro-batches", above=0)
     micro_batch_size: int = option(64, help="images a rank takes through the model at once", above=0)
     warmup_epochs: float | None = option(None, help="epochs of linear warm-up [preset]", at_least=0)
     base_lr: float | None = option(
-        None, help="peak learning rate for each 256 images of `batch_size` [preset]", above=0
+        None, help="peak learning rate for each 256 images of `batch_size` [preset]", above=0, changes_run=True
     )
-    lr: float | None = option(None, help="peak learning rate outright, instead of `base_lr`", above=0)
+    lr: float | None = option(None, help="peak learning rate outright, instead of `base_lr`", above=0, changes_run=True)
     min_lr: float = option(1e-6, help="learning rate at the end of the cosine", at_least=0)
     weight_decay: float | None = option(None, help="of AdamW; none on biases and norms [preset]", at_least=0)
     layer_decay: float | None = option(
@@ -150,7 +152,7 @@ class FinetuneConfig(RunConfig):
         None, help="each block a layer, or groups of them [preset]", choices=("single", "group")
     )
     drop_path: float | None = option(None, help="stochastic depth of the last block [preset]", at_least=0, below=1)
-    clip_grad: float | None = option(None, help="clip the gradient to this norm [off]", above=0)
+    clip_grad: float | None = option(None, help="clip the gradient to this norm [off]", above=0, changes_run=True)
     label_smoothing: float | None = option(
         None, help="fraction of the target spread over all classes [preset]", at_least=0, below=1
     )

@@ -47,5 +47,11 @@ class RunConfig(ViewConfig, ComputeConfig):
         resumable=True,
     )
     keep_checkpoints: int = option(3, help="how many of the newest checkpoints to keep", above=0, resumable=True)
-    resume: bool = option(False, help="go on from the newest checkpoint in `out`", resumable=True)
+    resume: bool | str = option(
+        False,
+        help="go on from the newest checkpoint in `out`; auto: or begin where there is no run yet",
+        choices=(False, True, "auto"),
+        resumable=True,
+        value_optional=True,
+    )
     overwrite: bool = option(False, help="delete the run that is in `out` first", resumable=True)

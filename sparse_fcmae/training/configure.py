@@ -16,8 +16,9 @@ Config = TypeVar("Config", bound=RunConfig)
 def configure(kind: type[Config], given: dict[str, Any]) -> Config:
     """The config of a class that options mean. Nothing on the disk is touched.
 
-    With resume=True an option that is not given has the value in the run's folder. Raises UserError for values out of
-    range, and for a folder that can't be used as asked.
+    With resume=True an option that is not given has the value in the run's folder. resume="auto" means that where there
+    is a run in it, and else False. Raises UserError for values out of range, and for a folder that can't be used as
+    asked.
     """
     check_paths(kind, given)
     options = _written_out(kind, given)
@@ -26,6 +27,8 @@ def configure(kind: type[Config], given: dict[str, Any]) -> Config:
     except UnicodeEncodeError:  # safetensors could not write there at the end
         raise UserError("`out` must be named in UTF-8: choose another") from None
     run = RunFolder(options.get("out", kind.out), kind.task)
+    if options.get("resume") == "auto" and run.saved_options() is None:
+        options["resume"] = False
     run.check(options.get("resume", False), options.get("overwrite", False))
     if options.get("resume"):
         config = _resumed(kind, options, run)
@@ -63,6 +66,9 @@ def _resumed(kind: type[Config], options: dict[str, Any], run: RunFolder) -> Con
     saved = kind(**{name: value for name, value in (run.saved_options() or {}).items() if name in known})
     if options.get("dtype") == "auto":  # a run stays with the dtype it was started with
         options = {name: value for name, value in options.items() if name != "dtype"}
+    for one, other in (("lr", "base_lr"), ("base_lr", "lr")):
+        if one in options and other not in options:
+            options = options | {other: None}
     config = replace(saved, **options)
     for name in differences(config, saved):
         from_weights = "" if name in (*OF_WEIGHTS, "init") else f" from its weights with `init={config.out}`"

@@ -3,10 +3,11 @@
 from pathlib import Path
 
 from sparse_fcmae.data.batches import Loader, make_loader, micro_batches
-from sparse_fcmae.runtime.checkpoint_folder import damaged_checkpoints, newest_checkpoint
+from sparse_fcmae.runtime.checkpoint_folder import MODEL, damaged_checkpoints, newest_checkpoint
 from sparse_fcmae.runtime.device import loader_processes
 from sparse_fcmae.runtime.distributed import averaging
 from sparse_fcmae.runtime.errors import Interrupted, UserError
+from sparse_fcmae.runtime.options import changes
 from sparse_fcmae.runtime.run_folder import RunFolder
 from sparse_fcmae.training.checkpoint import Checkpoints, check_images, restore, to_go_on
 from sparse_fcmae.training.log import RunLog
@@ -32,10 +33,17 @@ def train(task: Task) -> Path:
     if len(set(ranks.gather(task.source.fingerprint))) > 1:
         raise UserError(f"the processes see different images in {config.data}: are all files there, on each machine?")
     schedule = Schedule.of(config, len(task.source), ranks.world, task.min_lr)
+    changed = changes(run.saved_options() or {}, config) if config.resume else []
     optimizer = task.optimizer()
     ranks.by_main(lambda: run.hold(config))
     checkpoint = newest_checkpoint(run.path) if config.resume else None
     start, unreadable = restore(checkpoint, task, optimizer) if checkpoint else (0, {})
+    if start > schedule.steps:
+        raise UserError(f"the run in {config.out} has done {start} steps, more than {schedule.steps}: raise `epochs`")
+    if config.resume == "auto" and start == schedule.steps and (run.path / "exported" / MODEL).is_file():
+        if ranks.main:
+            print(f"the run in {config.out} is finished: it is in {run.path / 'exported'}")
+        return run.path / "exported"
     loader, notes = _loader(task, schedule, start)
     ranks.barrier()  # every rank has found all in order before one writes
     if ranks.main:
@@ -60,7 +68,7 @@ def train(task: Task) -> Path:
                 log.say(line)
             found = f"resumed from {checkpoint}" if checkpoint else "no checkpoint to resume from: starting at step 0"
             log.say(found + (", the run's last: only exporting again" if start == schedule.steps else ""))
-        for note in (*task.notes, *notes, str(checkpoints)):
+        for note in (*changed, *task.notes, *notes, str(checkpoints)):
             log.say(note)
         with checkpoints.kept(progress), loader.explained():
             if not start and task.evaluates_untrained:

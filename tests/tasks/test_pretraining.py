@@ -12,6 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from sparse_fcmae import UserError, available_backends, load_encoder, pretrain
+from sparse_fcmae.cli import main
 from sparse_fcmae.weights.read import read_weights
 
 SMALL = {  # 40 images, 4 steps of 10 an epoch
@@ -159,6 +160,37 @@ def test_a_damaged_checkpoint_is_left_out_and_the_run_ends_in_the_same_weights(p
     assert all(torch.equal(trained[key], expected[key]) for key in expected)
     assert (run / "checkpoints" / "latest").read_text() == "step-00000012\n"
     assert (run / "checkpoints" / "step-00000012" / "meta.json").exists()
+
+
+def test_one_command_starts_goes_on_and_ends(pictures, whole, tmp_path, capsys):
+    run = tmp_path / "run"
+    arguments = [str(word) for word in command(pictures, run, save_every=2)[3:]] + ["--resume", "auto"]
+    process = start([*command(pictures, run, save_every=2), "--resume", "auto"], run, 5, stdout=subprocess.DEVNULL)
+    process.kill()
+    process.wait()
+    main(arguments)
+    assert losses(run) == losses(whole)
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.name != ".lock"}
+    capsys.readouterr()
+    main(arguments)
+    assert f"the run in {run} is finished: it is in {run / 'exported'}" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_a_finished_run_is_made_longer_with_another_rate(pictures, whole, tmp_path):
+    """The schedule is that of the longer run from the step on where it goes on."""
+    run = tmp_path / "run"
+    subprocess.run(["cp", "-r", whole, run], check=True)
+    pretrain(out=run, resume=True, epochs=5, lr=3e-4, clip_grad=2.0)
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(1, 21))
+    pretrain(data=pictures, out=tmp_path / "long", **SMALL | {"epochs": 5, "lr": 3e-4})
+    long = [json.loads(line) for line in (tmp_path / "long" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["lr"] for row in rows[12:]] == pytest.approx([row["lr"] for row in long[12:]], rel=1e-3)
+    log = (run / "train.log").read_text()
+    for option in ("--epochs 5, which was 3", "--lr 0.0003, which was ", "--clip-grad 2, which was none"):
+        assert f"changed from here on: {option}" in log
+    assert json.loads((run / "config.json").read_text())["epochs"] == 5
 
 
 def test_run_inside_its_data_does_not_train_on_its_own_pictures(pictures, whole, tmp_path):
@@ -331,8 +363,10 @@ def test_mistakes_with_an_existing_run(pictures, whole, tmp_path, capsys):
     assert "give --resume to go on or --overwrite to delete it" in fails(capsys, *again)
     assert "exclude each other" in fails(capsys, *again, "--resume", "--overwrite")
     assert "--model is femto but the run" in fails(capsys, *again, "--resume", "--model", "femto")
-    assert "--epochs is 9 but the run" in fails(capsys, *again, "--resume", "--epochs", "9")
+    assert "--seed is 9 but the run" in fails(capsys, *again, "--resume", "--seed", "9")
+    assert "invalid choice: 'perhaps'" in fails(capsys, *again, "--resume", "perhaps")
     assert before == {p: p.stat().st_mtime_ns for p in run.rglob("*")}
+    assert "has done 12 steps, more than 4: raise --epochs" in fails(capsys, *again, "--resume", "--epochs", "1")
     for checkpoint in (run / "checkpoints").glob("step-*"):
         (checkpoint / "trainer.pt").write_bytes(b"")
     line = fails(capsys, *again, "--resume")

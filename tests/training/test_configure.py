@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 
 from sparse_fcmae import UserError
+from sparse_fcmae.runtime.options import changes
+from sparse_fcmae.runtime.run_folder import RunFolder
 from sparse_fcmae.tasks.config import FinetuneConfig, PretrainConfig
 from sparse_fcmae.training.configure import configure
 
@@ -38,7 +40,7 @@ def test_a_resumed_run_has_the_options_it_was_started_with(run):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"lr": 2e-3}, "`lr` is 0.002 but the run in .*run has 0.001: leave it out to resume, or start another run"),
+        ({"seed": 2}, "`seed` is 2 but the run in .*run has 0: leave it out to resume, or start another run"),
         ({"dtype": "fp32"}, "`dtype` is fp32 but the run in .*run has bf16"),
         ({"image_size": 64}, "`image_size` is 64 but the run in .*run has 64x96"),
         ({"log_every": 0}, "`log_every` must be greater than 0"),
@@ -122,3 +124,32 @@ def test_values_are_checked_and_nothing_is_made(tmp_path, options, message):
 def test_a_folder_that_weights_could_not_be_written_to_is_refused_at_the_start(tmp_path):
     with pytest.raises(UserError, match="`out` must be named in UTF-8"):
         configure(PretrainConfig, {"data": "x", "out": os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9")})
+
+
+def test_what_changes_a_run_from_here_on_is_told(run):
+    before = RunFolder(run, "pretraining").saved_options()
+    options = {"out": str(run), "resume": True}
+    assert changes(before, configure(PretrainConfig, options)) == []
+    config = configure(PretrainConfig, options | {"lr": 2e-3, "clip_grad": 1.0, "log_every": 3})
+    assert (config.lr, config.base_lr, config.clip_grad) == (2e-3, None, 1.0)
+    assert changes(before | {"clip_grad": None}, config) == [
+        "changed from here on: --lr 0.002, which was 0.001",
+        "changed from here on: --clip-grad 1, which was none",
+    ]
+    config = configure(PretrainConfig, options | {"base_lr": 1e-4})
+    assert (config.lr, config.base_lr) == (None, 1e-4)  # or the rate that was given would mean nothing
+
+
+def test_resuming_automatically_begins_where_there_is_no_run(run, tmp_path):
+    fresh = configure(PretrainConfig, {"data": "x", "out": str(tmp_path / "new"), "resume": "auto"})
+    assert fresh.resume is False
+    found = configure(PretrainConfig, {"data": "/images", "out": str(run), "resume": "auto", "lr": 1e-3})
+    assert (found.resume, found.dtype) == ("auto", "bf16")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes.md").write_text("mine")
+    with pytest.raises(UserError, match="is not empty and holds no pretraining run"):
+        configure(PretrainConfig, {"data": "x", "out": str(tmp_path / "other"), "resume": "auto"})
+    with pytest.raises(UserError, match="exclude each other"):
+        configure(PretrainConfig, {"data": "x", "out": str(run), "resume": "auto", "overwrite": True})
+    with pytest.raises(UserError, match="`resume` perhaps: choose one of False, True, auto"):
+        configure(PretrainConfig, {"data": "x", "out": str(run), "resume": "perhaps"})
