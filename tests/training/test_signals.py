@@ -11,6 +11,15 @@ from sparse_fcmae.training.signals import stop_signals
 ONE, IDLE = SimpleNamespace(world=1, main=True), SimpleNamespace(since=None)
 
 
+@pytest.fixture(autouse=True)
+def _heeded():
+    """Has no signal be ignored, as SIGHUP is where the tests run under nohup."""
+    before = {n: signal.signal(n, signal.SIG_DFL) for n in STOPPING if signal.getsignal(n) is signal.SIG_IGN}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.fixture
 def clock(monkeypatch):
     """A clock that the test sets."""
