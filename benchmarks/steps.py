@@ -214,7 +214,7 @@ class Training:
     def __call__(self) -> list[Tensor]:
         self.objective.train()
         self.step.add(*self.inputs(), last=True)
-        return [self.step.finish()]
+        return [self.step.finish().loss]
 
 
 def pretraining_step(case: Case, backend: str, kind: type[TrainStep]) -> Training:

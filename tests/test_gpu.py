@@ -38,7 +38,7 @@ def trained(kind, batches, steps, compiled=False):
             pixels = torch.randint(256, (size, 64, 64, 3), dtype=torch.uint8, device=GPU, generator=generator)
             mask = model.draw_mask(size, (64, 64), generator=generator)
             work.add(pixels, mask, last=i == len(batches))
-        losses.append(work.finish())
+        losses.append(work.finish().loss)
         if step == WARMUP:  # everything is compiled, timed and captured
             torch.cuda.set_sync_debug_mode("error")
     torch.cuda.set_sync_debug_mode("default")

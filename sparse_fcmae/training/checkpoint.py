@@ -40,7 +40,7 @@ from sparse_fcmae.runtime.run_folder import RunFolder
 from sparse_fcmae.training.config import RunConfig
 from sparse_fcmae.training.log import RunLog
 from sparse_fcmae.training.optim import load_optimizer
-from sparse_fcmae.training.progress import Progress
+from sparse_fcmae.training.progress import Diverged, Progress
 from sparse_fcmae.training.schedule import Schedule
 from sparse_fcmae.training.signals import StoppedWaiting
 from sparse_fcmae.training.task import Task
@@ -115,10 +115,11 @@ class Checkpoints:
             reason = as_flags(one_line(error), names) if isinstance(error, UserError) else repr(error)
             # each may fail as well, on a full disk, say, or where the weights are what is wrong
             with suppress(Exception):
-                if self.task.ranks.world == 1 and progress.losses:  # many processes can't do it together any more
+                if self.task.ranks.world == 1 and progress.results:  # many processes can't do it together any more
                     progress.flush(progress.done, 0.0)
             with suppress(Exception):
-                if self.task.ranks.main and progress.done > self.saved_step and not progress.losses:
+                worth_it = progress.done > self.saved_step and not progress.results and not isinstance(error, Diverged)
+                if self.task.ranks.main and worth_it:
                     self.save(progress.done)
             with suppress(Exception):
                 self.log.note("stopped while waiting for images" if stopped else reason)

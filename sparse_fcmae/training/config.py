@@ -39,6 +39,9 @@ class RunConfig(ViewConfig, ComputeConfig):
     max_bad_images: float = option(
         0.01, help="stop when a larger fraction of the files is unreadable", at_least=0, resumable=True
     )
+    max_nonfinite: int = option(
+        10, help="stop after so many steps in a row whose loss or gradient is not finite", above=0, resumable=True
+    )
     log_every: int = option(10, help="steps between updates of log and bar", above=0, resumable=True)
     save_every: int | None = option(
         None,

@@ -4,6 +4,7 @@ That is a progress bar, train.log, metrics.jsonl, evaluations.jsonl and, where i
 """
 
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Iterable
@@ -11,11 +12,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
-import torch
 from tqdm import tqdm
 
 from sparse_fcmae.data.sources import BadImage
-from sparse_fcmae.runtime.errors import UserError
 from sparse_fcmae.runtime.files import write_atomic, writing
 from sparse_fcmae.runtime.terminal import lost_if_unread
 
@@ -71,27 +70,29 @@ class RunLog:
                 self.say(f"unreadable, left out of the evaluation: {name}: {reason}")
 
     def steps(
-        self, last: int, steps_per_epoch: int, losses: list[float], lrs: list[float], images: int, waited: float = 0.0
+        self,
+        last: int,
+        steps_per_epoch: int,
+        losses: list[float],
+        grad_norms: list[float],
+        lrs: list[float],
+        images: int,
+        waited: float = 0.0,
     ) -> None:
-        """Records the steps up to `last`, counted from 1: their losses and learning rates.
+        """Records the steps up to `last`, counted from 1: their losses, gradients' norms and learning rates.
 
-        images: how many these steps took. waited: seconds of them in which no image was there to train on. Raises
-        UserError where a loss is not finite.
+        images: how many these steps took. waited: seconds of them in which no image was there to train on.
         """
         now = time.perf_counter()
         speed, wait, self.since = images / (now - self.since), waited / (now - self.since), now
-        for i, (loss, lr) in enumerate(zip(losses, lrs, strict=True)):
-            step = last - len(losses) + 1 + i
-            row = {"step": step, "epoch": round(step / steps_per_epoch, 4), "loss": loss, "lr": lr}
-            row |= {"images_per_second": round(speed, 1), "data_wait": round(wait, 3)}
+        shared = {"images_per_second": round(speed, 1), "data_wait": round(wait, 3)}
+        for step, (loss, norm, lr) in enumerate(zip(losses, grad_norms, lrs, strict=True), last - len(losses) + 1):
+            row = {"loss": loss, "grad_norm": norm, "lr": lr, **shared}
             if self.main:
                 with writing(self.run):
-                    self.metrics.write(json.dumps(row) + "\n")
-                if self.tensorboard:
-                    for name in ("loss", "lr", "images_per_second", "data_wait"):
-                        self.tensorboard.add_scalar(name, row[name], step)
-            if not torch.isfinite(torch.tensor(loss)):
-                raise UserError(f"the loss is {loss} at step {step}: lower `lr` or `base_lr`, or give `clip_grad=1`")
+                    self.metrics.write(as_row({"step": step, "epoch": round(step / steps_per_epoch, 4), **row}))
+                for name, value in row.items() if self.tensorboard else ():
+                    self.tensorboard.add_scalar(name, value, step)
         status = f"loss {losses[-1]:.4f}, {speed:.1f} images/s, lr {lrs[-1]:.2e}"
         status += f", {wait:.0%} waiting for images" if wait > WORTH_SAYING else ""
         with lost_if_unread():
@@ -105,7 +106,7 @@ class RunLog:
         if not self.main:
             return
         with writing(self.run):
-            self.evaluations.write(json.dumps({"step": step, "epoch": round(epoch, 4), **values}) + "\n")
+            self.evaluations.write(as_row({"step": step, "epoch": round(epoch, 4), **values}))
         for name, value in values.items() if self.tensorboard else ():
             self.tensorboard.add_scalar(name, value, step)
         shown = (f"{k} {v:.4f}" if "loss" in k else f"{k} {100 * v:.2f} %" for k, v in values.items())
@@ -135,6 +136,11 @@ class RunLog:
             if file:
                 with suppress(OSError):
                     file.close()
+
+
+def as_row(values: dict[str, float]) -> str:
+    """A line of JSON, which has no numbers that are not finite: null stands for them."""
+    return json.dumps({name: value if math.isfinite(value) else None for name, value in values.items()}) + "\n"
 
 
 def _open_rows(path: Path, start: int) -> tuple[TextIO, list[str]]:

@@ -80,9 +80,9 @@ def train(task: Task) -> Path:
                     progress.take(batch, images)
                     last = first + images == schedule.images_per_rank
                     runner.add(*task.inputs(batch, step, first), last=last)
-                loss = runner.finish()
+                result = runner.finish()
                 task.after_step()
-                progress.step_done(loss, lr)
+                progress.step_done(result, lr)
 
                 done, stopping = step + 1, stop.agreed(step + 1)
                 evaluating = task.evaluates and schedule.evaluates_after(done)

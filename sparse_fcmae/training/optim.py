@@ -80,7 +80,10 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
             group["lr"] = lr * group["lr_scale"]
 
 
-def clip(parameters: Iterable[Tensor], norm: float | None) -> None:
-    """Clips the gradients' joint norm in place; None leaves them."""
-    if norm is not None:
-        nn.utils.clip_grad_norm_(parameters, norm)
+def clipped(parameters: Iterable[Tensor], most: float | None) -> Tensor:
+    """The gradients' joint norm, a scalar on their device, after which they are clipped to `most`; None leaves them."""
+    parameters = [parameter for parameter in parameters if parameter.grad is not None]
+    norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters])
+    if most is not None:
+        nn.utils.clip_grads_with_norm_(parameters, most, norm)
+    return norm

@@ -13,12 +13,13 @@ def draw_loss(metrics: Path, path: Path, label: str = "loss on masked patches") 
     """Writes a PNG of the loss of each step and its mean over each epoch, from metrics.jsonl. label: of the axis."""
     rows = _rows(metrics)
     epochs = np.array([row["epoch"] for row in rows])
-    losses = np.array([row["loss"] for row in rows])
+    losses = np.array([row["loss"] for row in rows], dtype=float)  # NaN for null, where a step was skipped
     epoch_of = np.ceil(epochs - 1e-6).astype(int)
-    whole = np.unique(epoch_of)
+    known = np.isfinite(losses)
+    whole = np.unique(epoch_of[known])
     figure, axes = _axes(xlabel="epoch", ylabel=label, xlim=(0, epochs[-1]))
     axes.plot(epochs, losses, color="0.75", linewidth=1, label="step")
-    means = [losses[epoch_of == epoch].mean() for epoch in whole]
+    means = [losses[known & (epoch_of == epoch)].mean() for epoch in whole]
     axes.plot(whole - 0.5, means, color="tab:blue", marker=".", label="mean of the epoch")
     _write(figure, axes, path)
 

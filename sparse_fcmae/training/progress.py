@@ -1,5 +1,6 @@
 """What a run keeps between its steps until it is recorded: losses that are still on the device, unreadable images."""
 
+import math
 from pathlib import Path
 
 import torch
@@ -12,6 +13,13 @@ from sparse_fcmae.runtime.errors import UserError
 from sparse_fcmae.training.config import RunConfig
 from sparse_fcmae.training.log import RunLog
 from sparse_fcmae.training.schedule import Schedule
+from sparse_fcmae.training.step import StepResult
+
+NAMED = 10  # skipped steps that a line names
+
+
+class Diverged(UserError):
+    """A run whose steps no longer have a finite loss and gradient. Its last steps are not worth a checkpoint."""
 
 
 class Progress:
@@ -33,7 +41,8 @@ class Progress:
     ) -> None:
         self.config, self.schedule, self.source, self.log, self.ranks = config, schedule, source, log, ranks
         self.bad, self.new_bad = bad, []
-        self.losses: list[Tensor] = []
+        self.results: list[Tensor] = []
+        self.nonfinite = 0  # steps in a row
         self.lrs: list[float] = []
         self.done = start
 
@@ -45,26 +54,27 @@ class Progress:
             self.new_bad = []  # as a source that is out of reach has no bad images
             raise UserError(f"no readable image found in many tries: {name}: {reason}; check `data`")
 
-    def step_done(self, loss: Tensor, lr: float) -> None:
+    def step_done(self, result: StepResult, lr: float) -> None:
         """Notes a step, and that the weights and all that follows them have changed with it."""
         self.done += 1
-        self.losses.append(loss)
+        self.results.append(torch.stack(result))
         self.lrs.append(lr)
 
     def flush(self, step: int, waited: float) -> None:
         """Takes the losses up to a step off the device, shares what single ranks know, and records it all.
 
         waited: seconds since the last flush in which no image was there to train on. All ranks call this at the same
-        steps. Raises UserError where too many images are unreadable.
+        steps. Raises UserError where too many images are unreadable, and Diverged.
         """
-        losses = self.ranks.mean(torch.stack(self.losses)).tolist()
+        losses, norms = self.ranks.mean(torch.stack(self.results)).T.tolist()
         images = len(losses) * self.config.batch_size
-        self.log.steps(step, self.schedule.steps_per_epoch, losses, self.lrs, images, waited)
+        self.log.steps(step, self.schedule.steps_per_epoch, losses, norms, self.lrs, images, waited)
+        self._count_nonfinite(step, losses, norms)
         for found in (found for of_rank in self.ranks.gather(self.new_bad) for found in of_rank):
             if found.name not in self.bad:
                 self.bad[found.name] = found.reason
                 self.log.say(f"unreadable, replaced by another image: {found.name}: {found.reason}")
-        self.losses, self.lrs, self.new_bad = [], [], []
+        self.results, self.lrs, self.new_bad = [], [], []
         images = getattr(self.source, "images", len(self.source))  # fewer than windows
         if len(self.bad) > self.config.max_bad_images * images:
             raise UserError(
@@ -72,3 +82,19 @@ class Progress:
                 f"`max_bad_images` and give `resume=True`, or remove those that {Path(self.config.out) / 'train.log'} "
                 "names and start anew"
             )
+
+    def _count_nonfinite(self, last: int, losses: list[float], norms: list[float]) -> None:
+        """Says which of the steps up to `last` were skipped. Raises Diverged where there are too many in a row."""
+        first, skipped = last - len(losses) + 1, []
+        for step, values in enumerate(zip(losses, norms, strict=True), first):
+            finite = all(map(math.isfinite, values))
+            self.nonfinite = 0 if finite else self.nonfinite + 1
+            skipped += [] if finite else [step]
+            if self.nonfinite == self.config.max_nonfinite:
+                raise Diverged(
+                    f"loss or gradient were not finite in {self.nonfinite} steps in a row, up to step {step}: lower "
+                    f"`lr` or `base_lr`, or give `clip_grad=1`, and go on with `resume=True`"
+                )
+        if skipped:
+            numbers = ", ".join(map(str, skipped[:NAMED])) + (", ..." if len(skipped) > NAMED else "")
+            self.log.say(f"skipped, as loss or gradient were not finite: step {numbers}")

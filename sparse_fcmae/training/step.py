@@ -3,18 +3,25 @@
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from sparse_fcmae.training.optim import clip
+from sparse_fcmae.training.optim import clipped
 
 WARMUP = 3  # steps before the capture, in which kernels are compiled and timed, and libraries take their memory
 
 
+class StepResult(NamedTuple):
+    """What a step gives, float32 scalars on the device. grad_norm: of all gradients together, before clipping."""
+
+    loss: Tensor
+    grad_norm: Tensor
+
+
 class TrainStep:
-    """Adds up the gradients of micro-batches, then has the optimiser step.
+    """Adds up the gradients of micro-batches, then has the optimiser step, unless they are not finite.
 
     objective: a module whose forward takes a micro-batch's tensors on the device and gives its mean loss. It may be
     wrapped for several processes. images_per_rank: of a step on this rank. The loss is the mean over them.
@@ -41,8 +48,8 @@ class TrainStep:
         with self.objective.no_sync() if waiting else nullcontext():
             self._differentiate(*inputs)
 
-    def finish(self) -> Tensor:
-        """Changes the weights; returns the step's loss, a float32 scalar on the device."""
+    def finish(self) -> StepResult:
+        """Changes the weights, where all gradients are finite; otherwise they and the optimiser stay as they are."""
         return self._update(keep_gradients=False)
 
     def _differentiate(self, *inputs: Tensor) -> None:
@@ -51,13 +58,17 @@ class TrainStep:
         loss.backward()
         self.loss += loss.detach()
 
-    def _update(self, keep_gradients: bool) -> Tensor:
-        clip((p for group in self.optimizer.param_groups for p in group["params"]), self.clip_grad)
-        self.optimizer.step()
+    def _update(self, keep_gradients: bool) -> StepResult:
+        norm = clipped((p for group in self.optimizer.param_groups for p in group["params"]), self.clip_grad)
+        if getattr(self.optimizer, "_step_supports_amp_scaling", False):  # fused: it looks on the device
+            self.optimizer.grad_scale, self.optimizer.found_inf = None, (~norm.isfinite()).float()
+            self.optimizer.step()
+        elif norm.isfinite():
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=not keep_gradients)
         loss = self.loss.clone()
         self.loss.zero_()
-        return loss
+        return StepResult(loss, norm.float())
 
 
 class GraphedTrainStep(TrainStep):
@@ -71,7 +82,7 @@ class GraphedTrainStep(TrainStep):
         super().__init__(*arguments, **options)
         self.stream, self.pool, self.steps = torch.cuda.Stream(self.device), torch.cuda.graph_pool_handle(), 0
         self.differentiate: dict[torch.Size, tuple[torch.cuda.CUDAGraph, list[Tensor]]] = {}
-        self.update: tuple[torch.cuda.CUDAGraph, Tensor] | None = None
+        self.update: tuple[torch.cuda.CUDAGraph, StepResult] | None = None
 
     def add(self, *inputs: Tensor, last: bool) -> None:
         if self.steps < WARMUP:
@@ -87,15 +98,15 @@ class GraphedTrainStep(TrainStep):
             buffer.copy_(given, non_blocking=True)
         graph.replay()
 
-    def finish(self) -> Tensor:
+    def finish(self) -> StepResult:
         self.steps += 1
         if self.steps <= WARMUP:
             return self._warm_up(lambda: self._update(keep_gradients=True))
         if self.update is None:
             self.update = self._capture(lambda: self._update(keep_gradients=True))
-        graph, loss = self.update
+        graph, result = self.update
         graph.replay()
-        return loss.clone()
+        return StepResult(*(value.clone() for value in result))
 
     def _warm_up(self, run: Callable[[], Any]) -> Any:
         self.stream.wait_stream(torch.cuda.current_stream(self.device))

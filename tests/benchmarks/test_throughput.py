@@ -11,7 +11,7 @@ from sparse_fcmae.benchmarks import throughput as module
 from sparse_fcmae.benchmarks.throughput import PEERS, throughput
 from sparse_fcmae.cli import main
 from sparse_fcmae.model.fcmae import FCMAE
-from sparse_fcmae.training.step import TrainStep
+from sparse_fcmae.training.step import StepResult, TrainStep
 
 USABLE = [name for name, reason in available_backends("cpu").items() if reason is None]
 SMALL = {"batch_size": "2", "image_size": "64", "rounds": 1, "mask_ratio": "0.5"}
@@ -102,7 +102,7 @@ class Idle(TrainStep):
         pass
 
     def finish(self):
-        return torch.tensor(1.1)
+        return StepResult(torch.tensor(1.1), torch.tensor(0.0))
 
 
 class Deaf(TrainStep):

@@ -202,7 +202,7 @@ def test_mistakes_are_one_line(pictures, encoder, whole, tmp_path, capsys, monke
     assert "--labels-per-class 9" in fails(labels_per_class=9)
     assert "not a multiple of the 8-pixel patch" in fails(image_size=33)
     assert "holds a run: give --resume to go on or --overwrite" in fails(out=whole)
-    assert "--lr is 0.5 but the run in" in fails("--resume", out=whole, lr=0.5)
+    assert "--mixup is 0.5 but the run in" in fails("--resume", out=whole, mixup=0.5)
     monkeypatch.setitem(sys.modules, "kornia.augmentation", None)
     assert "pip install kornia (the extra finetune)" in fails()
     with pytest.raises(TypeError, match="unexpected keyword argument 'dat'"):

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 from helpers import fails, flags, flip_bytes
@@ -395,9 +396,19 @@ def test_overwrite_deletes_the_run_and_nothing_else(pictures, whole, tmp_path):
     assert [p.name for p in (run / "checkpoints").glob("step-*")] == ["step-00000004"]
 
 
-def test_loss_that_is_not_finite_stops_the_run(pictures, tmp_path):
-    with pytest.raises(UserError, match=r"not finite|the loss is nan"):
-        pretrain(data=pictures, out=tmp_path / "run", **SMALL | {"lr": 1e12}, log_every=1)
+def test_a_run_that_diverges_stops_and_goes_on_with_another_rate(pictures, tmp_path, capsys):
+    run = tmp_path / "run"
+    pretrain(data=pictures, out=run, **SMALL | {"epochs": 1})
+    with pytest.raises(UserError, match="were not finite in 3 steps in a row, up to step") as error:
+        pretrain(out=run, resume=True, epochs=9, lr=1e15, max_nonfinite=3, log_every=1, save_every=100)
+    assert "\n" not in str(error.value)
+    log = (run / "train.log").read_text()
+    assert "skipped, as loss or gradient were not finite: step" in log
+    assert log.splitlines()[-1].endswith("lower --lr or --base-lr, or give --clip-grad 1, and go on with --resume")
+    assert [p.name for p in (run / "checkpoints").glob("step-*")] == ["step-00000004"]
+    pretrain(out=run, resume=True, epochs=2, lr=1e-3)
+    assert all(np.isfinite(losses(run)))
+    assert len(losses(run)) == 8
 
 
 def test_mistake_in_the_middle_of_a_run_ends_the_process(pictures, tmp_path):

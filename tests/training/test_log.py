@@ -1,6 +1,7 @@
 import json
 import math
 import os
+import re
 import sys
 from types import SimpleNamespace
 
@@ -10,6 +11,7 @@ from sparse_fcmae import UserError
 from sparse_fcmae.data.sources import BadImage
 from sparse_fcmae.training import log as module
 from sparse_fcmae.training.log import RunLog
+from sparse_fcmae.training.plots import draw_loss
 
 
 def rows(run, name="metrics"):
@@ -22,7 +24,7 @@ def log_of(run, step=0, main=True, evaluates=True):
 
 def test_a_row_for_each_step_and_each_evaluation(tmp_path):
     log = log_of(tmp_path)
-    log.steps(3, 4, [0.5, 0.25, 0.125], [1e-3, 2e-3, 3e-3], images=30)
+    log.steps(3, 4, [0.5, 0.25, 0.125], [0.5, 0.25, 0.125], [1e-3, 2e-3, 3e-3], images=30)
     log.evaluation(3, 0.75, {"top1": 0.5, "loss": 2.0})
     log.sync()
     assert [(r["step"], r["epoch"], r["loss"], r["lr"]) for r in rows(tmp_path)] == [
@@ -41,14 +43,14 @@ def test_a_row_for_each_step_and_each_evaluation(tmp_path):
 def test_a_resumed_run_goes_on_without_a_seam(tmp_path):
     log = log_of(tmp_path)
     log.evaluation(0, 0.0, {"top1": 0.1})
-    log.steps(6, 2, [float(i) for i in range(6)], [0.0] * 6, images=6)
+    log.steps(6, 2, [float(i) for i in range(6)], [float(i) for i in range(6)], [0.0] * 6, images=6)
     log.evaluation(2, 1.0, {"top1": 0.2})
     log.evaluation(6, 3.0, {"top1": 0.3})
     log.close()
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 7, "los')  # a process that was killed while it wrote
     log = log_of(tmp_path, step=4)
-    log.steps(5, 2, [50.0], [0.0], images=1)
+    log.steps(5, 2, [50.0], [50.0], [0.0], images=1)
     log.close()
     assert [(r["step"], r["loss"]) for r in rows(tmp_path)] == [(1, 0), (2, 1), (3, 2), (4, 3), (5, 50)]
     assert [r["step"] for r in rows(tmp_path, "evaluations")] == [0, 2]
@@ -56,19 +58,24 @@ def test_a_resumed_run_goes_on_without_a_seam(tmp_path):
     assert rows(tmp_path) == rows(tmp_path, "evaluations") == []
 
 
-@pytest.mark.parametrize("loss", [math.nan, math.inf])
-def test_a_loss_that_is_not_finite_is_written_down_and_ends_the_run(tmp_path, loss):
+def test_what_is_not_finite_is_null(tmp_path):
+    """JSON has no NaN and no infinity, and other readers stop there."""
     log = log_of(tmp_path)
-    with pytest.raises(UserError, match=f"the loss is {loss} at step 2: lower `lr` or `base_lr`, or give"):
-        log.steps(2, 4, [1.0, loss], [0.1, 0.1], images=2)
+    log.steps(3, 4, [1.0, math.nan, math.inf], [math.inf, 2.0, math.nan], [0.1] * 3, images=2)
+    log.evaluation(3, 1.0, {"top1": 0.5, "loss": math.nan})
     log.close()
-    assert len(rows(tmp_path)) == 2
+    assert [(row["loss"], row["grad_norm"]) for row in rows(tmp_path)] == [(1.0, None), (None, 2.0), (None, None)]
+    assert rows(tmp_path, "evaluations")[-1]["loss"] is None
+    for name in ("metrics", "evaluations"):
+        assert not {"NaN", "Infinity"} & set(re.findall(r"\w+", (tmp_path / f"{name}.jsonl").read_text()))
+    draw_loss(tmp_path / "metrics.jsonl", tmp_path / "loss.png")
+    assert (tmp_path / "loss.png").is_file()
 
 
 def test_other_ranks_write_nothing(tmp_path):
     log = log_of(tmp_path, main=False)
     log.say("hello")
-    log.steps(1, 4, [1.0], [0.1], images=1)
+    log.steps(1, 4, [1.0], [1.0], [0.1], images=1)
     log.sync()
     log.close()
     assert not list(tmp_path.iterdir())
@@ -108,11 +115,11 @@ def clock(monkeypatch):
 def test_speed_is_of_training_without_evaluating(tmp_path, clock):
     log = RunLog(tmp_path, 0, 10, main=True, evaluates=True)
     clock.now += 2
-    log.steps(2, 5, [1.0, 1.0], [0.1, 0.1], images=30)
+    log.steps(2, 5, [1.0, 1.0], [1.0, 1.0], [0.1, 0.1], images=30)
     clock.now += 1000
     log.evaluation(2, 0.4, {"top1": 0.5})
     clock.now += 4
-    log.steps(3, 5, [1.0], [0.1], images=30)
+    log.steps(3, 5, [1.0], [1.0], [0.1], images=30)
     log.close()
     assert [row["images_per_second"] for row in rows(tmp_path)] == [15.0, 15.0, 7.5]
     assert "step 3, loss 1.0000, 7.5 images/s, lr 1.00e-01" in (tmp_path / "train.log").read_text()
@@ -121,9 +128,9 @@ def test_speed_is_of_training_without_evaluating(tmp_path, clock):
 def test_waiting_for_images_is_said(tmp_path, clock):
     log = RunLog(tmp_path, 0, 10, main=True, evaluates=False)
     clock.now += 2
-    log.steps(1, 5, [1.0], [0.1], images=30, waited=0.05)
+    log.steps(1, 5, [1.0], [1.0], [0.1], images=30, waited=0.05)
     clock.now += 4
-    log.steps(2, 5, [1.0], [0.1], images=30, waited=3.0)
+    log.steps(2, 5, [1.0], [1.0], [0.1], images=30, waited=3.0)
     log.close()
     assert [row["data_wait"] for row in rows(tmp_path)] == [0.025, 0.75]
     first, second = (tmp_path / "train.log").read_text().splitlines()
@@ -134,7 +141,7 @@ def test_waiting_for_images_is_said(tmp_path, clock):
 def test_the_bar_goes_on_where_the_run_does(tmp_path):
     log = RunLog(tmp_path, 4, 10, main=True, evaluates=False)
     assert (log.bar.n, log.bar.total) == (4, 10)
-    log.steps(6, 5, [1.0, 0.5], [0.1, 0.1], images=30)
+    log.steps(6, 5, [1.0, 0.5], [1.0, 0.5], [0.1, 0.1], images=30)
     assert log.bar.n == 6
     assert "loss 0.5000" in log.bar.postfix
     log.close()
@@ -156,10 +163,11 @@ def test_tensorboard_gets_what_the_files_get(tmp_path, clock, monkeypatch):
     writer = log.tensorboard
     assert (writer.folder, writer.purge_step) == (str(tmp_path), 5)
     clock.now += 2
-    log.steps(5, 5, [1.0], [0.1], images=30)
+    log.steps(5, 5, [1.0], [1.0], [0.1], images=30)
     log.evaluation(5, 1.0, {"top1": 0.5, "loss": 2.0})
     assert writer.scalars == [
         ("loss", 1.0, 5),
+        ("grad_norm", 1.0, 5),
         ("lr", 0.1, 5),
         ("images_per_second", 15.0, 5),
         ("data_wait", 0.0, 5),
@@ -175,7 +183,7 @@ def test_tensorboard_may_be_missing_or_broken(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace())
     log = RunLog(tmp_path, 0, 10, main=True, evaluates=True)
     assert log.tensorboard is None
-    log.steps(1, 5, [1.0], [0.1], images=3)
+    log.steps(1, 5, [1.0], [1.0], [0.1], images=3)
     log.evaluation(1, 0.2, {"top1": 0.5})
     log.close()
     assert len(rows(tmp_path)) == 1
@@ -241,7 +249,7 @@ def test_files_that_can_not_be_closed_are_no_second_error(tmp_path):
 
     log.metrics, log.evaluations, log.text = Full(), Full(), Full()
     with pytest.raises(UserError, match="No space left on device"):
-        log.steps(1, 1, [0.5], [1e-3], images=1)
+        log.steps(1, 1, [0.5], [0.5], [1e-3], images=1)
     with pytest.raises(UserError, match="No space left on device"):
         log.say("hello")
     log.close()
@@ -255,7 +263,7 @@ def test_a_run_goes_on_where_nobody_reads_what_it_says(tmp_path, monkeypatch):
         log = log_of(tmp_path)
         os.close(reading)
         log.say("hello")
-        log.steps(1, 1, [0.5], [1e-3], images=1)
+        log.steps(1, 1, [0.5], [0.5], [1e-3], images=1)
         log.close()
     assert "hello" in (tmp_path / "train.log").read_text()
     assert [row["loss"] for row in rows(tmp_path)] == [0.5]

@@ -30,6 +30,7 @@ from sparse_fcmae.training.config import RunConfig
 from sparse_fcmae.training.configure import configure
 from sparse_fcmae.training.log import RunLog
 from sparse_fcmae.training.loop import train
+from sparse_fcmae.training.step import StepResult
 from sparse_fcmae.training.task import Task
 
 
@@ -255,7 +256,7 @@ class Remembering:
 
     def finish(self):
         self.rates.append(self.optimizer.param_groups[0]["lr"])
-        return torch.tensor(float(len(self.rates)))
+        return StepResult(torch.tensor(float(len(self.rates))), torch.tensor(1.0))
 
 
 class Grey(Task):

@@ -1,3 +1,4 @@
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -7,7 +8,8 @@ from sparse_fcmae import UserError
 from sparse_fcmae.data.batches import Batch
 from sparse_fcmae.data.sources import BadImage
 from sparse_fcmae.runtime.distributed import Ranks
-from sparse_fcmae.training.progress import Progress
+from sparse_fcmae.training.progress import Diverged, Progress
+from sparse_fcmae.training.step import StepResult
 
 CPU = Ranks(0, 1, torch.device("cpu"))
 
@@ -15,10 +17,14 @@ CPU = Ranks(0, 1, torch.device("cpu"))
 def progress(bad=None, ranks=CPU, allowed=0.1):
     said, recorded = [], []
     log = SimpleNamespace(say=said.append, steps=lambda *arguments: recorded.append(arguments))
-    config = SimpleNamespace(batch_size=4, max_bad_images=allowed, out="runs/x")
+    config = SimpleNamespace(batch_size=4, max_bad_images=allowed, max_nonfinite=3, out="runs/x")
     made = Progress(config, SimpleNamespace(steps_per_epoch=5), range(20), log, ranks, {} if bad is None else bad, 0)
     made.said, made.recorded = said, recorded
     return made
+
+
+def result(loss, norm=0.5):
+    return StepResult(loss, torch.tensor(norm))
 
 
 def batch(images, *bad):
@@ -29,11 +35,14 @@ def test_losses_are_recorded_together_and_once():
     steps = progress()
     for loss in (1.0, 0.5):
         steps.take(batch(4), 4)
-        steps.step_done(torch.tensor(loss), lr=loss / 10)
+        steps.step_done(result(torch.tensor(loss)), lr=loss / 10)
     steps.flush(2, 0.25)
-    steps.step_done(torch.tensor(0.25), lr=0.01)
+    steps.step_done(result(torch.tensor(0.25)), lr=0.01)
     steps.flush(3, 0.25)
-    assert steps.recorded == [(2, 5, [1.0, 0.5], [0.1, 0.05], 8, 0.25), (3, 5, [0.25], [0.01], 4, 0.25)]
+    assert steps.recorded == [
+        (2, 5, [1.0, 0.5], [0.5, 0.5], [0.1, 0.05], 8, 0.25),
+        (3, 5, [0.25], [0.5], [0.01], 4, 0.25),
+    ]
 
 
 def test_an_unreadable_image_is_named_once_in_all_of_a_run():
@@ -41,12 +50,12 @@ def test_an_unreadable_image_is_named_once_in_all_of_a_run():
     steps = progress(bad, allowed=0.15)
     steps.take(batch(4, "new.png", "old.png"), 4)
     steps.take(batch(4, "new.png"), 4)
-    steps.step_done(torch.tensor(1.0), 0.1)
+    steps.step_done(result(torch.tensor(1.0)), 0.1)
     steps.flush(1, 0.25)
     assert steps.said == ["unreadable, replaced by another image: new.png: cut"]
     assert bad == {"old.png": "cut", "new.png": "cut"}  # which checkpoints hold
     steps.take(batch(4, "third.png", "fourth.png"), 4)
-    steps.step_done(torch.tensor(1.0), 0.1)
+    steps.step_done(result(torch.tensor(1.0)), 0.1)
     with pytest.raises(UserError, match=r"4 of 20 images are unreadable, such as old.png: raise `max_bad_images`"):
         steps.flush(2, 0.25)
 
@@ -56,7 +65,7 @@ def test_what_other_ranks_could_not_read_counts_too():
         gather=lambda value: [value, [BadImage("there.png", "cut")]], mean=lambda values: values / 2
     )
     steps = progress(ranks=ranks)
-    steps.step_done(torch.tensor(1.0), 0.1)
+    steps.step_done(result(torch.tensor(1.0)), 0.1)
     steps.flush(1, 0.25)
     assert steps.said == ["unreadable, replaced by another image: there.png: cut"]
     assert steps.recorded[0][2] == [0.5]
@@ -65,3 +74,16 @@ def test_what_other_ranks_could_not_read_counts_too():
 def test_a_batch_without_enough_images_ends_the_run():
     with pytest.raises(UserError, match=r"no readable image found in many tries: b.png: cut; check `data`"):
         progress().take(batch(3, "a.png", "b.png"), 4)
+
+
+def test_steps_that_are_not_finite_are_counted_in_a_row():
+    steps = progress()
+    values = [(1.0, 1.0), (math.nan, 1.0), (1.0, math.inf), (1.0, 1.0), (math.inf, math.nan), (1.0, math.nan)]
+    for loss, norm in values:
+        steps.step_done(result(torch.tensor(loss), norm), 0.1)
+    steps.flush(6, 0.0)
+    assert steps.said == ["skipped, as loss or gradient were not finite: step 2, 3, 5, 6"]
+    assert steps.done == 6
+    steps.step_done(result(torch.tensor(math.nan)), 0.1)
+    with pytest.raises(Diverged, match="were not finite in 3 steps in a row, up to step 7: lower `lr` or `base_lr`"):
+        steps.flush(7, 0.0)

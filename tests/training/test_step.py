@@ -28,14 +28,15 @@ def test_micro_batches_of_any_size_are_one_step_of_the_whole_batch(sizes, clip_g
         parts = list(zip(x.split(sizes), y.split(sizes), strict=True))
         for i, part in enumerate(parts):
             step.add(*part, last=i == len(parts) - 1)
-        loss = step.finish()
+        loss, norm = step.finish()
 
         expected = theirs(x, y)
         expected.backward()
+        exact = torch.cat([p.grad.flatten() for p in theirs.parameters()]).norm()
+        assert norm.item() == pytest.approx(exact.item(), rel=1e-6)
         if clip_grad:
-            norm = torch.cat([p.grad.flatten() for p in theirs.parameters()]).norm()
             for parameter in theirs.parameters():
-                parameter.grad *= min(1, clip_grad / (norm + 1e-6))
+                parameter.grad *= min(1, clip_grad / (exact + 1e-6))
         optimizers[1].step()
         optimizers[1].zero_grad()
         assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
@@ -56,6 +57,30 @@ def test_autocast_is_on_where_it_is_asked_for():
     for bf16 in (True, False):
         step = TrainStep(model, torch.optim.SGD(model.parameters()), images_per_rank=1, bf16=bf16)
         step.add(torch.ones(1, 3), torch.ones(1, 2), last=True)
-        assert step.finish().dtype == torch.float32
+        assert {value.dtype for value in step.finish()} == {torch.float32}
     assert seen[0] == (True, torch.bfloat16)
     assert not seen[1][0]
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_step_whose_gradient_is_not_finite_changes_nothing(fused, value):
+    """Nor does it count in the moments' corrections: the next step is that of a run without it."""
+    models = [Objective() for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    inputs = [(torch.randn(4, 3), torch.randn(4, 2)) for _ in range(3)]
+    for model, with_fault in zip(models, (True, False), strict=True):
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=fused)
+        step = TrainStep(model, optimizer, images_per_rank=4, clip_grad=0.5)
+        for number, (x, y) in enumerate(inputs):
+            if with_fault and number == 1:
+                before = [p.detach().clone() for p in model.parameters()]
+                step.add(x * value, y, last=True)
+                loss, norm = step.finish()
+                assert not loss.isfinite()
+                assert not norm.isfinite()
+                assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+            step.add(x, y, last=True)
+            assert all(found.isfinite() for found in step.finish())
+    for a, b in zip(*(model.parameters() for model in models), strict=True):
+        assert torch.equal(a, b)
