@@ -12,7 +12,7 @@ SANITIZED := baseline native $(if $(filter x86_64,$(shell uname -m)),avx2)
 
 CACHE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/sparse-fcmae
 
-.PHONY: demo test test-gpu test-sanitize bench minkowski lint wheel clean
+.PHONY: demo test test-slow test-faults test-gpu test-sanitize bench minkowski lint wheel clean
 
 demo: .venv/installed  ## draw images, pretrain on them, show what was learnt
 	$(BIN)/sparse-fcmae demo --out runs/demo --overwrite
@@ -20,6 +20,12 @@ demo: .venv/installed  ## draw images, pretrain on them, show what was learnt
 # two processes, whose threads must not wait by spinning on each other's cores
 test: lint  ## all tests
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist loadfile
+
+test-slow: .venv/installed-for-tests  ## what takes minutes, one after the other
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -m slow
+
+test-faults: .venv/installed-for-tests  ## runs that are killed, starved of disk, robbed of processes; as root for small disks
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -m slow tests/faults
 
 test-gpu: .venv/installed-for-tests  ## what needs a CUDA device
 	$(BIN)/python -m pytest -m gpu
