@@ -67,6 +67,18 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path} can't be read as JSON: {one_line(error)}") from None
 
 
+def read_toml(path: Path) -> Any:
+    """The table in a TOML file; UserError where it can't be read."""
+    try:
+        import tomllib
+    except ImportError:
+        raise UserError(f"{path}: TOML needs Python 3.11: write it as JSON") from None
+    try:
+        return tomllib.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} can't be read as TOML: {one_line(error)}") from None
+
+
 def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     """Writes a safetensors file, readable by whom the umask allows (the library makes it the owner's alone)."""
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata={"format": "pt"})

@@ -12,8 +12,10 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import MISSING, Field, field, fields
 from functools import wraps
+from numbers import Integral, Real
 from shlex import quote
-from typing import Any, ParamSpec, TypeVar
+from types import NoneType
+from typing import Any, ParamSpec, TypeVar, get_args, get_origin, get_type_hints
 
 from sparse_fcmae.runtime.errors import UserError
 
@@ -21,6 +23,7 @@ P = ParamSpec("P")
 Result = TypeVar("Result")
 Config = TypeVar("Config")
 ARGUMENT = re.compile(r"`([a-z]\w*)(?:=([^`]*))?`")  # as in the messages of a UserError
+IN_WORDS = {bool: "True or False", int: "a whole number", float: "a number", str: "text"}
 BOUNDS: dict[str, tuple[Callable[[Any, Any], bool], str]] = {
     "above": (lambda value, bound: value > bound, "greater than"),
     "at_least": (lambda value, bound: value >= bound, "at least"),
@@ -89,22 +92,37 @@ def check_paths(kind: type, options: dict[str, Any]) -> None:
 
 
 def check(config: Any) -> None:
-    """Raises UserError for the first option that is not finite, not among its choices, or out of its bounds."""
+    """Raises UserError for the first option of another type, not finite, not among its choices, or out of bounds.
+
+    A path may be anything that stands for one.
+    """
+    kinds = get_type_hints(type(config))
     for f in fields(config):
         value = getattr(config, f.name)
         if value is None:
             continue
+        allowed = get_args(kinds[f.name]) or (kinds[f.name],)
+        if not f.metadata["path"] and not any(_is_of(value, kind) for kind in allowed):
+            known = [IN_WORDS.get(kind, "several") for kind in allowed if kind is not NoneType]
+            words = " or ".join(dict.fromkeys(known))
+            raise UserError(f"`{f.name}` must be {words}, not {value!r}")
         choices = f.metadata["choices"]
         if choices and value not in choices:
             raise UserError(f"`{f.name}` {value}: choose one of {', '.join(map(str, choices))}")
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"`{f.name}` must be a finite number, not {value}")
-        if f.metadata["bounds"] and not isinstance(value, int | float):
-            raise UserError(f"`{f.name}` must be a number, not {value!r}")
         for name, bound in f.metadata["bounds"].items():
             holds, words = BOUNDS[name]
             if not holds(value, bound):
                 raise UserError(f"`{f.name}` must be {words} {bound}, not {value}")
+
+
+def _is_of(value: Any, kind: Any) -> bool:
+    """Whether a value is of an option's type, or as good: a number for its text, a list for a tuple."""
+    if get_origin(kind) is tuple:
+        return isinstance(value, list | tuple) and all(_is_of(part, get_args(kind)[0]) for part in value)
+    as_good = {int: Integral, float: Real, str: str | Real}.get(kind, kind)
+    return isinstance(value, as_good) and (kind is bool or not isinstance(value, bool))
 
 
 def keywords_of(config: Callable[P, Config]) -> Callable[[Callable[[dict[str, Any]], Result]], Callable[P, Result]]:

@@ -88,7 +88,7 @@ class RunFolder:
             for part in parts if config.overwrite else ():
                 for path in self.path.glob(part):
                     _delete(path)
-        options = {k: v for k, v in asdict(config).items() if k not in ("resume", "overwrite")}
+        options = {k: v for k, v in asdict(config).items() if k not in ("config", "resume", "overwrite")}
         write_json(self.path / CONFIG, {"format": self.format, **options, **beside})
         with writing(self.path):
             self.checkpoints.mkdir(exist_ok=True)

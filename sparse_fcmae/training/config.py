@@ -36,6 +36,12 @@ class RunConfig(ViewConfig, ComputeConfig):
     seed: int
     eval_every: int
 
+    config: str | None = option(
+        None,
+        help="file of options, TOML or JSON, as a run's config.json; others given go first",
+        path=True,
+        resumable=True,
+    )
     max_bad_images: float = option(
         0.01, help="stop when a larger fraction of the files is unreadable", at_least=0, resumable=True
     )
@@ -48,6 +54,9 @@ class RunConfig(ViewConfig, ComputeConfig):
         help="steps between checkpoints [an epoch or 500 steps, whichever is less, but at least a minute]",
         above=0,
         resumable=True,
+    )
+    save_minutes: float | None = option(
+        None, help="or minutes between checkpoints, whatever the steps", above=0, resumable=True
     )
     keep_checkpoints: int = option(3, help="how many of the newest checkpoints to keep", above=0, resumable=True)
     resume: bool | str = option(

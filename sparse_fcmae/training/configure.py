@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from sparse_fcmae.runtime.errors import UserError
+from sparse_fcmae.runtime.files import read_json, read_toml
 from sparse_fcmae.runtime.options import check, check_paths, differences, image_size_of, shown_size
 from sparse_fcmae.runtime.run_folder import RunFolder
 from sparse_fcmae.training.config import OF_WEIGHTS, RunConfig
@@ -20,6 +21,7 @@ def configure(kind: type[Config], given: dict[str, Any]) -> Config:
     is a run in it, and else False. Raises UserError for values out of range, and for a folder that can't be used as
     asked.
     """
+    given = _of_file(kind, given) | {name: value for name, value in given.items() if name != "config"}
     check_paths(kind, given)
     options = _written_out(kind, given)
     try:
@@ -41,6 +43,28 @@ def configure(kind: type[Config], given: dict[str, Any]) -> Config:
     if config.init and config.overwrite and weights.is_relative_to(Path(config.out).resolve()):
         raise UserError(f"`init` {config.init} lies in `out`, which `overwrite=True` deletes: choose another `out`")
     return config
+
+
+def _of_file(kind: type[Config], given: dict[str, Any]) -> dict[str, Any]:
+    """The options in the file that `config` names, TOML or JSON, as a run's own config.json has them.
+
+    Raises UserError where it can't be read, and for a name that is no option.
+    """
+    if given.get("config") is None:
+        return {}
+    path = Path(given["config"])
+    found = read_toml(path) if path.suffix.lower() == ".toml" else read_json(path)
+    if not isinstance(found, dict):
+        raise UserError(f"`config` {path} holds no options by their names")
+    found = {name.replace("-", "_"): value for name, value in found.items()}
+    made = found.pop("format", None)
+    if made not in (None, RunFolder(path.parent, kind.task).format):
+        raise UserError(f"`config` {path} is of a {made}, and this is {kind.task}")
+    if made:  # a run's, which has more than options, and its own folder
+        found = {name: value for name, value in found.items() if name in {f.name for f in fields(kind)} - {"out"}}
+    if unknown := sorted(found.keys() - {f.name for f in fields(kind)}):
+        raise UserError(f"`config` {path}: there is no option {unknown[0]}")
+    return found
 
 
 def _written_out(kind: type[Config], given: dict[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@ import inspect
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from sparse_fcmae import UserError, evaluate, finetune, pretrain
@@ -28,6 +29,12 @@ class Config:
         ({"count": 0}, "`count` must be at least 1, not 0"),
         ({"count": 10}, "`count` must be less than 10, not 10"),
         ({"kind": "c"}, "`kind` c: choose one of a, b"),
+        ({"rate": "much"}, "`rate` must be a number, not 'much'"),
+        ({"rate": [1.0]}, "`rate` must be a number, not [1.0]"),
+        ({"count": 1.5}, "`count` must be a whole number, not 1.5"),
+        ({"count": True}, "`count` must be a whole number, not True"),
+        ({"kind": 3}, "`kind` 3: choose one of a, b"),
+        ({"kind": ["a"]}, "`kind` must be text, not ['a']"),
     ],
 )
 def test_values_out_of_range(options, message):
@@ -79,3 +86,8 @@ def test_lists():
     for value, message in (("8,x", "give numbers"), ("", "is empty"), ("3", "unknown batch size 3: choose of 1, 2")):
         with pytest.raises(UserError, match=message):
             listed("batch_size", value, int, {1: "", 2: ""} if value == "3" else None)
+
+
+def test_numbers_of_numpy_are_numbers():
+    check(Config(rate=np.float32(0.5), count=np.int64(3)))
+    check(Config(rate=1))

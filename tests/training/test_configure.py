@@ -1,5 +1,6 @@
 import json
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -153,3 +154,58 @@ def test_resuming_automatically_begins_where_there_is_no_run(run, tmp_path):
         configure(PretrainConfig, {"data": "x", "out": str(run), "resume": "auto", "overwrite": True})
     with pytest.raises(UserError, match="`resume` perhaps: choose one of False, True, auto"):
         configure(PretrainConfig, {"data": "x", "out": str(run), "resume": "perhaps"})
+
+
+@pytest.mark.parametrize("kind", ["json", "toml"])
+def test_options_of_a_file_count_less_than_those_given(tmp_path, kind):
+    path = tmp_path / f"recipe.{kind}"
+    options = {
+        "data": "/images",
+        "batch-size": 8,
+        "lr": 1e-3,
+        "epochs": 5,
+        "hflip": False,
+        "channel_files": ["{name}"],
+    }
+    if kind == "toml":
+        if sys.version_info < (3, 11):
+            pytest.skip("TOML needs Python 3.11")
+        path.write_text("".join(f"{name} = {json.dumps(value)}\n" for name, value in options.items()))
+    else:
+        path.write_text(json.dumps(options))
+    config = configure(PretrainConfig, {"config": str(path), "out": str(tmp_path / "new"), "lr": 2e-3})
+    assert (config.data, config.batch_size, config.lr, config.epochs) == ("/images", 8, 2e-3, 5)
+    assert (config.hflip, list(config.channel_files), config.config) == (False, ["{name}"], None)
+
+
+def test_a_runs_config_starts_the_same_run_again(run, tmp_path):
+    again = {"config": str(run / "config.json"), "out": str(tmp_path / "again")}
+    config = configure(PretrainConfig, again)
+    assert (config.data, config.dtype, config.lr, config.out) == ("/images", "bf16", 1e-3, str(tmp_path / "again"))
+    with pytest.raises(UserError, match="is of a sparse-fcmae pretraining run, and this is fine-tuning"):
+        configure(FinetuneConfig, again)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "can't be read as JSON"),
+        ("[1]", "holds no options by their names"),
+        ('{"data": "x", "lrr": 1}', "there is no option lrr"),
+        ('{"data": "x", "epochs": "ten"}', "`epochs` must be a whole number, not 'ten'"),
+        ('{"data": "x", "lr": [1]}', "`lr` must be a number, not"),
+        ('{"data": {"x": 1}}', "`data` is of the type dict: give a path"),
+        ('{"data": "x", "hflip": "no"}', "`hflip` must be True or False, not 'no'"),
+    ],
+)
+def test_a_file_of_options_that_is_none(tmp_path, content, message):
+    (tmp_path / "x.json").write_text(content)
+    with pytest.raises(UserError, match=message):
+        configure(PretrainConfig, {"config": str(tmp_path / "x.json"), "out": str(tmp_path / "new")})
+
+
+def test_a_spoilt_config_of_a_run_is_said(run):
+    saved = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(saved | {"epochs": "many"}))
+    with pytest.raises(UserError, match="`epochs` must be a whole number, not 'many'"):
+        configure(PretrainConfig, {"out": str(run), "resume": True})
