@@ -69,6 +69,8 @@ class Checkpoints:
     def __str__(self) -> str:
         steps = self.schedule.save_every
         often = "every step" if steps == 1 else f"every {steps} steps"
+        if minutes := self.task.config.save_minutes:
+            return f"a checkpoint every {minutes:g} minutes" + (f" and {often}" if self.task.config.save_every else "")
         if self.task.config.save_every:
             return f"a checkpoint {often}"
         return f"a checkpoint {often}, but at most one a minute (--save-every N: every N steps)"
@@ -79,13 +81,15 @@ class Checkpoints:
         return bool(at_interval) or step == self.schedule.steps
 
     def due(self, step: int) -> bool:
-        """Whether enough steps and time have gone by for a checkpoint that the user did not ask for.
+        """Whether enough time has gone by, and enough steps where the user has asked for neither.
 
         Many processes can't agree on it, so there the main one is asked only when all of them write the log.
         """
+        seconds = time.monotonic() - self.saved_at
+        if minutes := self.task.config.save_minutes:
+            return seconds >= 60 * minutes
         enough_steps = step - self.saved_step >= self.schedule.save_every
-        enough_time = time.monotonic() - self.saved_at >= LEAST_SECONDS
-        return not self.task.config.save_every and enough_steps and enough_time
+        return not self.task.config.save_every and enough_steps and seconds >= LEAST_SECONDS
 
     def save(self, step: int) -> None:
         """Saves a checkpoint of so many steps. Raises UserError where the weights are not finite."""

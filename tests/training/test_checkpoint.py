@@ -34,8 +34,8 @@ def clock(monkeypatch):
     return time
 
 
-def checkpoints(run=None, model=None, asked_for=None, interval=5, start=0):
-    config = SimpleNamespace(save_every=asked_for, keep_checkpoints=3)
+def checkpoints(run=None, model=None, asked_for=None, interval=5, start=0, minutes=None):
+    config = SimpleNamespace(save_every=asked_for, save_minutes=minutes, keep_checkpoints=3)
     drawn = []
     task = SimpleNamespace(
         config=config,
@@ -69,6 +69,20 @@ def test_with_a_wish_the_time_does_not_matter(clock):
     assert [step for step in range(1, 24) if saved.asked_for(step)] == [4, 8, 12, 16, 20, 23]
     assert str(saved) == "a checkpoint every 4 steps"
     assert str(checkpoints(asked_for=1)) == "a checkpoint every step"
+
+
+def test_minutes_that_were_asked_for(clock):
+    saved = checkpoints(minutes=2.0)
+    clock.now = 119.0
+    assert not saved.due(1)
+    clock.now = 120.0
+    assert saved.due(1)
+    assert str(saved) == "a checkpoint every 2 minutes"
+    both = checkpoints(minutes=0.5, asked_for=4)
+    assert str(both) == "a checkpoint every 0.5 minutes and every 4 steps"
+    assert both.asked_for(8)
+    clock.now = 150.0
+    assert both.due(5)
 
 
 def test_the_minute_begins_anew_with_each_checkpoint(clock, tmp_path):
