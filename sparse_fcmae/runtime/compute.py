@@ -22,5 +22,6 @@ class ComputeConfig:
         None,
         help="processes that load images for one that computes [one for every 4 cores; for a GPU one a core, up to 16]",
         at_least=0,
+        at_most=1024,
         resumable=True,
     )

@@ -24,6 +24,7 @@ Result = TypeVar("Result")
 Config = TypeVar("Config")
 ARGUMENT = re.compile(r"`([a-z]\w*)(?:=([^`]*))?`")  # as in the messages of a UserError
 IN_WORDS = {bool: "True or False", int: "a whole number", float: "a number", str: "text"}
+LARGEST = 2**32  # below which whole numbers are
 BOUNDS: dict[str, tuple[Callable[[Any, Any], bool], str]] = {
     "above": (lambda value, bound: value > bound, "greater than"),
     "at_least": (lambda value, bound: value >= bound, "at least"),
@@ -87,6 +88,8 @@ def check_paths(kind: type, options: dict[str, Any]) -> None:
     """Raises UserError for the first option of a config's class that is to name files or folders, and is no path."""
     for f in fields(kind):
         value = options.get(f.name)
+        if f.metadata.get("path") and isinstance(value, str) and not value:
+            raise UserError(f"`{f.name}` is empty: name a file or folder, or leave it out")
         if f.metadata.get("path") and value is not None and not all_paths(value):
             raise UserError(f"`{f.name}` is of the type {type(value).__name__}: give a path")
 
@@ -109,6 +112,8 @@ def check(config: Any) -> None:
         choices = f.metadata["choices"]
         if choices and value not in choices:
             raise UserError(f"`{f.name}` {value}: choose one of {', '.join(map(str, choices))}")
+        if isinstance(value, Integral) and abs(value) >= LARGEST:
+            raise UserError(f"`{f.name}` must be less than {LARGEST}, not {value}")
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"`{f.name}` must be a finite number, not {value}")
         for name, bound in f.metadata["bounds"].items():

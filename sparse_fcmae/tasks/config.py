@@ -55,8 +55,8 @@ class PretrainConfig(RunConfig):
     mask_grid: int | None = option(None, help="or draw masks on a grid of this many rows and columns", above=0)
     grn_scope: str = option("image", help="what the response norm pools over", choices=("image", "batch"))
     norm_pix_loss: bool = option(True, help="normalise each target patch")
-    decoder_dim: int = option(512, help="width of the decoder", above=0)
-    decoder_depth: int = option(1, help="blocks of the decoder", above=0)
+    decoder_dim: int = option(512, help="width of the decoder", above=0, at_most=65536)
+    decoder_depth: int = option(1, help="blocks of the decoder", above=0, at_most=1000)
 
     epochs: int | None = option(None, help="passes over the images [recipe]", above=0, changes_run=True)
     batch_size: int | None = option(

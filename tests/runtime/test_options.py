@@ -16,6 +16,7 @@ class Config:
     out: str = option("here", help="folder", path=True)
     rate: float = option(0.5, help="a rate", above=0, at_most=1)
     count: int | None = option(None, help="a number [all]", at_least=1, below=10)
+    size: int = option(1, help="a size")
     kind: str = option("a", help="a kind", choices=("a", "b"))
 
 
@@ -31,6 +32,8 @@ class Config:
         ({"kind": "c"}, "`kind` c: choose one of a, b"),
         ({"rate": "much"}, "`rate` must be a number, not 'much'"),
         ({"rate": [1.0]}, "`rate` must be a number, not [1.0]"),
+        ({"size": 2**32}, "`size` must be less than 4294967296, not 4294967296"),
+        ({"size": -(10**30)}, f"`size` must be less than 4294967296, not {-(10**30)}"),
         ({"count": 1.5}, "`count` must be a whole number, not 1.5"),
         ({"count": True}, "`count` must be a whole number, not True"),
         ({"kind": 3}, "`kind` 3: choose one of a, b"),
@@ -50,7 +53,7 @@ def test_a_function_takes_the_fields_as_its_keywords():
         """Does it."""
         return options
 
-    assert list(inspect.signature(work).parameters) == ["out", "rate", "count", "kind"]
+    assert list(inspect.signature(work).parameters) == ["out", "rate", "count", "size", "kind"]
     assert inspect.signature(work).parameters["rate"].default == 0.5
     assert work(out=Path("x"), rate=1) == {"out": "x", "rate": 1}
     assert "Does it." in work.__doc__

@@ -101,10 +101,9 @@ def test_what_is_given_again_as_it_was_is_no_change(seeded):
     assert (config.seed, config.data, config.knn) == (3, "/moved", "/moved too")  # places may change
 
 
-@pytest.mark.parametrize("data", [None, ""])
-def test_images_are_needed_to_start(tmp_path, data):
+def test_images_are_needed_to_start(tmp_path):
     with pytest.raises(UserError, match="`data` is missing: name the folder with the images"):
-        configure(PretrainConfig, {"data": data, "out": str(tmp_path / "new")})
+        configure(PretrainConfig, {"data": None, "out": str(tmp_path / "new")})
 
 
 @pytest.mark.parametrize(
@@ -209,3 +208,9 @@ def test_a_spoilt_config_of_a_run_is_said(run):
     (run / "config.json").write_text(json.dumps(saved | {"epochs": "many"}))
     with pytest.raises(UserError, match="`epochs` must be a whole number, not 'many'"):
         configure(PretrainConfig, {"out": str(run), "resume": True})
+
+
+@pytest.mark.parametrize("name", ["out", "data", "init", "knn"])
+def test_an_empty_path_is_not_the_current_folder(name):
+    with pytest.raises(UserError, match=f"`{name}` is empty: name a file or folder, or leave it out"):
+        configure(PretrainConfig, {"data": "x", name: ""})

@@ -147,5 +147,6 @@ def version_of(root: Path, files: Iterable[str]) -> str | None:
 
 
 def printable(name: str) -> str:
-    """A file's name with bytes that are no UTF-8 as escapes."""
-    return name.encode(errors="backslashreplace").decode()
+    """A file's name with bytes that are no UTF-8, line ends and what else would move a terminal as escapes."""
+    text = name.encode(errors="backslashreplace").decode()
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -155,3 +155,15 @@ def test_what_is_no_regular_file_is_not_waited_for(tmp_path):
     for index in range(2):
         with pytest.raises(OSError, match="is no regular file"):
             source.open(index)
+
+
+def test_names_can_not_move_the_terminal(tmp_path):
+    for name in ("a\nb.png", "\x1b[2Jc.png", "d\u202ee.png", "\u00e9 f.png"):
+        save(tmp_path / name)
+    source = ImageFolder(tmp_path)
+    assert sorted(source.name(index) for index in range(4)) == [
+        "\\x1b[2Jc.png",
+        "a\\nb.png",
+        "d\\u202ee.png",
+        "\u00e9 f.png",
+    ]
