@@ -46,6 +46,9 @@ COMMANDS = {
         "tasks.config:FinetuneConfig",
         "tasks.classification:finetune",
     ),
+    "runs": Command(
+        "the runs below a folder, and how far they are", "training.config:RunsConfig", "training.runs:runs"
+    ),
     "convert": Command(
         "write any checkpoint's weights for another library, verified",
         "weights.config:ConvertConfig",
@@ -219,6 +222,7 @@ def add_options(parser: Parser, config: type) -> None:
             if not f.metadata["choices"]:
                 settings["metavar"] = {int: "N", float: "X"}.get(kind, "PATH" if f.metadata["path"] else "TEXT")
         if f.metadata["positional"]:
+            settings |= {} if f.default is MISSING else {"nargs": "?"}
             parser.add_argument(f.name, **settings | {"metavar": f.name.upper()})
             continue
         names = [flag(f.name)]

@@ -13,6 +13,20 @@ from sparse_fcmae.runtime.errors import UserError
 LOCK = ".lock"  # the file in such a folder
 
 
+def is_locked(path: Path) -> bool:
+    """Whether another process works in a folder at this moment."""
+    if fcntl is None or not (path / LOCK).is_file():
+        return False
+    with (path / LOCK).open("rb") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            return True
+        except OSError:
+            pass
+    return False
+
+
 def lock_folder(path: Path) -> TextIO:
     """Keeps other processes out of a folder until the file that it returns is closed, or the process is gone.
 

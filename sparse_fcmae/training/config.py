@@ -67,3 +67,10 @@ class RunConfig(ViewConfig, ComputeConfig):
         value_optional=True,
     )
     overwrite: bool = option(False, help="delete the run that is in `out` first", resumable=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunsConfig:
+    """Options of `sparse-fcmae runs`."""
+
+    folder: str = option("runs", help="folder that holds runs, at any depth", path=True, positional=True)
