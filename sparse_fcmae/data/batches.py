@@ -9,7 +9,7 @@ import multiprocessing
 import re
 import signal
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing.process import BaseProcess
 from typing import Any, BinaryIO, NamedTuple
 from weakref import WeakSet
@@ -148,16 +148,24 @@ class Loader(DataLoader):
         """Has what PyTorch raises where one of the processes was killed, at any moment, be a UserError instead."""
         try:
             yield
-        except RuntimeError as error:
-            if not KILLED.match(str(error)):
+        except (RuntimeError, OSError, EOFError) as error:  # the latter two where it was passing a batch on
+            self._end_complaints()
+            dead = [number for number, process in enumerate(self.processes) if not process.is_alive()]
+            if not (dead or KILLED.match(str(error))):
                 raise
-            alive = [process.is_alive() for process in self.processes]
-            index = next((i for i, runs in zip(self.dataset.reading.tolist(), alive, strict=True) if not runs), -1)
+            index = int(self.dataset.reading[dead[0]]) if dead else -1
             last = f" while it read {self.dataset.dataset.source.name(index)}, or just after" if index >= 0 else ""
             raise UserError(
                 f"a process that loads images was killed{last}: if memory was short, give fewer `num_workers`; "
                 "`resume=True` goes on"
             ) from None
+
+    def _end_complaints(self) -> None:
+        """Ends PyTorch's raising an error at every signal of a process that has ended, which may come at any moment."""
+        if self.processes and hasattr(signal, "SIGCHLD"):
+            with suppress(RuntimeError):
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
 def _collate(samples: list[Sample]) -> Batch:
