@@ -1,7 +1,9 @@
 """What a run keeps between its steps until it is recorded: losses that are still on the device, unreadable images."""
 
 import math
+from collections import deque
 from pathlib import Path
+from statistics import fmean
 
 import torch
 from torch import Tensor
@@ -15,6 +17,7 @@ from sparse_fcmae.training.log import RunLog
 from sparse_fcmae.training.schedule import Schedule
 from sparse_fcmae.training.step import StepResult
 
+STARTING, RISEN = 10, 200  # steps whose mean loss is that of the start, and whose mean is compared with it
 NAMED = 10  # skipped steps that a line names
 
 
@@ -43,8 +46,9 @@ class Progress:
         self.bad, self.new_bad = bad, []
         self.results: list[Tensor] = []
         self.nonfinite = 0  # steps in a row
+        self.first, self.last = [], deque(maxlen=RISEN)  # losses
         self.lrs: list[float] = []
-        self.done = start
+        self.start = self.done = start
 
     def take(self, batch: Batch, images: int) -> None:
         """Notes a micro-batch's unreadable images. Raises UserError unless it has so many images all the same."""
@@ -70,6 +74,7 @@ class Progress:
         images = len(losses) * self.config.batch_size
         self.log.steps(step, self.schedule.steps_per_epoch, losses, norms, self.lrs, images, waited)
         self._count_nonfinite(step, losses, norms)
+        self._watch(losses)
         for found in (found for of_rank in self.ranks.gather(self.new_bad) for found in of_rank):
             if found.name not in self.bad:
                 self.bad[found.name] = found.reason
@@ -98,3 +103,21 @@ class Progress:
         if skipped:
             numbers = ", ".join(map(str, skipped[:NAMED])) + (", ..." if len(skipped) > NAMED else "")
             self.log.say(f"skipped, as loss or gradient were not finite: step {numbers}")
+
+    def _watch(self, losses: list[float]) -> None:
+        """Says once that the loss has risen above its start and stays there. A run that was resumed has no start."""
+        if self.start or self.first is None:
+            return
+        finite = [loss for loss in losses if math.isfinite(loss)]
+        room = STARTING - len(self.first)
+        self.first += finite[:room]
+        self.last.extend(finite[room:] if room > 0 else finite)
+        if len(self.last) < RISEN:
+            return
+        start, now = fmean(self.first), fmean(self.last)
+        if now > start:
+            self.log.say(
+                f"the loss is {now:.4f} in the mean of the last {RISEN} steps, and was {start:.4f} at the start: if it "
+                f"stays there, try --lr {self.schedule.peak_lr / 4:.2g}"
+            )
+            self.first = None

@@ -18,7 +18,9 @@ def progress(bad=None, ranks=CPU, allowed=0.1):
     said, recorded = [], []
     log = SimpleNamespace(say=said.append, steps=lambda *arguments: recorded.append(arguments))
     config = SimpleNamespace(batch_size=4, max_bad_images=allowed, max_nonfinite=3, out="runs/x")
-    made = Progress(config, SimpleNamespace(steps_per_epoch=5), range(20), log, ranks, {} if bad is None else bad, 0)
+    made = Progress(
+        config, SimpleNamespace(steps_per_epoch=5, peak_lr=0.2), range(20), log, ranks, {} if bad is None else bad, 0
+    )
     made.said, made.recorded = said, recorded
     return made
 
@@ -87,3 +89,16 @@ def test_steps_that_are_not_finite_are_counted_in_a_row():
     steps.step_done(result(torch.tensor(math.nan)), 0.1)
     with pytest.raises(Diverged, match="were not finite in 3 steps in a row, up to step 7: lower `lr` or `base_lr`"):
         steps.flush(7, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("losses", "said"), [([1.0] * 10 + [2.0] * 150 + [0.9] * 100, 1), ([1.0] * 10 + [0.9] * 400, 0)]
+)
+def test_a_loss_that_has_risen_above_its_start_is_said_once(losses, said):
+    steps = progress()
+    for number, loss in enumerate([*losses, *losses[20:]], 1):
+        steps.step_done(result(torch.tensor(loss)), 0.1)
+        if number % 7 == 0:
+            steps.flush(number, 0.0)
+    assert len(steps.said) == said
+    assert all("and was 1.0000 at the start: if it stays there, try --lr 0.05" in line for line in steps.said)
