@@ -109,7 +109,8 @@ def process_group(device: str) -> Iterator[Ranks]:
     chosen = choose_device(device, int(os.environ.get("LOCAL_RANK", 0)))
     joining = world > 1 and not dist.is_initialized()
     if joining:
-        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+        meeting = {"store": store, "rank": rank, "world_size": world} if (store := _store_of_attempt(world)) else {}
+        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", **meeting)
     try:
         yield Ranks(rank, world, chosen)
         if joining:
@@ -117,6 +118,19 @@ def process_group(device: str) -> Iterator[Ranks]:
     finally:
         if joining:
             dist.destroy_process_group()
+
+
+def _store_of_attempt(world: int) -> dist.Store | None:
+    """Where the processes that torchrun has started again meet each other; None where PyTorch's own place will do.
+
+    torchrun keeps one store for all attempts, in which processes would find the addresses of those that are gone, and
+    wait for them.
+    """
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if attempt == "0" or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), world, is_master=False)
+    return dist.PrefixStore(f"sparse_fcmae/attempt_{attempt}", store)
 
 
 def _wait_for_the_last(world: int) -> None:
