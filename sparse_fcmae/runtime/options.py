@@ -112,14 +112,14 @@ def check(config: Any) -> None:
         choices = f.metadata["choices"]
         if choices and value not in choices:
             raise UserError(f"`{f.name}` {value}: choose one of {', '.join(map(str, choices))}")
-        if isinstance(value, Integral) and abs(value) >= LARGEST:
-            raise UserError(f"`{f.name}` must be less than {LARGEST}, not {value}")
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"`{f.name}` must be a finite number, not {value}")
         for name, bound in f.metadata["bounds"].items():
             holds, words = BOUNDS[name]
             if not holds(value, bound):
                 raise UserError(f"`{f.name}` must be {words} {bound}, not {value}")
+        if isinstance(value, Integral) and abs(value) >= LARGEST:
+            raise UserError(f"`{f.name}` must be less than {LARGEST}, not {value}")
 
 
 def _is_of(value: Any, kind: Any) -> bool:
