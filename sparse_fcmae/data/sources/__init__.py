@@ -39,7 +39,7 @@ class ImageSource(Protocol):
         ...
 
     def open(self, index: int) -> BinaryIO:
-        """An image's bytes as a seekable binary file, which the caller closes."""
+        """An image's bytes as a seekable binary file, or what `open_image` takes in its place; the caller closes it."""
         ...
 
     def name(self, index: int) -> str:
