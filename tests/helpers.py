@@ -1,6 +1,8 @@
 """Independent references and what several tests share."""
 
 import shutil
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
 import torch
@@ -104,3 +106,14 @@ def flip_bytes(path, count=64):
     middle = len(content) // 2
     content[middle : middle + count] = bytes(255 - value for value in content[middle : middle + count])
     path.write_bytes(content)
+
+
+def children_of(process):
+    """The numbers of a process's children, in the order in which they were started, from Linux's /proc."""
+    found = []
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # it has ended meanwhile
+            behind_name = status.read_text().rpartition(")")[2].split()
+            if int(behind_name[1]) == process:
+                found.append(int(status.parent.name))
+    return sorted(found)

@@ -15,7 +15,7 @@ from contextlib import suppress
 
 import pytest
 import torch
-from helpers import flags, flip_bytes
+from helpers import children_of, flags, flip_bytes
 from safetensors.torch import load_file
 
 pytestmark = pytest.mark.slow
@@ -173,8 +173,8 @@ def test_a_killed_loader_process(pictures, tmp_path):
     arguments = command(pictures, run, **options)
     process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     wait_for(process, lambda: len(rows(run)) >= 5)
-    (loader,) = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
-    os.kill(int(loader), signal.SIGKILL)
+    (loader,) = children_of(process.pid)
+    os.kill(loader, signal.SIGKILL)
     said = process.communicate(timeout=SECONDS)[1]
     assert process.returncode == 2
     assert "Traceback" not in said
@@ -195,8 +195,7 @@ def test_a_killed_rank_under_elastic_torchrun(pictures, tmp_path):
     process = subprocess.Popen(command(pictures, run, *launcher, **options), env=environment, **quiet)
     for steps, victim in ((12, 0), (40, 1)):
         wait_for(process, lambda steps=steps: len(rows(run)) >= steps)
-        ranks = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
-        os.kill(int(ranks[victim]), signal.SIGKILL)
+        os.kill(children_of(process.pid)[victim], signal.SIGKILL)
         killed = time.time()
         wait_for(process, lambda killed=killed: (run / "train.log").stat().st_mtime > killed + 1)
     assert process.wait(SECONDS) == 0

@@ -8,7 +8,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from helpers import fails, flags, flip_bytes
+from helpers import children_of, fails, flags, flip_bytes
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -255,8 +255,7 @@ def test_a_signal_to_torchrun_or_to_one_rank_stops_all_ranks_with_a_checkpoint(p
     if to_all:
         process.send_signal(signal.SIGTERM)
     else:
-        children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
-        os.kill(int(children[-1]), signal.SIGUSR2)
+        os.kill(children_of(process.pid)[-1], signal.SIGUSR2)
     process.communicate()
     assert process.returncode != 0
     stopped = int((run / "checkpoints" / "latest").read_text().removeprefix("step-"))
