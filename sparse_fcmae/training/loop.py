@@ -51,7 +51,7 @@ def train(task: Task) -> Path:
     ranks.barrier()
 
     log = RunLog(run.path, start, schedule.steps, ranks.main, task.evaluates)
-    with log, Waiting(log.say, str(task.source)) as waiting, stop_signals(ranks, waiting) as stop:
+    with log, Waiting(log.say, str(task.source)) as waiting, stop_signals(ranks, waiting, start) as stop:
         batches = prefetched(iter(loader), ranks.device)
         runner = task.step_type(
             averaging(task.objective, ranks),
@@ -63,12 +63,8 @@ def train(task: Task) -> Path:
         progress = Progress(config, schedule, task.source, log, ranks, unreadable, start)
         checkpoints = Checkpoints(run, task, optimizer, schedule, log, unreadable, start)
         log.say(f"{task.description}; {len(task.source)} samples, {schedule}")
-        if config.resume:
-            for line in damaged_checkpoints(run.path):
-                log.say(line)
-            found = f"resumed from {checkpoint}" if checkpoint else "no checkpoint to resume from: starting at step 0"
-            log.say(found + (", the run's last: only exporting again" if start == schedule.steps else ""))
-        for note in (*changed, *task.notes, *notes, str(checkpoints)):
+        going_on = _going_on(run.path, checkpoint, last=start == schedule.steps) if config.resume else []
+        for note in (*going_on, *changed, *task.notes, *notes, str(checkpoints)):
             log.say(note)
         with checkpoints.kept(progress), loader.explained():
             if not start and task.evaluates_untrained:
@@ -101,6 +97,12 @@ def train(task: Task) -> Path:
             task.export(run.path, log)
         ranks.barrier()
     return run.path / "exported"
+
+
+def _going_on(run: Path, checkpoint: Path | None, last: bool) -> list[str]:
+    """What there is to say of the checkpoint that a run goes on from. last: whether it is of the last step."""
+    found = f"resumed from {checkpoint}" if checkpoint else "no checkpoint to resume from: starting at step 0"
+    return [*damaged_checkpoints(run), found + (", the run's last: only exporting again" if last else "")]
 
 
 def _loader(task: Task, schedule: Schedule, start: int) -> tuple[Loader, list[str]]:

@@ -28,12 +28,12 @@ class StoppedWaiting(BaseException):
 class StopSignals:
     """Whether the run is to stop. The ranks agree on the step after which they do.
 
-    waiting: in which the step can't be finished.
+    waiting: in which the step can't be finished. start: the steps that are done already.
     """
 
-    def __init__(self, ranks: Ranks, waiting: Waiting) -> None:
+    def __init__(self, ranks: Ranks, waiting: Waiting, start: int) -> None:
         self.ranks, self.waiting, self.first = ranks, waiting, None
-        self.looked_at = self.next_look = 0
+        self.looked_at = self.next_look = start
         self.since = time.monotonic()
 
     def receive(self, number: int, frame: Any) -> None:
@@ -72,9 +72,9 @@ class StopSignals:
 
 
 @contextmanager
-def stop_signals(ranks: Ranks, waiting: Waiting) -> Iterator[StopSignals]:
+def stop_signals(ranks: Ranks, waiting: Waiting, start: int = 0) -> Iterator[StopSignals]:
     """Notes the signals of STOPPING while the block runs, but for those that are ignored, as by nohup."""
-    stop = StopSignals(ranks, waiting)
+    stop = StopSignals(ranks, waiting, start)
     if threading.current_thread() is not threading.main_thread():  # others can't have handlers
         yield stop
         return

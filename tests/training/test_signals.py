@@ -110,3 +110,14 @@ def test_ranks_agree_and_ask_about_every_second(clock, slow, looks):
         signal.raise_signal(signal.SIGUSR1)
         stop.agreed(1)
         assert asked[-1][0]
+
+
+def test_ranks_of_a_resumed_run_ask_about_every_second_too(clock):
+    """The steps that were done before took no time of this process."""
+    ranks = SimpleNamespace(world=2, main=True, asked=[])
+    ranks.gather = lambda value: ranks.asked.append(value) or [value, (False, 0.0)]
+    with stop_signals(ranks, IDLE, start=5000) as stop:
+        for step in range(5001, 5006):
+            clock.now += 4
+            stop.agreed(step)
+    assert [seconds for _, seconds in ranks.asked] == [4.0] * 5
