@@ -76,7 +76,7 @@ def undisturbed(pictures, out, **options):
 
 
 def test_kills_at_random_moments(pictures, tmp_path):
-    """Half of them hit the writing of a checkpoint, of which there is one after every other step."""
+    """Half of them aim at the writing of a checkpoint, of which there is one after every other step."""
     options = {"epochs": 200, "save_every": 2}
     draw, run, hits = random.Random(0), tmp_path / "run", 0
     arguments = command(pictures, run, **options)
