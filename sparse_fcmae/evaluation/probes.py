@@ -1,6 +1,7 @@
 """How well an encoder's features tell classes apart without fine-tuning: by nearest neighbours and a linear probe."""
 
 import os
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -11,15 +12,15 @@ from sparse_fcmae.data.sources import BadImage
 from sparse_fcmae.data.sources.class_folder import USUAL, open_train_and_held_out
 from sparse_fcmae.data.sources.pages import labelled_by_page
 from sparse_fcmae.evaluation.run import EvaluationSet, EvaluationView, check_any, run_model, together
-from sparse_fcmae.model.convnext import SparseEncoder
 from sparse_fcmae.runtime.distributed import Ranks
 
+Encode = Callable[[Tensor], Tensor]  # images [B, C, H, W] -> features [B, D, rows, cols]
 NEIGHBOURS, TEMPERATURE = 20, 0.07  # of the weighted vote of Wu et al., 2018, section 3.4, as in DINO
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # on the linear probe's weights, of which held-out images choose one
 
 
 def features_of(
-    images: EvaluationSet, encoder: SparseEncoder, description: str | None = None
+    images: EvaluationSet, encoder: Encode, description: str | None = None
 ) -> tuple[Tensor, Tensor, list[BadImage]]:
     """An encoder's features of all images of a set, averaged over the positions: float32 [N, D].
 
@@ -60,9 +61,9 @@ class KNNMonitor:
             lambda: [labelled_by_page(part, view.reading) for part in open_train_and_held_out(root, config=config)]
         )
         own = (part.take(range(ranks.rank, len(part), ranks.world)) for part in parts)
-        self.train, self.held_out = (EvaluationSet(part, view) for part in own)
+        self.train, self.held_out = (EvaluationSet(part, view, ranks) for part in own)
 
-    def top1(self, encoder: SparseEncoder) -> tuple[float, list[BadImage]]:
+    def top1(self, encoder: Encode) -> tuple[float, list[BadImage]]:
         """The fraction of the held-out images whose class their neighbours vote for, and the unreadable images.
 
         To be called by all ranks. The unreadable images are left out. Raises UserError where none is readable.
@@ -72,9 +73,7 @@ class KNNMonitor:
         right = nearest_neighbours(features, labels, queries) == truth
         return right.float().mean().item(), bad + bad_queries
 
-    def _gathered_features(
-        self, images: EvaluationSet, encoder: SparseEncoder
-    ) -> tuple[Tensor, Tensor, list[BadImage]]:
+    def _gathered_features(self, images: EvaluationSet, encoder: Encode) -> tuple[Tensor, Tensor, list[BadImage]]:
         """Features and labels of the parts of all ranks, some of which may have no images that can be read."""
         features, labels, bad = zip(*self.ranks.gather(features_of(images, encoder)), strict=True)
         bad = together(bad)

@@ -15,6 +15,7 @@ from sparse_fcmae.data.sources import BadImage, ImageSource
 from sparse_fcmae.data.sources.labelled import Labelled
 from sparse_fcmae.data.sources.windows import Covering
 from sparse_fcmae.data.views import CentreView
+from sparse_fcmae.runtime.distributed import Ranks
 from sparse_fcmae.runtime.errors import UserError
 
 
@@ -42,11 +43,12 @@ class EvaluationView:
 class EvaluationSet:
     """What a model sees of labelled images: the images, or under native windows those that cover them.
 
-    Made once, it can be run over again and again. seen: the samples. image_of: int64, for each of them the index of its
-    image in the source. left_out: the images of which there is nothing to see.
+    Made once, it can be run over again and again. ranks: the processes that have a set each, and run a model together.
+    seen: the samples. image_of: int64, for each of them the index of its image in the source. left_out: the images of
+    which there is nothing to see. batches: the indices of the samples of each. rounds: batches of the rank with most.
     """
 
-    def __init__(self, source: Labelled, view: EvaluationView) -> None:
+    def __init__(self, source: Labelled, view: EvaluationView, ranks: Ranks | None = None) -> None:
         self.source, self.view = source, view
         self.seen: ImageSource = source
         self.image_of, self.left_out = torch.arange(len(source)), list(source.left_out)
@@ -54,6 +56,8 @@ class EvaluationSet:
             self.seen = windows = Covering(source, view.size, view.reading)
             self.image_of = self.image_of.repeat_interleave(torch.from_numpy(windows.counts()))
             self.left_out += windows.left_out
+        self.batches = [part.tolist() for part in torch.arange(len(self.seen)).split(view.batch_size)]
+        self.rounds = max(ranks.gather(len(self.batches))) if ranks else 0
 
 
 @torch.no_grad()
@@ -62,16 +66,22 @@ def run_model(
 ) -> tuple[Tensor, Tensor, list[BadImage]]:
     """Applies a function of normalised images [B, C, H, W], such as a model, to all images of a set.
 
-    Under native windows an image's output is the mean over those that cover it. Returns the outputs, float32 [N, ...]
-    on the CPU, the index of the image that each is of, int64 [N], and the unreadable images, which are left out, as are
-    those with an unreadable window; `check_any` raises where N is 0. description: the text of a progress bar, which the
-    source's notes precede; None for neither bar nor notes.
+    Under native windows an image's output is the mean over those that cover it. Ranks that have fewer batches than
+    others apply it to an image of zeros as well, as a model that is sharded runs on all ranks or none.
+
+    Returns the outputs, float32 [N, ...] on the CPU, the index of the image that each is of, int64 [N], and the
+    unreadable images, which are left out, as are those with an unreadable window; `check_any` raises where N is 0.
+    description: the text of a progress bar, which the source's notes precede; None for neither bar nor notes.
     """
     source, seen, image_of, view = images.source, images.seen, images.image_of, images.view
     dataset = EvaluationImages(seen, CentreView(view.size, view.reading, 1.0 if view.native else view.crop_fraction))
-    batches = [part.tolist() for part in torch.arange(len(seen)).split(view.batch_size)]
-    loader = make_loader(dataset, batches, view.num_workers, pin_memory=view.device.type == "cuda")
-    sums, read, bad = None, torch.zeros(len(source), dtype=torch.int64), list(images.left_out)
+    loader = make_loader(dataset, images.batches, view.num_workers, pin_memory=view.device.type == "cuda")
+    sums, read, bad, rounds = None, torch.zeros(len(source), dtype=torch.int64), list(images.left_out), 0
+
+    def run(batch: Tensor) -> Tensor:
+        with torch.autocast(view.device.type, torch.bfloat16, enabled=view.bf16):
+            return function(batch).float().cpu()
+
     unit = "window" if view.native else "image"
     bar = tqdm(total=len(seen), desc=description, unit=unit, disable=not description, dynamic_ncols=True)
     with bar, loader.explained():
@@ -81,14 +91,15 @@ def run_model(
             bad += batch.bad
             if len(batch.pixels):
                 pixels = view.form.normalise(batch.pixels.to(view.device, non_blocking=True))
-                with torch.autocast(view.device.type, torch.bfloat16, enabled=view.bf16):
-                    outputs = function(pixels).float().cpu()
+                outputs, rounds = run(pixels), rounds + 1
                 if sums is None:
                     sums = outputs.new_zeros(len(source), *outputs.shape[1:])
                 of = image_of[batch.index]
                 sums.index_add_(0, of, outputs)
                 read.index_add_(0, of, torch.ones_like(of))
             bar.update(len(batch.pixels) + len(batch.bad))
+    for _ in range(rounds, images.rounds):
+        run(torch.zeros(1, view.form.in_chans, *view.size, device=view.device))
     expected = image_of.bincount(minlength=len(source))
     if view.native:  # each window of an image may have said the same
         reasons = dict(bad)

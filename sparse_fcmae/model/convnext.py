@@ -4,11 +4,14 @@ Sizes and block: ConvNeXt V2 (Woo et al., 2023), sections 3.1 and 3.2 and append
 names and the dense shapes.
 """
 
+from collections.abc import Callable
 from copy import copy
+from functools import partial
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from sparse_fcmae.backends import check_backend, resolve_backend
 from sparse_fcmae.backends.patches import Patches, product_dtype
@@ -44,7 +47,7 @@ class Block(nn.Module):
     h * (1 + gamma * G / (mean of G over the channels + eps)) + beta. eps is 1e-6, in LN and in GRN. Only dwconv7x7
     looks at other positions, and only at visible ones (submanifold convolution).
 
-    `drop_path` is applied by `run_blocks`. A block that is called by itself never skips an image.
+    `drop_path` and `checkpointed` are applied by `run_blocks`. A block that is called by itself heeds neither.
     """
 
     def __init__(self, dim: int, grn_scope: str = "image") -> None:
@@ -56,6 +59,7 @@ class Block(nn.Module):
         self.pwconv2 = nn.Linear(4 * dim, dim)
         self.grn_scope = grn_scope
         self.drop_path = 0.0  # the probability with which an image skips this block in training
+        self.checkpointed = False  # whether its inside is computed again in the backward pass, and not kept
 
     def forward(self, x: Tensor, patches: Patches) -> Tensor:
         """Features [..., dim] of the patches -> features of the same shape and dtype."""
@@ -191,16 +195,18 @@ class SparseEncoder(nn.Module):
 def run_blocks(stage: nn.Sequential, x: Tensor, patches: Patches) -> Tensor:
     """The blocks of a stage, one after the other; in training some images skip some of them."""
     for block in stage:
-        x = stochastic_depth(block, x, patches) if block.training and block.drop_path else block(x, patches)
+        run = partial(checkpoint, block, use_reentrant=False, preserve_rng_state=False) if block.checkpointed else block
+        skipping = block.training and block.drop_path
+        x = stochastic_depth(run, block.drop_path, x, patches) if skipping else run(x, patches)
     return x
 
 
-def stochastic_depth(block: Block, x: Tensor, patches: Patches) -> Tensor:
-    """The block for each image with probability 1 - block.drop_path; the other images skip it and cost nothing.
+def stochastic_depth(block: Callable[[Tensor, Patches], Tensor], rate: float, x: Tensor, patches: Patches) -> Tensor:
+    """The block for each image with probability 1 - rate; the other images skip it and cost nothing.
 
     What the block adds is scaled so that its mean stays (Huang et al., 2016). For images of which nothing is masked.
     """
-    batch, rate = len(patches.mask), block.drop_path
+    batch = len(patches.mask)
     # drawn on the host, which has to know how many there are
     images, scale = (torch.rand(batch) >= rate).nonzero()[:, 0], 1 / (1 - rate)
     if not len(images):  # a gradient of zeros, not none, as processes that train together need

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sparse_fcmae.backends import resolve_backend
 from sparse_fcmae.backends.patches import product_dtype
-from sparse_fcmae.model.convnext import Block, SparseEncoder, init_weights
+from sparse_fcmae.model.convnext import Block, SparseEncoder, init_weights, run_blocks
 from sparse_fcmae.model.masking import num_visible_patches, random_mask
 from sparse_fcmae.runtime.errors import UserError
 
@@ -94,6 +94,10 @@ class FCMAE(nn.Module):
         prediction = self.decode(features, mask)
         return FCMAEOutput(self.loss(images, prediction, mask, recorded), prediction, mask)
 
+    def encode(self, images: Tensor) -> Tensor:
+        """Features [B, D, H/P, W/P] of images of which nothing is masked."""
+        return self.encoder(images)
+
     def decode(self, features: Tensor, mask: Tensor) -> Tensor:
         """Features [B, D, H/P, W/P] of the visible patches -> prediction [B, L, P * P * C] of all patches."""
         x = pointwise(features.permute(0, 2, 3, 1), self.proj).to(features.dtype)
@@ -101,9 +105,8 @@ class FCMAE(nn.Module):
         backend = resolve_backend(self.encoder.backend, x.device.type, product_dtype(self), dense=True)
         patches = backend(torch.zeros_like(mask), mask.shape[1] * mask.shape[2])
         x = patches.gather(x.permute(0, 3, 1, 2))
-        for block in self.decoder:
-            x = block(x, patches)
-        return pointwise(patches.scatter(x).permute(0, 2, 3, 1), self.pred).flatten(1, 2)
+        x = run_blocks(self.decoder, x, patches)
+        return pointwise(patches.scatter(x).permute(0, 2, 3, 1).flatten(1, 2), self.pred)
 
     def loss(self, images: Tensor, prediction: Tensor, mask: Tensor, recorded: Tensor | None = None) -> Tensor:
         """Mean squared error over the pixels of the masked patches, in float32.

@@ -1,8 +1,9 @@
 """The folders of a run's checkpoints: which there are, and which of them are whole.
 
-RUN/checkpoints/step-00000100/{model.safetensors, trainer.pt, meta.json}. meta.json has the sizes and the SHA-256 of the
-other files; checkpoints of earlier versions have the sizes alone. RUN/checkpoints/latest names the newest, for people
-and other programs. A run goes on from the newest that is whole, whatever it says.
+RUN/checkpoints/step-00000100/{model.safetensors, trainer.pt, meta.json}, or shards/ in place of model.safetensors where
+several processes had a part of the model each. meta.json has the sizes and the SHA-256 of the other files; checkpoints
+of earlier versions have the sizes alone. RUN/checkpoints/latest names the newest, for people and other programs. A run
+goes on from the newest that is whole, whatever it says.
 """
 
 import re
@@ -12,7 +13,7 @@ from pathlib import Path
 from sparse_fcmae.runtime.errors import UserError
 from sparse_fcmae.runtime.files import digest_of, one_line, read_json
 
-MODEL, TRAINER, META, LATEST = "model.safetensors", "trainer.pt", "meta.json", "latest"
+MODEL, SHARDS, TRAINER, META, LATEST = "model.safetensors", "shards", "trainer.pt", "meta.json", "latest"
 CHECKPOINTS = "checkpoints"
 STEP = re.compile(r"step-(\d{8,})")
 
@@ -26,6 +27,11 @@ def checkpoints_in(run: Path) -> list[Path]:
     """The folders of a run's checkpoints, the newest first, be they whole or not."""
     found = [path for path in (run / CHECKPOINTS).glob("step-*") if STEP.fullmatch(path.name)]
     return sorted(found, key=lambda path: int(STEP.fullmatch(path.name)[1]), reverse=True)
+
+
+def weights_in(checkpoint: Path) -> Path:
+    """The file with a checkpoint's weights, or the folder with their shards."""
+    return checkpoint / (SHARDS if (checkpoint / SHARDS).is_dir() else MODEL)
 
 
 def newest_checkpoint(run: Path) -> Path | None:
@@ -59,26 +65,27 @@ def damaged_checkpoints(run: Path) -> list[str]:
 def damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint's folder, or None where its files are those that were written."""
     try:
-        status = {name: (folder / name).stat() for name in (MODEL, TRAINER, META)}
-    except OSError as error:
-        return f"{Path(error.filename).name}: {error.strerror}"
-    return _damage(folder.resolve(), tuple((name, s.st_size, s.st_mtime_ns) for name, s in status.items()))
-
-
-@lru_cache(maxsize=64)
-def _damage(folder: Path, found: tuple[tuple[str, int, int], ...]) -> str | None:
-    """The same, found out once for files of these sizes and times, as it reads all of them."""
-    try:
+        status = {name: (folder / name).stat() for name in (META, TRAINER)}
         meta = read_json(folder / META)
         sizes, digests = dict(meta["bytes"]), dict(meta.get("sha256", {}))
-    except (UserError, KeyError, TypeError, ValueError, AttributeError) as error:
+        names = [name for name in sizes if name != TRAINER and Path(name).parts[0] == SHARDS] or [MODEL]
+        status |= {name: (folder / name).stat() for name in names}
+    except OSError as error:
+        return f"{Path(error.filename).relative_to(folder)}: {error.strerror}"
+    except (UserError, LookupError, TypeError, ValueError, AttributeError) as error:
         return f"{META} is no whole one: {one_line(error)}"
-    for name, size, _ in found[:-1]:
-        if size != sizes.get(name):
-            return f"{name} has {size} bytes and not {sizes.get(name)}"
+    for name in (TRAINER, *names):
+        if status[name].st_size != sizes.get(name):
+            return f"{name} has {status[name].st_size} bytes and not {sizes.get(name)}"
         try:
-            if name in digests and digest_of(folder / name) != digests[name]:
+            if name in digests and _digest(folder.resolve() / name, status[name].st_mtime_ns) != digests[name]:
                 return f"{name} has other bytes than were written"
         except OSError as error:
             return f"{name} can't be read: {error.strerror}"
     return None
+
+
+@lru_cache(maxsize=1024)
+def _digest(file: Path, written: int) -> str:
+    """The SHA-256 of a file, found out once for each time at which it was written."""
+    return digest_of(file)

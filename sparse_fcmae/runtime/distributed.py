@@ -7,14 +7,12 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from sparse_fcmae.runtime.device import choose_device
 from sparse_fcmae.runtime.errors import UserError
@@ -28,24 +26,34 @@ LEAVING_SECONDS = 60  # that a rank waits for the others, one of which may have 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process's rank among `world` ones, and its device."""
+    """This process's rank among `world` ones, and its device.
+
+    group: by which they exchange values, None for the one that all processes have in common.
+    """
 
     rank: int
     world: int
     device: torch.device
+    group: dist.ProcessGroup | None = None
 
     @property
     def main(self) -> bool:
         """Whether this process writes the files."""
         return self.rank == 0
 
+    def apart(self) -> "Ranks":
+        """The same ranks with a group of their own on the CPU, by which threads may exchange values meanwhile."""
+        return self if self.world == 1 else replace(self, group=dist.new_group(backend="gloo"))
+
     def gather(self, value: Any) -> list[Any]:
         """Every rank's picklable value, in the order of the ranks, on all of them."""
         if self.world == 1:
             return [value]
         values = [None] * self.world
-        dist.all_gather_object(values, value)
-        dist.barrier()  # gloo keeps what it gathered until the next collective, and may abort a process ending before
+        dist.all_gather_object(values, value, self.group)
+        dist.barrier(
+            self.group
+        )  # gloo keeps what it gathered until the next collective, and may abort a process ending before
         return values
 
     def by_main(self, do: Callable[[], Any]) -> Any:
@@ -101,7 +109,7 @@ class Ranks:
 
 @contextmanager
 def process_group(device: str) -> Iterator[Ranks]:
-    """Joins the process group when `torchrun` started this process (NCCL on GPUs, gloo elsewhere), and leaves it.
+    """Joins the process group when `torchrun` started this process (gloo, and NCCL on GPUs), and leaves it.
 
     device: a `device` option. Raises UserError where it can't be used.
     """
@@ -110,7 +118,7 @@ def process_group(device: str) -> Iterator[Ranks]:
     joining = world > 1 and not dist.is_initialized()
     if joining:
         meeting = {"store": store, "rank": rank, "world_size": world} if (store := _store_of_attempt(world)) else {}
-        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", **meeting)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo", **meeting)
     try:
         yield Ranks(rank, world, chosen)
         if joining:
@@ -159,11 +167,3 @@ def end_process(code: int) -> NoReturn:
         with suppress(OSError, ValueError):  # nobody reads it any more
             stream.flush()
     os._exit(code)
-
-
-def averaging(objective: nn.Module, ranks: Ranks) -> nn.Module:
-    """A module whose gradients are averaged over the ranks; in a run of one process it is the objective itself."""
-    if ranks.world == 1:
-        return objective
-    device = ranks.device
-    return DistributedDataParallel(objective, device_ids=[device.index] if device.type == "cuda" else None)

@@ -29,6 +29,7 @@ from sparse_fcmae.training.config import RunConfig
 from sparse_fcmae.weights.read import read_weights
 
 STEM = "downsample_layers.0.0.weight"
+CPU = torch.device("cpu")
 
 
 def options_of_weights(path: str | Path) -> dict[str, Any]:
@@ -47,26 +48,28 @@ def format_of_run(config: PretrainConfig, source: ImageSource) -> tuple[ImageFor
     return survey(source, config, config.seed, weights, config.max_bad_images)
 
 
-def build_fcmae(config: PretrainConfig, resumed: bool) -> tuple[FCMAE, list[str]]:
+def build_fcmae(config: PretrainConfig, resumed: bool, device: torch.device = CPU) -> tuple[FCMAE, list[str]]:
     """The model that pretraining starts with, and what there is to say about its weights.
 
-    resumed: the weights come from the run's checkpoint, so those of `init` are not needed.
+    resumed: the weights come from the run's checkpoint, so those of `init` are not needed. device: where they are; on
+    "meta" there are shapes alone.
     """
     torch.manual_seed(config.seed)
-    model = FCMAE(
-        config.model,
-        image_size=image_size_of(config.image_size),
-        in_chans=config.in_chans,
-        mask_ratio=config.mask_ratio,
-        backend=config.backend,
-        mask_patch_size=config.mask_patch_size,
-        mask_grid=config.mask_grid,
-        norm_pix_loss=config.norm_pix_loss,
-        decoder_dim=config.decoder_dim,
-        decoder_depth=config.decoder_depth,
-        stem_stride=config.stem_stride,
-        grn_scope=config.grn_scope,
-    )
+    with device:
+        model = FCMAE(
+            config.model,
+            image_size=image_size_of(config.image_size),
+            in_chans=config.in_chans,
+            mask_ratio=config.mask_ratio,
+            backend=config.backend,
+            mask_patch_size=config.mask_patch_size,
+            mask_grid=config.mask_grid,
+            norm_pix_loss=config.norm_pix_loss,
+            decoder_dim=config.decoder_dim,
+            decoder_depth=config.decoder_depth,
+            stem_stride=config.stem_stride,
+            grn_scope=config.grn_scope,
+        )
     return model, [] if resumed or not config.init else load_into(model, config.init)
 
 
@@ -87,14 +90,20 @@ def load_into(model: FCMAE, path: str) -> list[str]:
         encoder[STEM] = stem_for(stem, in_chans)
         how = "summed" if in_chans == 1 else "repeated and scaled"
         notes.append(f"the stem's weights of {stem.shape[1]} channels are {how} for {in_chans}")
-    model.encoder.load_state_dict(encoder)
+    give(model.encoder, encoder)
     own = {key: value for key, value in model.state_dict().items() if not key.startswith("encoder.")}
     decoder = {key: value for key, value in weights.state.items() if key in own}
     fits = {key: value.shape for key, value in decoder.items()} == {key: value.shape for key, value in own.items()}
     if fits:
-        model.load_state_dict(decoder, strict=False)
+        give(model, decoder, strict=False)
         return [f"going on from the encoder and decoder of {path}", *notes]
     return [f"going on from the encoder of {path}", "new decoder", *notes]
+
+
+def give(model: nn.Module, state: dict[str, Tensor], strict: bool = True) -> None:
+    """Loads weights into a model, unless it has shapes alone."""
+    if not next(model.parameters()).is_meta:
+        model.load_state_dict(state, strict=strict)
 
 
 def stem_for(stem: Tensor, in_chans: int) -> Tensor:
@@ -110,13 +119,14 @@ def stem_for(stem: Tensor, in_chans: int) -> Tensor:
 
 
 def build_classifier(
-    config: FinetuneConfig, images: Labelled, checkpoint: Path | None = None
+    config: FinetuneConfig, images: Labelled, checkpoint: Path | None = None, device: torch.device = CPU
 ) -> tuple[Classifier, ImageFormat, FinetuneConfig, list[str]]:
     """The classifier that fine-tuning starts with, the images that it takes, the config without open ends, and what to
     say about the weights.
 
     The head of the weights is kept where it is for these classes, or for as many whose names are not known. Where there
-    is a checkpoint of the run, the weights are its own, and there is nothing to say about them.
+    is a checkpoint of the run, the weights are its own, and there is nothing to say about them. device: as in
+    `build_fcmae`.
     """
     source, classes = checkpoint or config.init, images.classes
     if source is None:
@@ -134,10 +144,11 @@ def build_classifier(
     size = image_size_of(config.image_size) if config.image_size else size
     options = {"image_size": size, "backend": config.backend, "drop_path": config.drop_path}
     torch.manual_seed(config.seed)
-    model = Classifier(**shape, **options, num_classes=len(classes))
+    with device:
+        model = Classifier(**shape, **options, num_classes=len(classes))
     if weights:
         fits = weights.num_classes == len(classes) and weights.classes in (None, classes)
-        model.load_state_dict(weights.without("decoder", *([] if fits else ["head"])), strict=False)
+        give(model, weights.without("decoder", *([] if fits else ["head"])), strict=False)
         notes.insert(0, f"starting from the {'encoder and head' if fits else 'encoder'} of {source}")
         notes += [] if fits else [f"new head for {len(classes)} classes"]
     if config.freeze_encoder:

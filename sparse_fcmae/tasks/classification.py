@@ -37,6 +37,7 @@ from sparse_fcmae.training.configure import configure
 from sparse_fcmae.training.log import RunLog
 from sparse_fcmae.training.loop import train
 from sparse_fcmae.training.optim import adamw, layer_scale
+from sparse_fcmae.training.parallel import device_of_new_model, place, whole_state
 from sparse_fcmae.training.plots import draw_accuracy, draw_loss
 from sparse_fcmae.training.task import Task
 from sparse_fcmae.weights.convert import export_model
@@ -88,17 +89,19 @@ class Classification(Task):
         self.source, held_out = ranks.main_first(lambda: open_splits(*opening))
         if config.labels_per_class:
             self.source = few_labels(self.source, config.labels_per_class, config.seed)
-        checkpoint = newest_checkpoint(Path(config.out)) if config.resume else None
-        self.model, self.form, config, self.notes = build_classifier(config, self.source, checkpoint)
-        self.model.to(ranks.device).train()
+        checkpoint = ranks.by_main(lambda: newest_checkpoint(Path(config.out))) if config.resume else None
+        device = device_of_new_model(config, ranks)
+        self.model, self.form, config, self.notes = build_classifier(config, self.source, checkpoint, device)
         dtype = choose_dtype(config.dtype, ranks.device, config.backend)
         self.config = config = replace(config, dtype="bf16" if dtype == torch.bfloat16 else "fp32")
+        self.ema = moving_average(self.model, config.ema_decay) if config.ema_decay else None
+        for model in (self.model, self.ema.module) if self.ema else (self.model,):
+            place(model.train(), config, ranks)
 
         classes = len(self.source.classes)
         mixed = {"random_erasing": config.random_erasing, "mixup": config.mixup, "cutmix": config.cutmix}
         mix = Mixing(classes, self.form, **mixed)
         self.objective = ClassificationObjective(self.model, mix, config.label_smoothing)
-        self.ema = moving_average(self.model, config.ema_decay) if config.ema_decay else None
         self.size, self.min_lr = image_size_of(config.image_size), config.min_lr
         augment = RandAugment(config.rand_augment) if config.rand_augment else None
         if augment and not self.form.is_photograph:
@@ -109,7 +112,7 @@ class Classification(Task):
         self.source, held_out = ranks.main_first(lambda: samples_of(*images, self.training_view, config.max_bad_images))
         self.notes += [*self.source.notes, *(note for note in held_out.notes if note not in self.source.notes)]
         own = held_out.take(range(ranks.rank, len(held_out), ranks.world))
-        self.held_out = EvaluationSet(own, evaluation_view(config, self.size, self.form, ranks.device))
+        self.held_out = EvaluationSet(own, evaluation_view(config, self.size, self.form, ranks.device), ranks)
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad) / 1e6
         self.description = (
             f"{self.model.name} on {ranks.device}, backend {resolve_backend(config.backend, ranks.device.type).name}, "
@@ -151,10 +154,15 @@ class Classification(Task):
         return values
 
     def export(self, run: Path, log: RunLog) -> None:
-        exported = run / "exported"
-        export_model(self.model.cpu(), exported, self.source.classes, self.form)
+        exported, ema = run / "exported", None
+        state = whole_state(self.model, self.ranks)
         if self.ema:
-            export_model(self.ema.module.cpu(), run / "exported-ema", self.source.classes, self.form)
+            ema = whole_state(self.ema.module, self.ranks)
+        if not self.ranks.main:
+            return
+        export_model(self.model, exported, self.source.classes, self.form, state)
+        if ema:
+            export_model(self.model, run / "exported-ema", self.source.classes, self.form, ema)
             log.say(f"moving average of the weights in {exported}-ema")
         log.draw(lambda: draw_loss(run / "metrics.jsonl", run / "loss.png", "loss"))
         log.draw(lambda: draw_accuracy(run / "evaluations.jsonl", run / "accuracy.png"))

@@ -34,6 +34,7 @@ from sparse_fcmae.training.configure import configure
 from sparse_fcmae.training.log import RunLog
 from sparse_fcmae.training.loop import train
 from sparse_fcmae.training.optim import adamw
+from sparse_fcmae.training.parallel import device_of_new_model, place, shards, whole_state
 from sparse_fcmae.training.plots import draw_loss
 from sparse_fcmae.training.step import GraphedTrainStep
 from sparse_fcmae.training.task import Task
@@ -97,9 +98,9 @@ class Pretraining(Task):
         dtype = choose_dtype(config.dtype, ranks.device, config.backend)
         self.config = config = replace(config, dtype="bf16" if dtype == torch.bfloat16 else "fp32")
         self.cuda_graphs = accelerated(config, ranks)
-        checkpoint = newest_checkpoint(Path(config.out)) if config.resume else None
-        self.model, notes = build_fcmae(config, resumed=checkpoint is not None)
-        self.model.to(ranks.device)
+        checkpoint = ranks.by_main(lambda: newest_checkpoint(Path(config.out))) if config.resume else None
+        self.model, notes = build_fcmae(config, checkpoint is not None, device_of_new_model(config, ranks))
+        place(self.model, config, ranks, methods=("encode",))
         self.notes = [*recipe, *self.source.notes, *found, *notes]
 
         trained = torch.compile(self.model, fullgraph=True, dynamic=False) if config.compile else self.model
@@ -108,8 +109,8 @@ class Pretraining(Task):
         view = evaluation_view(config, self.size, self.form, ranks.device)
         self.monitor = KNNMonitor(config.knn, view, ranks, config) if config.knn else None
         self.evaluates = self.evaluates_untrained = self.monitor is not None
-        whole = CentreView(self.size, self.training_view.reading, native=config.crop == "native")
-        samples = sample_images(self.source, SAMPLES if ranks.main else 0, whole)
+        centre = CentreView(self.size, self.training_view.reading, native=config.crop == "native")
+        samples = sample_images(self.source, SAMPLES, centre)
         self.samples = samples.to(ranks.device)
         if not (config.resume or config.init):
             self.notes += hints(self.model.encoder, samples)
@@ -138,7 +139,7 @@ class Pretraining(Task):
         return batch.pixels, self.masks[first : first + len(batch.pixels)]
 
     def evaluate(self, log: RunLog) -> dict[str, float]:
-        top1, unreadable = self.monitor.top1(self.model.encoder)
+        top1, unreadable = self.monitor.top1(self.model.encode)
         log.say_left_out(unreadable)
         return {"knn_top1": top1}
 
@@ -146,15 +147,18 @@ class Pretraining(Task):
         """The same images and masks each time, so that the pictures of different steps can be compared."""
         if not len(self.samples):
             return
-        with writing(run):
-            (run / "reconstructions").mkdir(exist_ok=True)
         with torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=self.config.dtype == "bf16"):
             picture = reconstruct(self.model, self.form, self.samples, torch.Generator().manual_seed(self.config.seed))
-        save_picture(picture, run / "reconstructions" / f"step-{step:08d}.png")
+        if self.ranks.main:
+            with writing(run):
+                (run / "reconstructions").mkdir(exist_ok=True)
+            save_picture(picture, run / "reconstructions" / f"step-{step:08d}.png")
 
     def export(self, run: Path, log: RunLog) -> None:
-        exported = run / "exported"
-        export_model(self.model.encoder.cpu(), exported, form=self.form)
+        exported, state = run / "exported", whole_state(self.model.encoder, self.ranks)
+        if not self.ranks.main:
+            return
+        export_model(self.model.encoder, exported, form=self.form, state=state)
         log.draw(lambda: draw_loss(run / "metrics.jsonl", run / "loss.png"))
         log.say(f"pretrained encoder in {exported}; use it with\n\n{usage_example(self.model.encoder, exported)}")
 
@@ -172,8 +176,10 @@ def accelerated(config: PretrainConfig, ranks: Ranks) -> bool:
     """
     device = ranks.device.type
     if config.cuda_graphs and (device != "cuda" or ranks.world > 1):
-        where = f"on {device}" if device != "cuda" else "in several processes"
+        where = f"on {device}" if device != "cuda" else "in several processes, which exchange gradients in between"
         raise UserError(f"`cuda_graphs` can't be used {where}: leave it out")
+    if config.compile and shards(config, ranks):
+        raise UserError("`compile` can't look into a model in shards: leave it out")
     backend = resolve_backend(config.backend, device)
     if not backend.compilable and (config.compile or config.cuda_graphs):
         raise UserError(f"backend {backend.name} can't be compiled or captured: leave out `compile` and `cuda_graphs`")

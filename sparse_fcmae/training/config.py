@@ -36,6 +36,17 @@ class RunConfig(ViewConfig, ComputeConfig):
     seed: int
     eval_every: int
 
+    parallel: str = option(
+        "ddp",
+        help="each process has the whole model (ddp), a shard (fsdp), or a shard of a copy on its machine (hsdp)",
+        choices=("ddp", "fsdp", "hsdp"),
+        resumable=True,
+    )
+    cpu_offload: bool = option(False, help="with fsdp or hsdp: shards stay in the machine's memory", resumable=True)
+    grad_checkpointing: bool = option(
+        False, help="compute a block's inside again in the backward pass, to keep less", resumable=True
+    )
+
     config: str | None = option(
         None,
         help="file of options, TOML or JSON, as a run's config.json; others given go first",

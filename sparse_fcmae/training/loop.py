@@ -5,13 +5,13 @@ from pathlib import Path
 from sparse_fcmae.data.batches import Loader, make_loader, micro_batches
 from sparse_fcmae.runtime.checkpoint_folder import MODEL, damaged_checkpoints, newest_checkpoint
 from sparse_fcmae.runtime.device import loader_processes
-from sparse_fcmae.runtime.distributed import averaging
 from sparse_fcmae.runtime.errors import Interrupted, UserError
 from sparse_fcmae.runtime.options import changes
 from sparse_fcmae.runtime.run_folder import RunFolder
 from sparse_fcmae.training.checkpoint import Checkpoints, check_images, restore, to_go_on
 from sparse_fcmae.training.log import RunLog
 from sparse_fcmae.training.optim import set_lr
+from sparse_fcmae.training.parallel import averaging
 from sparse_fcmae.training.prefetch import prefetched
 from sparse_fcmae.training.progress import Progress
 from sparse_fcmae.training.schedule import Schedule
@@ -29,14 +29,14 @@ def train(task: Task) -> Path:
     config, ranks = task.config, task.ranks
     run = RunFolder(config.out, config.task)
     if config.resume:
-        check_images(run, task)  # before the schedule, which other images would not fit either
+        ranks.by_main(lambda: check_images(run, task))  # before the schedule, which other images would not fit either
     if len(set(ranks.gather(task.source.fingerprint))) > 1:
         raise UserError(f"the processes see different images in {config.data}: are all files there, on each machine?")
     schedule = Schedule.of(config, len(task.source), ranks.world, task.min_lr)
     changed = changes(run.saved_options() or {}, config) if config.resume else []
     optimizer = task.optimizer()
     ranks.by_main(lambda: run.hold(config))
-    checkpoint = newest_checkpoint(run.path) if config.resume else None
+    checkpoint = ranks.by_main(lambda: newest_checkpoint(run.path)) if config.resume else None
     start, unreadable = restore(checkpoint, task, optimizer) if checkpoint else (0, {})
     if start > schedule.steps:
         raise UserError(f"the run in {config.out} has done {start} steps, more than {schedule.steps}: raise `epochs`")
@@ -63,7 +63,7 @@ def train(task: Task) -> Path:
         progress = Progress(config, schedule, task.source, log, ranks, unreadable, start)
         checkpoints = Checkpoints(run, task, optimizer, schedule, log, unreadable, start)
         log.say(f"{task.description}; {len(task.source)} samples, {schedule}")
-        going_on = _going_on(run.path, checkpoint, last=start == schedule.steps) if config.resume else []
+        going_on = _going_on(run.path, checkpoint, last=start == schedule.steps) if config.resume and ranks.main else []
         for note in (*going_on, *changed, *task.notes, *notes, str(checkpoints)):
             log.say(note)
         with checkpoints.kept(progress), loader.explained():
@@ -87,14 +87,14 @@ def train(task: Task) -> Path:
                     progress.flush(done, waiting.take_seconds())
                     if evaluating:
                         log.evaluation(done, schedule.epoch(done), task.evaluate(log))
-                    if ranks.main and (saving or checkpoints.due(done)):
+                    if saving or ranks.gather(checkpoints.due(done))[0]:
                         checkpoints.save(done)
                 if stopping and done < schedule.steps:
+                    checkpoints.written()
                     log.say(to_go_on(config, done))
                     ranks.barrier()  # or torchrun would end the main rank, which saves, as others have ended
                     raise Interrupted
-        if ranks.main:
-            task.export(run.path, log)
+        task.export(run.path, log)
         ranks.barrier()
     return run.path / "exported"
 

@@ -37,6 +37,12 @@ def adamw(
     return torch.optim.AdamW(options, lr=lr, betas=betas, fused=device.type in ("cpu", "cuda"), capturable=capturable)
 
 
+def layout_of_moments(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """A parameter in the place of each tensor of its shape that AdamW's state dict has."""
+    parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
+    return {"state": {i: {"exp_avg": p, "exp_avg_sq": p} for i, p in enumerate(parameters)}}
+
+
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     """Loads the optimiser's moments, be they from a capturable one or not."""
     own = [{name: group[name] for name in ("lr", "capturable", "lr_scale")} for group in optimizer.param_groups]
@@ -84,6 +90,7 @@ def clipped(parameters: Iterable[Tensor], most: float | None) -> Tensor:
     """The gradients' joint norm, a scalar on their device, after which they are clipped to `most`; None leaves them."""
     parameters = [parameter for parameter in parameters if parameter.grad is not None]
     norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters])
+    norm = getattr(norm, "full_tensor", lambda: norm)()  # of sharded gradients it is known in parts
     if most is not None:
         nn.utils.clip_grads_with_norm_(parameters, most, norm)
     return norm

@@ -2,13 +2,13 @@
 
 import warnings
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from sparse_fcmae.training.optim import clipped
+from sparse_fcmae.training.parallel import accumulating
 
 WARMUP = 3  # steps before the capture, in which kernels are compiled and timed, and libraries take their memory
 
@@ -44,8 +44,7 @@ class TrainStep:
     def add(self, *inputs: Tensor, last: bool) -> None:
         """Adds a micro-batch, the images in the first dimension of each tensor. `last`: of its step."""
         inputs = tuple(t.to(self.device, non_blocking=True) for t in inputs)
-        waiting = not last and isinstance(self.objective, nn.parallel.DistributedDataParallel)
-        with self.objective.no_sync() if waiting else nullcontext():
+        with accumulating(self.objective, last):
             self._differentiate(*inputs)
 
     def finish(self) -> StepResult:

@@ -22,11 +22,11 @@ class Task(ABC):
     Making a task reads its images and weights and raises UserError for what does not fit together; it writes nothing.
 
     config: without open ends, its dtype "fp32" or "bf16". ranks: the processes. source: the images that are trained on.
-    model: what checkpoints hold. objective: a module whose forward takes the tensors of `inputs` and gives their mean
-    loss. description: what is trained, where and how, in a line. notes: what else the log says at the start, a line
-    each. outputs: the names of the files and folders in the run's folder that the task makes, beside `exported`.
-    step_type: how steps run. min_lr: the learning rate at the end of the cosine. evaluates: whether `evaluate` is
-    called. evaluates_untrained: whether it is also called before the first step.
+    model: what checkpoints hold, as `parallel.place` leaves it. objective: a module whose forward takes the tensors of
+    `inputs` and gives their mean loss. description: what is trained, where and how, in a line. notes: what else the log
+    says at the start, a line each. outputs: the names of the files and folders in the run's folder that the task makes,
+    beside `exported`. step_type: how steps run. min_lr: the learning rate at the end of the cosine. evaluates: whether
+    `evaluate` is called. evaluates_untrained: whether it is also called before the first step.
     """
 
     config: RunConfig
@@ -77,8 +77,11 @@ class Task(ABC):
         raise NotImplementedError("a task whose `evaluates` is true says what it measures")
 
     def illustrate(self, run: Path, step: int) -> None:
-        """Draws into the run's folder what the model does, at each checkpoint, on the main rank."""
+        """Draws into the run's folder what the model does, at each checkpoint. All ranks call it together."""
 
     @abstractmethod
     def export(self, run: Path, log: RunLog) -> None:
-        """Writes the trained model for its users into RUN/exported, on the main rank, and logs how to use it."""
+        """Writes the trained model for its users into RUN/exported, and logs how to use it.
+
+        All ranks call it together, and the main one writes.
+        """

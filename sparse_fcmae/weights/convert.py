@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from sparse_fcmae.data.format import ImageFormat
 from sparse_fcmae.model.convnext import SparseEncoder
@@ -56,9 +57,13 @@ def export_model(
     folder: Path,
     classes: tuple[str, ...] | None = None,
     form: ImageFormat | None = None,
+    state: dict[str, Tensor] | None = None,
 ) -> None:
-    """Writes an encoder or classifier under the official names, with the config that `load_encoder` reads, verified."""
-    weights, target = Weights.of(model, classes, form), TARGETS["official"]
+    """Writes an encoder or classifier under the official names, with the config that `load_encoder` reads, verified.
+
+    state: the weights, where the model does not have them, or has others.
+    """
+    weights, target = Weights.of(model, classes, form, state), TARGETS["official"]
     with new_folder(folder) as temporary:
         with writing(folder):
             write(weights, target, temporary)

@@ -23,7 +23,15 @@ from sparse_fcmae.data.decoders.pages import Page
 from sparse_fcmae.data.views import CentreView, default_crop_fraction
 from sparse_fcmae.model.classifier import Classifier
 from sparse_fcmae.model.convnext import SIZES, SparseEncoder
-from sparse_fcmae.runtime.checkpoint_folder import META, STEP, damage, damaged_checkpoints, newest_checkpoint
+from sparse_fcmae.runtime.checkpoint_folder import (
+    META,
+    SHARDS,
+    STEP,
+    damage,
+    damaged_checkpoints,
+    newest_checkpoint,
+    weights_in,
+)
 from sparse_fcmae.runtime.errors import UserError
 from sparse_fcmae.runtime.files import one_line, read_json
 from sparse_fcmae.weights.adapter import CONFIG, Adapter, Settings
@@ -94,7 +102,7 @@ def read_weights(path: str | Path, *, whole: bool = False) -> Weights:
 
 
 def weights_file(path: Path, whole: bool = False) -> Path:
-    """The file with the weights in what a user names; `whole` as in `read_weights`."""
+    """The file with the weights in what a user names, or the folder with their shards; `whole` as in `read_weights`."""
     if path.is_file():
         return path
     if not path.is_dir():
@@ -102,7 +110,9 @@ def weights_file(path: Path, whole: bool = False) -> Path:
     if (path / META).is_file() and (reason := damage(path)):
         raise UserError(f"checkpoint {path} is damaged: {reason}: take another")
     if whole and (checkpoint := newest_checkpoint(path)):
-        return checkpoint / FILES[0]
+        return weights_in(checkpoint)
+    if (path / SHARDS).is_dir():
+        return path / SHARDS
     for folder in (path, path / "exported"):
         for name in FILES:
             if (folder / name).is_file():
@@ -110,12 +120,17 @@ def weights_file(path: Path, whole: bool = False) -> Path:
     if (path / f"{FILES[0]}.index.json").is_file():
         raise UserError(f"{path} holds weights in several files: save them in one, with a larger max_shard_size")
     if checkpoint := newest_checkpoint(path):
-        return checkpoint / FILES[0]
+        return weights_in(checkpoint)
     raise UserError(f"{path} holds no {', '.join(FILES)}, exported encoder or checkpoint")
 
 
 def _load(file: Path) -> Any:
-    """What a file of weights holds."""
+    """What a file of weights holds, or a folder of shards."""
+    if file.name == SHARDS:
+        from sparse_fcmae.runtime.shards import load_shards  # takes half a second
+
+        found = load_shards(file, {}, prefix="model.")
+        return {name.removeprefix("model."): tensor for name, tensor in found.items()}
     try:
         if file.suffix == ".safetensors":
             return load_file(file)

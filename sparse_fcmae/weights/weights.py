@@ -44,10 +44,14 @@ class Weights:
 
     @classmethod
     def of(
-        cls, model: SparseEncoder, classes: tuple[str, ...] | None = None, form: ImageFormat | None = None
+        cls,
+        model: SparseEncoder,
+        classes: tuple[str, ...] | None = None,
+        form: ImageFormat | None = None,
+        state: dict[str, Tensor] | None = None,
     ) -> "Weights":
-        """The weights of an encoder or a classifier, and the images that it takes."""
-        state = {key: value.detach().cpu() for key, value in model.state_dict().items()}
+        """The weights of an encoder or a classifier, or others in their place, and the images that it takes."""
+        state = state or {key: value.detach().cpu() for key, value in model.state_dict().items()}
         return cls(state, architecture_of(model), classes, form)
 
     @property

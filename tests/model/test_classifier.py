@@ -38,7 +38,7 @@ def test_drop_path_skips_images_and_scales_the_others(backend):
     patches = resolve_backend(backend, "cpu")(torch.zeros(8, 1, 2, dtype=torch.bool), 2)
     x = patches.gather(torch.randn(8, 40, 1, 2)).requires_grad_()
     torch.manual_seed(3)
-    out = stochastic_depth(block, x, patches)
+    out = stochastic_depth(block, block.drop_path, x, patches)
     torch.manual_seed(3)
     passes = torch.rand(8) >= 0.4
     assert 0 < passes.sum() < 8
@@ -64,7 +64,7 @@ def test_drop_path_of_everything_leaves_gradients_of_zeros():
     torch.manual_seed(0)
     assert torch.rand(1) < 0.9
     torch.manual_seed(0)
-    out = stochastic_depth(block, x, patches)
+    out = stochastic_depth(block, block.drop_path, x, patches)
     out.sum().backward()
     assert torch.equal(out, x)
     assert all((p.grad == 0).all() for p in block.parameters())

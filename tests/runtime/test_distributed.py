@@ -4,13 +4,15 @@ import sys
 
 import torch
 
-from sparse_fcmae.runtime.distributed import Ranks, averaging, process_group
+from sparse_fcmae.runtime.distributed import Ranks, process_group
+from sparse_fcmae.training.parallel import averaging
 
 PROGRAM = """
 import torch
 import atexit
 import time
-from sparse_fcmae.runtime.distributed import averaging, end_process, process_group
+from sparse_fcmae.runtime.distributed import end_process, process_group
+from sparse_fcmae.training.parallel import averaging
 from sparse_fcmae.runtime.errors import UserError
 
 def refuse():

@@ -1,14 +1,18 @@
+import threading
 from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from sparse_fcmae import UserError
 from sparse_fcmae.runtime.checkpoint_folder import newest_checkpoint
+from sparse_fcmae.runtime.distributed import Ranks
 from sparse_fcmae.runtime.run_folder import RunFolder
-from sparse_fcmae.training import checkpoint
-from sparse_fcmae.training.checkpoint import Checkpoints, restore, write_checkpoint
+from sparse_fcmae.training import checkpoint, checkpoint_files
+from sparse_fcmae.training.checkpoint import Checkpoints, restore
+from sparse_fcmae.training.checkpoint_files import load_trainer, write_checkpoint
 from sparse_fcmae.training.optim import adamw
 
 
@@ -18,10 +22,10 @@ def test_full_disk_is_one_line_and_keeps_what_was_there(tmp_path, monkeypatch):
 
     checkpoints = tmp_path / "checkpoints"
     checkpoints.mkdir()
-    checkpoint.write_checkpoint(checkpoints, 12, {}, {"step": 12, "images": "these"}, keep=3)
-    monkeypatch.setattr(checkpoint, "save_tensors", full)
+    write_checkpoint(checkpoints, 12, {}, {"step": 12, "images": "these"}, keep=3)
+    monkeypatch.setattr(checkpoint_files, "save_tensors", full)
     with pytest.raises(UserError, match=r"can't write .*step-00000016: No space left on device"):
-        checkpoint.write_checkpoint(checkpoints, 16, {}, {}, keep=3)
+        write_checkpoint(checkpoints, 16, {}, {}, keep=3)
     assert newest_checkpoint(tmp_path).name == "step-00000012"
     assert sorted(p.name for p in checkpoints.iterdir()) == ["latest", "step-00000012"]
 
@@ -39,6 +43,7 @@ def checkpoints(run=None, model=None, asked_for=None, interval=5, start=0, minut
     drawn = []
     task = SimpleNamespace(
         config=config,
+        ranks=Ranks(0, 1, torch.device("cpu")),
         model=model,
         source=SimpleNamespace(fingerprint="f"),
         state=lambda: {"own": torch.ones(1)},
@@ -95,7 +100,40 @@ def test_the_minute_begins_anew_with_each_checkpoint(clock, tmp_path):
     clock.now = 160.0
     assert saved.due(10)
     assert saved.task.drawn == [5]
-    assert checkpoint.load_trainer(run.checkpoints / "step-00000005")["own"].tolist() == [1]
+    saved.written()
+    assert load_trainer(run.checkpoints / "step-00000005")["own"].tolist() == [1]
+
+
+def test_steps_go_on_while_a_checkpoint_of_before_is_written(tmp_path, monkeypatch):
+    run, going_on = RunFolder(tmp_path, "juggling"), threading.Event()
+    run.checkpoints.mkdir()
+
+    def slow(*arguments):
+        assert going_on.wait(60)
+        write_checkpoint(*arguments)
+
+    monkeypatch.setattr(checkpoint, "write_checkpoint", slow)
+    model = torch.nn.Linear(2, 2)
+    before = model.weight.detach().clone()
+    saved = checkpoints(run, model)
+    saved.save(5)
+    with torch.no_grad():
+        model.weight.add_(1)
+    saved.unreadable["x.png"] = "cut"
+    going_on.set()
+    saved.written()
+    folder = run.checkpoints / "step-00000005"
+    assert torch.equal(load_file(folder / "model.safetensors")["weight"], before)
+    assert load_trainer(folder)["bad"] == {}
+
+
+def test_one_that_could_not_be_written_is_an_error_of_the_next(tmp_path):
+    run = RunFolder(tmp_path / "gone", "juggling")
+    saved = checkpoints(run, torch.nn.Linear(2, 2))
+    run.path.write_text("a file where the folder should be")
+    saved.save(5)
+    with pytest.raises(UserError, match=r"can't write .*gone.*step-00000005: Not a directory"):
+        saved.save(10)
 
 
 def test_weights_that_are_not_finite_are_not_saved(tmp_path):
@@ -117,6 +155,9 @@ class Juggling:
         self.source = SimpleNamespace(fingerprint=fingerprint)
         self.config = SimpleNamespace(data="IMAGES", out="RUN")
         self.taken = None
+
+    def state(self):
+        return {"balls": 5}
 
     def load_state(self, state):
         self.taken = state["balls"]
