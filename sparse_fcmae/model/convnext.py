@@ -4,6 +4,7 @@ Sizes and block: ConvNeXt V2 (Woo et al., 2023), sections 3.1 and 3.2 and append
 names and the dense shapes.
 """
 
+import re
 from collections.abc import Callable
 from copy import copy
 from functools import partial
@@ -18,7 +19,8 @@ from sparse_fcmae.backends.patches import Patches, product_dtype
 from sparse_fcmae.kernels.constants import EPS, SIDES
 from sparse_fcmae.runtime.errors import UserError
 
-SIZES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {  # name: depths, widths
+Size = tuple[tuple[int, ...], tuple[int, ...]]  # blocks and channels of each of the four stages
+SIZES: dict[str, Size] = {  # the published ones
     "atto": ((2, 2, 6, 2), (40, 80, 160, 320)),
     "femto": ((2, 2, 6, 2), (48, 96, 192, 384)),
     "pico": ((2, 2, 6, 2), (64, 128, 256, 512)),
@@ -28,6 +30,30 @@ SIZES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {  # name: depths, w
     "large": ((3, 3, 27, 3), (192, 384, 768, 1536)),
     "huge": ((3, 3, 27, 3), (352, 704, 1408, 2816)),
 }
+GIANTS: dict[str, Size] = {  # huge made wider, to 1.1 and 3.1 billion parameters
+    "giant": ((3, 3, 27, 3), (448, 896, 1792, 3584)),
+    "gigantic": ((3, 3, 27, 3), (768, 1536, 3072, 6144)),
+}
+OTHER = re.compile(r"(\d+(?:-\d+){3}):(\d+(?:-\d+){3})")  # how the name of any other size is made of its numbers
+
+
+def size_of(name: str) -> Size:
+    """The blocks and channels of a size, by its name or as "2-2-6-2:40-80-160-320". Raises UserError for others."""
+    known = SIZES | GIANTS
+    if name in known:
+        return known[name]
+    if not (match := OTHER.fullmatch(name)):
+        raise UserError(f"unknown model {name!r}: choose one of {', '.join(known)}")
+    depths, dims = (tuple(map(int, numbers.split("-"))) for numbers in match.groups())
+    if not all((*depths, *dims)):
+        raise UserError(f"model {name!r}: each stage needs a block and a channel at least")
+    return depths, dims
+
+
+def name_of(depths: tuple[int, ...], dims: tuple[int, ...]) -> str:
+    """The name that `size_of` takes for these blocks and channels."""
+    known = {size: name for name, size in (SIZES | GIANTS).items()}
+    return known.get((depths, dims)) or ":".join("-".join(map(str, numbers)) for numbers in (depths, dims))
 
 
 class GRN(nn.Module):
@@ -91,7 +117,7 @@ class Block(nn.Module):
 class SparseEncoder(nn.Module):
     """ConvNeXt V2's encoder, computed at the visible patches only.
 
-    name: one of SIZES. image_size: pixels, (height, width) or one number for both, multiples of the patch; `forward`
+    name: as in `size_of`. image_size: pixels, (height, width) or one number for both, multiples of the patch; `forward`
     takes other multiples too. in_chans: channels of the images. stem_stride: 4, 2 or 1; the patch is 8 times that.
     grn_scope: "image", or "batch" for the pooling over the whole batch of the public code. backend: see
     `available_backends`. Raises UserError for a wrong name, size or option.
@@ -108,8 +134,7 @@ class SparseEncoder(nn.Module):
         grn_scope: str = "image",
     ) -> None:
         super().__init__()
-        if name not in SIZES:
-            raise UserError(f"unknown model {name!r}: choose one of {', '.join(SIZES)}")
+        depths, dims = size_of(name)
         if stem_stride not in (4, 2, 1):
             raise UserError(f"`stem_stride` {stem_stride} is not supported: choose 4, 2 or 1")
         if grn_scope not in ("image", "batch"):
@@ -123,7 +148,6 @@ class SparseEncoder(nn.Module):
         self.image_size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
         self.grid(*self.image_size)
 
-        depths, dims = SIZES[name]
         self.num_features = dims[-1]
         stem = nn.Sequential(nn.Conv2d(in_chans, dims[0], stem_stride, stem_stride), nn.LayerNorm(dims[0], eps=EPS))
         downs = [nn.Sequential(nn.LayerNorm(dim, eps=EPS), nn.Conv2d(dim, out, 2, 2)) for dim, out in pairwise(dims)]

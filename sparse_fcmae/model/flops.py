@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sparse_fcmae.kernels.constants import HALO, SIDES, WINDOW
 from sparse_fcmae.model.classifier import Classifier
-from sparse_fcmae.model.convnext import SIZES, Block
+from sparse_fcmae.model.convnext import Block, size_of
 from sparse_fcmae.model.masking import num_visible_patches
 from sparse_fcmae.runtime.errors import UserError
 
@@ -74,7 +74,7 @@ def count(
     visible = (~mask).sum().item() / len(mask) if mask is not None else visible_patches(grid, mask_ratio)
 
     parts = {}
-    depths, dims = SIZES[name]
+    depths, dims = size_of(name)
     for i, (side, depth, dim) in enumerate(zip(SIDES, depths, dims, strict=True)):
         stem, *blocks = stage_products(name, i, in_chans, stem_stride)
         taps = visible_taps(mask, side) if mask is not None else expected_taps(grid, int(visible), side)
@@ -105,7 +105,7 @@ def visible_patches(grid: tuple[int, int], ratio: float) -> int:
 
 def stage_products(name: str, stage: int, in_chans: int = 3, stem_stride: int = 4) -> list[Product]:
     """The matrix products that one image's patch takes in a stage (0 to 3): stem or downsampling, then the blocks'."""
-    depths, dims = SIZES[name]
+    depths, dims = size_of(name)
     side, dim = SIDES[stage], dims[stage]
     inputs = 4 * dims[stage - 1] if stage else in_chans * stem_stride**2
     return [(side, inputs, dim), *[(side, dim, 4 * dim), (side, 4 * dim, dim)] * depths[stage]]
@@ -116,7 +116,7 @@ def decoder_products(
 ) -> list[Product]:
     """The matrix products that one image's patch takes in the decoder: projection, blocks, prediction of its pixels."""
     pixels = (SIDES[0] * stem_stride) ** 2 * in_chans
-    return [(1, SIZES[name][1][-1], dim), *[(1, dim, 4 * dim), (1, 4 * dim, dim)] * depth, (1, dim, pixels)]
+    return [(1, size_of(name)[1][-1], dim), *[(1, dim, 4 * dim), (1, 4 * dim, dim)] * depth, (1, dim, pixels)]
 
 
 def macs(products: Iterable[Product], patches: float) -> float:

@@ -18,12 +18,13 @@ from sparse_fcmae.data.survey import asked_reading, reading_options, survey
 from sparse_fcmae.data.views import Augment, CentreView, NativeView, RandomView, default_crop_fraction
 from sparse_fcmae.evaluation.run import EvaluationView
 from sparse_fcmae.model.classifier import Classifier
+from sparse_fcmae.model.convnext import name_of, size_of
 from sparse_fcmae.model.fcmae import FCMAE
 from sparse_fcmae.runtime.device import loader_processes
 from sparse_fcmae.runtime.errors import UserError
 from sparse_fcmae.runtime.options import image_size_of, shown_size
 from sparse_fcmae.runtime.run_folder import RunFolder
-from sparse_fcmae.tasks.config import FinetuneConfig, PretrainConfig
+from sparse_fcmae.tasks.config import MODELS, FinetuneConfig, PretrainConfig
 from sparse_fcmae.tasks.recipes import finetuning_recipe
 from sparse_fcmae.training.config import RunConfig
 from sparse_fcmae.weights.read import read_weights
@@ -35,7 +36,29 @@ CPU = torch.device("cpu")
 def options_of_weights(path: str | Path) -> dict[str, Any]:
     """The options of pretraining under which a model has the shape of these weights, whatever its channels."""
     found = read_weights(path, whole=True).architecture
-    return {"model": found["name"], **{name: found[name] for name in ("image_size", "stem_stride")}}
+    name = found["name"]
+    size = {"model": name} if name in MODELS else dict(zip(("depths", "dims"), written(name), strict=True))
+    return size | {name: found[name] for name in ("image_size", "stem_stride")}
+
+
+def model_name(config: PretrainConfig | FinetuneConfig) -> str:
+    """The name of the size that the options ask for, as `size_of` takes it. Raises UserError for impossible numbers."""
+    numbers = list(size_of(config.model))
+    for i, name in enumerate(("depths", "dims")):
+        if given := getattr(config, name):
+            try:
+                numbers[i] = tuple(int(part) for part in given.split(","))
+            except ValueError:
+                numbers[i] = ()
+            if len(numbers[i]) != 4 or min(numbers[i]) < 1:
+                raise UserError(f"`{name}` {given}: give four numbers with commas between them, as 3,3,9,3")
+    return name_of(*numbers)
+
+
+def written(name: str) -> tuple[str, str]:
+    """`depths` and `dims` of a size, as the options have them."""
+    depths, dims = (",".join(map(str, numbers)) for numbers in size_of(name))
+    return depths, dims
 
 
 def format_of_run(config: PretrainConfig, source: ImageSource) -> tuple[ImageFormat, list[str]]:
@@ -57,7 +80,7 @@ def build_fcmae(config: PretrainConfig, resumed: bool, device: torch.device = CP
     torch.manual_seed(config.seed)
     with device:
         model = FCMAE(
-            config.model,
+            model_name(config),
             image_size=image_size_of(config.image_size),
             in_chans=config.in_chans,
             mask_ratio=config.mask_ratio,
@@ -79,11 +102,14 @@ def load_into(model: FCMAE, path: str) -> list[str]:
     Returns what there is to say about it. Raises UserError where the checkpoint is of another architecture.
     """
     weights = read_weights(path, whole=True)
-    for name in ("name", "stem_stride"):
-        there, here = weights.architecture[name], getattr(model.encoder, name)
-        if there != here:
-            option = "model" if name == "name" else name
-            raise UserError(f"`init` {path} has `{option}` {there}, not {here}: give `{option}={there}`")
+    there, here = (size_of(name) for name in (weights.architecture["name"], model.encoder.name))
+    if there != here:
+        name, (depths, dims) = weights.architecture["name"], written(weights.architecture["name"])
+        remedy = f"`model={name}`" if name in MODELS else f"`depths={depths}` and `dims={dims}`"
+        raise UserError(f"`init` {path} is of the size {name}, not {model.encoder.name}: give {remedy}")
+    there, here = weights.architecture["stem_stride"], model.encoder.stem_stride
+    if there != here:
+        raise UserError(f"`init` {path} has `stem_stride` {there}, not {here}: give `stem_stride={there}`")
     encoder, notes = weights.without("norm", "head", "decoder"), list(weights.notes)
     stem, in_chans = encoder[STEM], model.encoder.in_chans
     if stem.shape[1] != in_chans:
@@ -134,7 +160,7 @@ def build_classifier(
             labelled_by_page(images, asked_reading(config)), config, config.seed, max_bad_images=config.max_bad_images
         )
         weights, size, notes = None, (224, 224), ["starting from random weights", *remarks]
-        shape = {"name": config.model, "in_chans": form.in_chans, "stem_stride": config.stem_stride}
+        shape = {"name": model_name(config), "in_chans": form.in_chans, "stem_stride": config.stem_stride}
     else:
         weights = read_weights(source)
         form, notes = weights.form, list(weights.notes)

@@ -24,7 +24,7 @@ from sparse_fcmae.data.survey import check_fits
 from sparse_fcmae.data.views import NativeView, RandomView
 from sparse_fcmae.evaluation.accuracy import measure
 from sparse_fcmae.evaluation.run import EvaluationSet
-from sparse_fcmae.model.convnext import SIZES
+from sparse_fcmae.model.convnext import size_of
 from sparse_fcmae.runtime.checkpoint_folder import newest_checkpoint
 from sparse_fcmae.runtime.distributed import Ranks, process_group
 from sparse_fcmae.runtime.errors import UserError
@@ -124,7 +124,7 @@ class Classification(Task):
 
     def optimizer(self) -> torch.optim.Optimizer:
         grouped = self.config.layer_decay_type == "group"
-        scale = layer_scale(self.config.layer_decay, SIZES[self.model.name][0], grouped)
+        scale = layer_scale(self.config.layer_decay, size_of(self.model.name)[0], grouped)
         return adamw(self.model, self.config.weight_decay, BETAS, scale=scale)
 
     def inputs(self, batch: Batch, step: int, first: int) -> tuple[Tensor, Tensor]:

@@ -16,6 +16,8 @@ MODELS = (
     "base",
     "large",
     "huge",
+    "giant",
+    "gigantic",
 )  # `model.convnext` needs torch
 STRIDES = (4, 2, 1)
 
@@ -46,6 +48,8 @@ class PretrainConfig(RunConfig):
     )
 
     model: str = option("atto", help="size of the encoder", choices=MODELS)
+    depths: str | None = option(None, help="blocks of the four stages, as 3,3,9,3 [those of `model`]")
+    dims: str | None = option(None, help="channels of the four stages, as 96,192,384,768 [those of `model`]")
     image_size: str | int | tuple[int, int] = option(
         "224", help="pixels, as 224 or, height first, 224x320; a multiple of the patch"
     )
@@ -130,6 +134,8 @@ class FinetuneConfig(RunConfig):
     freeze_encoder: bool = option(False, help="train the final norm and the head alone")
 
     model: str = option("atto", help="with `from_scratch`: size of the encoder", choices=MODELS)
+    depths: str | None = option(None, help="with `from_scratch`: blocks of the four stages, as 3,3,9,3")
+    dims: str | None = option(None, help="with `from_scratch`: channels of the four stages, as 96,192,384,768")
     image_size: str | int | tuple[int, int] | None = option(
         None, help="pixels, as 224 or, height first, 224x320 [that of `init`, or 224]"
     )

@@ -114,9 +114,10 @@ class Pretraining(Task):
         self.samples = samples.to(ranks.device)
         if not (config.resume or config.init):
             self.notes += hints(self.model.encoder, samples)
+        backend = resolve_backend(config.backend, ranks.device.type)
         self.description = (
-            f"{config.model} on {ranks.device}, backend {resolve_backend(config.backend, ranks.device.type).name}, "
-            f"{config.dtype}, {'from CUDA graphs, ' if self.cuda_graphs else ''}"
+            f"{self.model.encoder.name} on {ranks.device}, backend {backend.name}, {config.dtype}, "
+            f"{'from CUDA graphs, ' if self.cuda_graphs else ''}"
             f"{sum(p.numel() for p in self.model.parameters()) / 1e6:.1f} M parameters with the decoder"
         )
 

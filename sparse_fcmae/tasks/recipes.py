@@ -2,15 +2,16 @@
 
 Pretraining follows the number of images (`auto`) or the paper. Fine-tuning follows the commands that the official code
 was published with (its TRAINING.md), which name atto, tiny and base. Femto, pico and nano take atto's recipe, large and
-huge take base's with more stochastic depth.
+above take base's with more stochastic depth. A size without a name takes that of the widest one that is no wider.
 """
 
 from dataclasses import replace
 from typing import Any
 
+from sparse_fcmae.model.convnext import size_of
 from sparse_fcmae.runtime.errors import UserError
 from sparse_fcmae.runtime.options import flag
-from sparse_fcmae.tasks.config import FinetuneConfig, PretrainConfig
+from sparse_fcmae.tasks.config import MODELS, FinetuneConfig, PretrainConfig
 
 PAPER_BATCH, PAPER_EPOCHS, PAPER_BASE_LR = 4096, 800, 1.5e-4  # ConvNeXt V2, appendix A
 WARMUP = 0.05  # of the epochs: 40 of the paper's 800
@@ -121,7 +122,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "tiny": TINY,
     "base": BASE,
     "large": BASE | {"drop_path": 0.2},
-    "huge": BASE | {"drop_path": 0.3},
+    **dict.fromkeys(("huge", "giant", "gigantic"), BASE | {"drop_path": 0.3}),
     "probe": PROBE,
 }
 TOLD = (  # the options that a run's log tells as its recipe
@@ -143,13 +144,19 @@ TOLD = (  # the options that a run's log tells as its recipe
 )
 
 
+def nearest(model: str) -> str:
+    """The named size whose recipe a model takes: its own, or the widest that is no wider."""
+    width = size_of(model)[1][-1]
+    return [name for name in MODELS if size_of(name)[1][-1] <= width or name == MODELS[0]][-1]
+
+
 def finetuning_recipe(config: FinetuneConfig, model: str) -> tuple[FinetuneConfig, list[str]]:
     """The config without open ends for a model's name, and what there is to say about it, a line each.
 
     What was left open is as the preset has it: the one asked for, else that of the model's size. A run shorter than the
     preset's warms up for the same fraction of it.
     """
-    preset = dict(PRESETS[config.preset or ("probe" if config.freeze_encoder else model)])
+    preset = dict(PRESETS[config.preset or ("probe" if config.freeze_encoder else nearest(model))])
     if config.epochs is not None:
         preset["warmup_epochs"] *= min(1.0, config.epochs / preset["epochs"])
     if config.lr is not None:

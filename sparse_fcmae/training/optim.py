@@ -61,8 +61,10 @@ def layer_scale(decay: float, depths: tuple[int, ...], grouped: bool) -> Callabl
 
     Each block is a layer, the downsampling before a stage being one with its first block; or, grouped, each of the
     first two stages, every three blocks of the third, and the last. The final norm and the head come behind the last.
+    Groups count as in a model whose third stage has 27 blocks, unless it has more.
     """
-    last = 13 if grouped else sum(depths) + 1
+    fourth = 3 + max(9, -(-depths[2] // 3))
+    last = fourth + 1 if grouped else sum(depths) + 1
 
     def layer(name: str) -> int:
         kind, stage, block = [*name.split("."), "0"][:3]
@@ -71,7 +73,7 @@ def layer_scale(decay: float, depths: tuple[int, ...], grouped: bool) -> Callabl
         stage, block = int(stage), int(block) if kind == "stages" else 0
         if not grouped:
             return sum(depths[:stage]) + block + 1
-        first = (0, 2, 3, 12)[stage] if kind == "downsample_layers" else (1, 2, 3, 12)[stage]
+        first = (0, 2, 3, fourth)[stage] if kind == "downsample_layers" else (1, 2, 3, fourth)[stage]
         return first + block // 3 if stage == 2 else first
 
     return lambda name: decay ** (last - layer(name))

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sparse_fcmae.data.views import default_crop_fraction
 from sparse_fcmae.kernels.constants import EPS
-from sparse_fcmae.model.convnext import SIZES
+from sparse_fcmae.model.convnext import size_of
 from sparse_fcmae.runtime.files import read_json
 from sparse_fcmae.weights.adapter import CONFIG, Adapter, Outputs, Settings, entry
 from sparse_fcmae.weights.weights import Weights
@@ -20,7 +20,7 @@ UNNAMED = "LABEL_{}"  # how transformers calls a class whose name is not known
 def model_config(weights: Weights) -> dict[str, Any]:
     """The model. The library's default `layer_norm_eps` of 1e-12 would change its pooled output."""
     shape = weights.architecture
-    depths, dims = SIZES[shape["name"]]
+    depths, dims = size_of(shape["name"])
     config = {
         "model_type": "convnextv2",
         "architectures": ["ConvNextV2ForImageClassification" if weights.num_classes else "ConvNextV2Model"],

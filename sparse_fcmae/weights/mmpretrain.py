@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from sparse_fcmae.model.convnext import SIZES
+from sparse_fcmae.model.convnext import SIZES, size_of
 from sparse_fcmae.weights.adapter import Adapter, flat_grn
 from sparse_fcmae.weights.weights import Weights
 
@@ -13,11 +13,12 @@ from sparse_fcmae.weights.weights import Weights
 def model_config(weights: Weights) -> str:
     """A Python file that defines `model` and `data_preprocessor`, as mmpretrain's configs are."""
     shape = weights.architecture
+    depths, channels = size_of(shape["name"])
     model: dict[str, Any] = {
         "type": "ImageClassifier",
         "backbone": {
             "type": "ConvNeXt",
-            "arch": shape["name"],
+            "arch": shape["name"] if shape["name"] in SIZES else {"depths": list(depths), "channels": list(channels)},
             "in_channels": shape["in_chans"],
             "stem_patch_size": shape["stem_stride"],
             "use_grn": True,
@@ -33,7 +34,7 @@ def model_config(weights: Weights) -> str:
         model["head"] = {
             "type": "LinearClsHead",
             "num_classes": weights.num_classes,
-            "in_channels": SIZES[shape["name"]][1][-1],
+            "in_channels": channels[-1],
             "loss": {"type": "CrossEntropyLoss", "loss_weight": 1.0},
         }
         preprocessor["num_classes"] = weights.num_classes

@@ -22,7 +22,7 @@ from sparse_fcmae.data.decoders.image import reading_of
 from sparse_fcmae.data.decoders.pages import Page
 from sparse_fcmae.data.views import CentreView, default_crop_fraction
 from sparse_fcmae.model.classifier import Classifier
-from sparse_fcmae.model.convnext import SIZES, SparseEncoder
+from sparse_fcmae.model.convnext import SparseEncoder, name_of
 from sparse_fcmae.runtime.checkpoint_folder import (
     META,
     SHARDS,
@@ -43,7 +43,6 @@ FILES = [*dict.fromkeys(adapter.weights_file for adapter in ADAPTERS), "pytorch_
 WRAPPERS = ("model", "state_dict", "module", "model_state_dict")  # keys under which trainers keep the weights
 PREFIXES = re.compile(r"^((module|_orig_mod|model)\.)+")  # of DistributedDataParallel, torch.compile and trainers
 INSIDE_A_MODEL = re.compile(r"(^|\.)encoder\.downsample")  # the names of an encoder in a model for pretraining
-WIDTHS = {dims[0]: name for name, (_, dims) in SIZES.items()}  # the stem's channels tell the size
 
 
 def load_encoder(path: str | Path, *, backend: str = "auto") -> SparseEncoder:
@@ -201,15 +200,21 @@ def _recognise(tensors: dict[str, Tensor], file: Path) -> tuple[Adapter, dict[st
 
 
 def _infer_architecture(named: dict[str, Tensor], adapter: Adapter, file: Path) -> dict[str, Any]:
-    """Name, input channels and stem stride, from the shape of the stem."""
+    """Name, input channels and stem stride, from the shape of the stem, and from how many blocks there are."""
     name = adapter.rename("downsample_layers.0.0.weight")
     stem = named.get(name)
     if stem is None or stem.dim() != 4:
         raise UserError(f"{file}: {name} is missing or no convolution")
-    width, in_chans, stride = stem.shape[:3]
-    if width not in WIDTHS:
-        raise UserError(f"{file}: a stem of {width} channels is no ConvNeXt V2's ({', '.join(map(str, WIDTHS))})")
-    return {"name": WIDTHS[width], "in_chans": in_chans, "stem_stride": stride}
+    _, in_chans, stride = stem.shape[:3]
+    depths, dims = [], []
+    for stage in range(4):
+        norms = [f"stages.{stage}.{block}.norm.weight" for block in range(len(named))]
+        found = [block for block, norm in enumerate(norms) if adapter.rename(norm) in named]
+        if not found:
+            raise UserError(f"{file} is no ConvNeXt V2: it has no {adapter.rename(norms[0])}")
+        depths.append(found[-1] + 1)
+        dims.append(named[adapter.rename(norms[found[0]])].numel())
+    return {"name": name_of(tuple(depths), tuple(dims)), "in_chans": in_chans, "stem_stride": stride}
 
 
 def _official(named: dict[str, Tensor], adapter: Adapter, shape: dict[str, Any], file: Path) -> dict[str, Tensor]:

@@ -7,11 +7,11 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from sparse_fcmae.data.views import default_crop_fraction
-from sparse_fcmae.model.convnext import SIZES
+from sparse_fcmae.model.convnext import SIZES, size_of
 from sparse_fcmae.weights.adapter import CONFIG, Adapter, Outputs, Settings, entry, flat_grn
 from sparse_fcmae.weights.weights import Weights, patch_size_of
 
-CONV_MLP = (40, 48, 64, 80)  # the widths of atto to nano, whose pointwise layers are 1x1 convolutions in timm
+CONV_MLP = {SIZES[name][1][0]: name for name in ("atto", "femto", "pico", "nano")}  # timm has 1x1 convolutions in these
 
 
 def model_config(weights: Weights) -> dict[str, Any]:
@@ -19,7 +19,9 @@ def model_config(weights: Weights) -> dict[str, Any]:
     shape = weights.architecture
     mean, std = weights.form.in_units
     height, width = shape["image_size"]
-    patch = patch_size_of(shape)
+    patch, (depths, dims) = patch_size_of(shape), size_of(shape["name"])
+    like = shape["name"] if shape["name"] in SIZES else CONV_MLP.get(dims[0], "base")
+    other = {} if like == shape["name"] else {"depths": depths, "dims": dims}
     pretrained = {
         "input_size": [shape["in_chans"], height, width],
         "pool_size": [height // patch, width // patch],
@@ -33,10 +35,10 @@ def model_config(weights: Weights) -> dict[str, Any]:
         "license": "other",
     }
     config = {
-        "architecture": f"convnextv2_{shape['name']}",
+        "architecture": f"convnextv2_{like}",
         "num_classes": weights.num_classes,
-        "num_features": SIZES[shape["name"]][1][-1],
-        "model_args": {"in_chans": shape["in_chans"], "patch_size": shape["stem_stride"]},
+        "num_features": dims[-1],
+        "model_args": {"in_chans": shape["in_chans"], "patch_size": shape["stem_stride"], **other},
         "pretrained_cfg": pretrained,
     }
     if not weights.form.is_usual:

@@ -5,7 +5,7 @@ from helpers import dense_encoder, masks, randomise, relative_error
 
 from sparse_fcmae import UserError, available_backends, create_encoder, create_fcmae, random_mask
 from sparse_fcmae.backends import minkowski
-from sparse_fcmae.model.convnext import SIZES
+from sparse_fcmae.model.convnext import GIANTS, SIZES, name_of, size_of
 
 MINKOWSKI = available_backends("cpu")["minkowski"] is None
 BACKENDS = ("native", "torch", "masked", *["minkowski"] * MINKOWSKI)
@@ -163,7 +163,9 @@ def test_one_state_dict_in_the_official_layout():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"name": "gigantic"}, "unknown model 'gigantic'"),
+        ({"name": "enormous"}, "unknown model 'enormous'"),
+        ({"name": "1-1-1:8-8-8-8"}, "unknown model '1-1-1:8-8-8-8'"),
+        ({"name": "1-1-0-1:8-8-8-8"}, "each stage needs a block and a channel at least"),
         ({"image_size": 100}, "100x100 is not a multiple of the 32-pixel patch"),
         ({"image_size": (64, 0)}, "not a multiple"),
         ({"stem_stride": 3}, "`stem_stride` 3"),
@@ -175,6 +177,27 @@ def test_one_state_dict_in_the_official_layout():
 def test_wrong_options(arguments, message):
     with pytest.raises(UserError, match=message):
         create_encoder(**{"name": "atto", **arguments})
+
+
+def test_any_depths_and_widths_have_a_name_that_makes_them():
+    assert size_of("1-2-3-1:8-12-20-36") == ((1, 2, 3, 1), (8, 12, 20, 36))
+    assert name_of((1, 2, 3, 1), (8, 12, 20, 36)) == "1-2-3-1:8-12-20-36"
+    for name, size in (SIZES | GIANTS).items():
+        assert (size_of(name), name_of(*size)) == (size, name)
+    with torch.device("meta"):
+        billions = [sum(p.numel() for p in create_encoder(name).parameters()) / 1e9 for name in GIANTS]
+    assert billions == pytest.approx([1.06, 3.12], abs=0.01)
+
+
+@pytest.mark.parametrize("name", ["1-2-3-1:8-12-20-36", "1-1-1-1:5-9-13-17"])
+def test_any_depths_and_widths_are_exact(name):
+    encoder = randomise(create_encoder(name, image_size=64, stem_stride=2))
+    images, mask = torch.randn(3, 3, 64, 64), masks(4, 4)["ragged"]
+    features, expected, probe = exact(encoder, images, mask)
+    found = encoder(images, mask)
+    (found * probe.float()).sum().backward()
+    assert relative_error(found, features) < 1e-5
+    assert all(relative_error(gradient, expected[key]) < 1e-4 for key, gradient in gradients(encoder).items())
 
 
 def test_wrong_inputs():

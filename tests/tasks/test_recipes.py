@@ -1,7 +1,7 @@
 import pytest
 
 from sparse_fcmae import UserError
-from sparse_fcmae.model.convnext import SIZES
+from sparse_fcmae.model.convnext import GIANTS, SIZES
 from sparse_fcmae.tasks.config import FinetuneConfig, PretrainConfig
 from sparse_fcmae.tasks.recipes import PRESETS, finetuning_recipe, pretraining_recipe
 from sparse_fcmae.training.schedule import Schedule
@@ -12,7 +12,7 @@ def config(**options):
 
 
 def test_presets_fill_what_is_open():
-    assert PRESETS.keys() == SIZES.keys() | {"probe"}
+    assert PRESETS.keys() == {*SIZES, *GIANTS, "probe"}
     for name in SIZES:
         full, _ = finetuning_recipe(config(from_scratch=True), name)
         assert all(getattr(full, key) == value for key, value in PRESETS[name].items())

@@ -22,7 +22,13 @@ from sparse_fcmae.weights.fcmae import Fcmae
 from sparse_fcmae.weights.read import understand
 from sparse_fcmae.weights.timm import Timm
 
-MODELS = [("atto", {}), ("tiny", {}), ("nano", {"in_chans": 1, "stem_stride": 1})]
+MODELS = [
+    ("atto", {}),
+    ("tiny", {}),
+    ("nano", {"in_chans": 1, "stem_stride": 1}),
+    ("1-2-4-1:24-48-56-112", {}),
+    ("2-3-7-2:40-80-160-320", {}),  # as wide as atto, whose pointwise layers are convolutions in timm
+]
 
 
 def test_the_option_names_every_target_and_needs_no_torch():
