@@ -46,6 +46,11 @@ COMMANDS = {
         "tasks.config:FinetuneConfig",
         "tasks.classification:finetune",
     ),
+    "plan": Command(
+        "memory, time, checkpoints and bandwidth that pretraining will take",
+        "tasks.config:PlanConfig",
+        "tasks.plan:plan",
+    ),
     "runs": Command(
         "the runs below a folder, and how far they are", "training.config:RunsConfig", "training.runs:runs"
     ),

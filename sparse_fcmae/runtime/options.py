@@ -69,6 +69,12 @@ def option(
     return field(default=default, metadata=metadata)
 
 
+def option_of(config: type, name: str) -> Any:
+    """A dataclass field that is the same option as another config has."""
+    known = {f.name: f for f in fields(config)}[name]
+    return field(default=known.default, metadata=known.metadata)
+
+
 def seed_option(help: str) -> Any:
     """The option of a seed. help: what is drawn from it."""
     return option(0, help=help, at_least=0, below=2**32)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from sparse_fcmae.data.config import ViewConfig
-from sparse_fcmae.runtime.options import option, seed_option
+from sparse_fcmae.runtime.options import option, option_of, seed_option
 from sparse_fcmae.training.config import RunConfig
 
 MODELS = (
@@ -101,6 +101,37 @@ class InspectConfig(ViewConfig):
     )
     images: int = option(10000, help="how many images to look at, spread evenly over all", above=0)
     seed: int = seed_option("of the values that are measured and the views that are drawn")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanConfig:
+    """Options of `sparse-fcmae plan`: those of `pretrain` that memory and time depend on, and what to compute with."""
+
+    model: str = option_of(PretrainConfig, "model")
+    depths: str | None = option_of(PretrainConfig, "depths")
+    dims: str | None = option_of(PretrainConfig, "dims")
+    gpus: int = option(1, help="devices, over all machines", above=0)
+    gpus_per_machine: int = option(8, help="devices of a machine, within which hsdp shards", above=0)
+    images: int = option(1_281_167, help="images that are trained on", above=0)
+    epochs: int | None = option_of(PretrainConfig, "epochs")
+    batch_size: int | None = option_of(PretrainConfig, "batch_size")
+    micro_batch_size: int = option_of(PretrainConfig, "micro_batch_size")
+    image_size: str | int | tuple[int, int] = option_of(PretrainConfig, "image_size")
+    in_chans: int | None = option_of(PretrainConfig, "in_chans")
+    stem_stride: int = option_of(PretrainConfig, "stem_stride")
+    mask_ratio: float = option_of(PretrainConfig, "mask_ratio")
+    decoder_dim: int = option_of(PretrainConfig, "decoder_dim")
+    decoder_depth: int = option_of(PretrainConfig, "decoder_depth")
+    grad_checkpointing: bool = option_of(PretrainConfig, "grad_checkpointing")
+    dtype: str = option("bf16", help="of the matrix products", choices=("bf16", "fp32"))
+    device: str = option("cuda", help="kind of device, whose kernels decide what is kept", choices=("cuda", "cpu"))
+    device_gb: float = option(80.0, help="memory of a device", above=0)
+    tflops: float = option(989.0, help="peak of a device, as 989 of an H100 in bf16", above=0)
+    efficiency: float = option(0.09, help="share of the peak that is reached; base reached 0.09 of an H100", above=0)
+    images_per_second: float | None = option(
+        None, help="speed of one device, as measured, instead of `tflops` and `efficiency`", above=0
+    )
+    image_kb: float = option(110.0, help="kB of an image's file", above=0)
 
 
 @dataclass(frozen=True, kw_only=True)

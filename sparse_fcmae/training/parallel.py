@@ -103,8 +103,8 @@ def averaging(objective: nn.Module, ranks: Ranks) -> nn.Module:
     """
     if ranks.world == 1 or any(is_sharded(module) for module in objective.children()):
         return objective
-    device = ranks.device
-    return DistributedDataParallel(objective, device_ids=[device.index] if device.type == "cuda" else None)
+    devices = [ranks.device.index] if ranks.device.type == "cuda" else None
+    return DistributedDataParallel(objective, device_ids=devices, gradient_as_bucket_view=True)
 
 
 @contextmanager
