@@ -23,10 +23,15 @@ def folder_of(step: int) -> str:
     return f"step-{step:08d}"
 
 
+def step_of(folder: Path) -> int:
+    """The step of the checkpoint in a folder."""
+    return int(STEP.fullmatch(folder.name)[1])
+
+
 def checkpoints_in(run: Path) -> list[Path]:
     """The folders of a run's checkpoints, the newest first, be they whole or not."""
     found = [path for path in (run / CHECKPOINTS).glob("step-*") if STEP.fullmatch(path.name)]
-    return sorted(found, key=lambda path: int(STEP.fullmatch(path.name)[1]), reverse=True)
+    return sorted(found, key=step_of, reverse=True)
 
 
 def weights_in(checkpoint: Path) -> Path:

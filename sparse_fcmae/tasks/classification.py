@@ -133,19 +133,8 @@ class Classification(Task):
         torch.manual_seed(torch_seed(self.config.seed, Stream.AUGMENTATION, step, place))
         return batch.pixels, self.source.labels[batch.index]
 
-    def after_step(self) -> None:
-        if self.ema:
-            self.ema.update_parameters(self.model)
-
     def beside_config(self) -> dict[str, Any]:
         return {"classes": self.source.classes, "images": self.form.as_json()}
-
-    def state(self) -> dict[str, Any]:
-        return {"ema": self.ema.state_dict()} if self.ema else {}
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        if self.ema:
-            self.ema.load_state_dict(state["ema"])
 
     def evaluate(self, log: RunLog) -> dict[str, float]:
         models = {"": self.model, "ema_": self.ema.module} if self.ema else {"": self.model}

@@ -74,6 +74,9 @@ class PretrainConfig(RunConfig):
     lr: float | None = option(None, help="peak learning rate outright [recipe]", above=0, changes_run=True)
     weight_decay: float = option(0.05, help="of AdamW; none on biases and norms", at_least=0)
     clip_grad: float | None = option(None, help="clip the gradient to this norm [off]", above=0, changes_run=True)
+    ema_decay: float | None = option(
+        None, help="keep a moving average of the weights too, as 0.9999 [off]", above=0, below=1
+    )
     seed: int = seed_option("of weights, data order, augmentation and masks")
 
     compile: bool = option(False, help="compile the model with torch.compile", resumable=True)

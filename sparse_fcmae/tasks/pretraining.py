@@ -26,7 +26,14 @@ from sparse_fcmae.runtime.errors import UserError
 from sparse_fcmae.runtime.files import writing
 from sparse_fcmae.runtime.options import image_size_of, keywords_of
 from sparse_fcmae.runtime.streams import Stream, torch_seed
-from sparse_fcmae.tasks.build import build_fcmae, evaluation_view, format_of_run, options_of_weights, training_view
+from sparse_fcmae.tasks.build import (
+    build_fcmae,
+    evaluation_view,
+    format_of_run,
+    moving_average,
+    options_of_weights,
+    training_view,
+)
 from sparse_fcmae.tasks.config import PretrainConfig
 from sparse_fcmae.tasks.hints import hints
 from sparse_fcmae.tasks.recipes import pretraining_recipe
@@ -43,6 +50,7 @@ from sparse_fcmae.weights.examples import usage_example
 
 BETAS = (0.9, 0.95)
 SAMPLES = 8  # images in a picture of reconstructions
+MOST_PICTURES = 100  # of them that a run keeps
 
 
 @keywords_of(PretrainConfig)
@@ -81,7 +89,7 @@ class PretrainingObjective(nn.Module):
 class Pretraining(Task):
     """An FCMAE that learns to fill in the masked patches of a source's images."""
 
-    outputs = ("loss.png", "reconstructions")
+    outputs = ("loss.png", "reconstructions", "exported-ema")
 
     def __init__(self, config: PretrainConfig, ranks: Ranks, source: ImageSource | None = None) -> None:
         self.ranks, self.size = ranks, image_size_of(config.image_size)
@@ -100,7 +108,9 @@ class Pretraining(Task):
         self.cuda_graphs = accelerated(config, ranks)
         checkpoint = ranks.by_main(lambda: newest_checkpoint(Path(config.out))) if config.resume else None
         self.model, notes = build_fcmae(config, checkpoint is not None, device_of_new_model(config, ranks))
-        place(self.model, config, ranks, methods=("encode",))
+        self.ema = moving_average(self.model, config.ema_decay) if config.ema_decay else None
+        for model in (self.model, self.ema.module) if self.ema else (self.model,):
+            place(model, config, ranks, methods=("encode",))
         self.notes = [*recipe, *self.source.notes, *found, *notes]
 
         trained = torch.compile(self.model, fullgraph=True, dynamic=False) if config.compile else self.model
@@ -140,9 +150,11 @@ class Pretraining(Task):
         return batch.pixels, self.masks[first : first + len(batch.pixels)]
 
     def evaluate(self, log: RunLog) -> dict[str, float]:
-        top1, unreadable = self.monitor.top1(self.model.encode)
-        log.say_left_out(unreadable)
-        return {"knn_top1": top1}
+        values, models = {}, {"": self.model, "ema_": self.ema.module} if self.ema else {"": self.model}
+        for prefix, model in models.items():
+            values[f"{prefix}knn_top1"], unreadable = self.monitor.top1(model.encode)
+            log.say_left_out(unreadable)
+        return values
 
     def illustrate(self, run: Path, step: int) -> None:
         """The same images and masks each time, so that the pictures of different steps can be compared."""
@@ -154,14 +166,27 @@ class Pretraining(Task):
             with writing(run):
                 (run / "reconstructions").mkdir(exist_ok=True)
             save_picture(picture, run / "reconstructions" / f"step-{step:08d}.png")
+            thin_out(run / "reconstructions", MOST_PICTURES)
 
     def export(self, run: Path, log: RunLog) -> None:
         exported, state = run / "exported", whole_state(self.model.encoder, self.ranks)
+        ema = whole_state(self.ema.module.encoder, self.ranks) if self.ema else None
         if not self.ranks.main:
             return
         export_model(self.model.encoder, exported, form=self.form, state=state)
+        if ema:
+            export_model(self.model.encoder, run / "exported-ema", form=self.form, state=ema)
+            log.say(f"moving average of the weights in {exported}-ema")
         log.draw(lambda: draw_loss(run / "metrics.jsonl", run / "loss.png"))
         log.say(f"pretrained encoder in {exported}; use it with\n\n{usage_example(self.model.encoder, exported)}")
+
+
+def thin_out(folder: Path, most: int) -> None:
+    """Deletes pictures of a folder until there are `most`, those first whose neighbours are nearest to each other."""
+    pictures = sorted((int(path.stem.removeprefix("step-")), path) for path in folder.glob("step-*.png"))
+    while len(pictures) > most:
+        apart = [pictures[i + 1][0] - pictures[i - 1][0] for i in range(1, len(pictures) - 1)]
+        pictures.pop(1 + apart.index(min(apart)))[1].unlink()
 
 
 def images_of(config: PretrainConfig, source: ImageSource | None = None) -> ImageSource:

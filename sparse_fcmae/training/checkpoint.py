@@ -17,6 +17,7 @@ from sparse_fcmae.runtime.options import as_flags
 from sparse_fcmae.runtime.run_folder import RunFolder
 from sparse_fcmae.runtime.shards import local
 from sparse_fcmae.training.checkpoint_files import (
+    Keep,
     copied,
     load_model,
     read_checkpoint,
@@ -110,7 +111,7 @@ class Checkpoints:
         trainer = {"step": step, "optimizer": self.optimizer.state_dict(), "bad": self.unreadable}
         trainer |= {"images": task.source.fingerprint, **task.state()}
         states = copied(task.model.state_dict()), copied(trainer)
-        what = (self.run.checkpoints, step, *states, task.config.keep_checkpoints)
+        what = (self.run.checkpoints, step, *states, Keep(task.config.keep_checkpoints, task.config.keep_every))
         if is_sharded(task.model):
             self.writing = self.thread.submit(write_sharded_checkpoint, *what, ranks)
         else:

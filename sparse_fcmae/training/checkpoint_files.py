@@ -7,7 +7,7 @@ stands in place of model.safetensors and has all sharded tensors of trainer.pt a
 import shutil
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -15,7 +15,16 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from sparse_fcmae.runtime.checkpoint_folder import LATEST, META, MODEL, SHARDS, TRAINER, checkpoints_in, folder_of
+from sparse_fcmae.runtime.checkpoint_folder import (
+    LATEST,
+    META,
+    MODEL,
+    SHARDS,
+    TRAINER,
+    checkpoints_in,
+    folder_of,
+    step_of,
+)
 from sparse_fcmae.runtime.distributed import Ranks
 from sparse_fcmae.runtime.errors import UserError
 from sparse_fcmae.runtime.files import (
@@ -33,6 +42,14 @@ ANOTHER = "delete its folder to go on from the one before"
 State = dict[str, Any]  # nested dictionaries of tensors and plain values
 
 
+class Keep(NamedTuple):
+    """Which checkpoints stay: so many of the newest, each whose step `every` divides, and those of some steps."""
+
+    newest: int
+    every: int | None = None
+    steps: tuple[int, ...] = ()
+
+
 def copied(value: Any) -> Any:
     """A nested state with all tensors copied to the CPU, which later steps leave as they are."""
     if isinstance(value, dict):
@@ -44,11 +61,11 @@ def copied(value: Any) -> Any:
     return value.detach().to("cpu", copy=True)
 
 
-def write_checkpoint(checkpoints: Path, step: int, model: State, trainer: State, keep: int) -> None:
+def write_checkpoint(checkpoints: Path, step: int, model: State, trainer: State, keep: Keep) -> None:
     """Writes the checkpoint of a step into a run's folder of checkpoints, and names it the latest.
 
-    model: the state dict. trainer: what else the run needs, of tensors and plain values. All but the last `keep`
-    checkpoints up to this step are deleted.
+    model: the state dict. trainer: what else the run needs, of tensors and plain values. Of the checkpoints up to this
+    step, those are deleted that need not be kept.
     """
     folder = checkpoints / folder_of(step)
     with new_folder(folder) as temporary, writing(folder):
@@ -59,7 +76,7 @@ def write_checkpoint(checkpoints: Path, step: int, model: State, trainer: State,
 
 
 def write_sharded_checkpoint(
-    checkpoints: Path, step: int, model: State, trainer: State, keep: int, ranks: Ranks
+    checkpoints: Path, step: int, model: State, trainer: State, keep: Keep, ranks: Ranks
 ) -> None:
     """The same of states with DTensors, which all ranks call together. Where it fails in one, it fails in all."""
     folder, shards = checkpoints / folder_of(step), {}
@@ -132,12 +149,13 @@ def _describe(folder: Path, step: int, trainer: State, files: State) -> None:
     write_json(folder / META, {"step": step, **files, "images": trainer["images"]})
 
 
-def _name_latest(folder: Path, keep: int) -> None:
-    """Names a checkpoint the latest, and deletes all but the last `keep` up to it."""
+def _name_latest(folder: Path, keep: Keep) -> None:
+    """Names a checkpoint the latest, and deletes those up to it that need not be kept."""
     write_atomic(folder.parent / LATEST, lambda p: p.write_text(folder.name + "\n"))
-    so_far = [path for path in checkpoints_in(folder.parent.parent) if path.name <= folder.name]
-    for old in so_far[keep:]:
-        shutil.rmtree(old, ignore_errors=True)
+    so_far = [path for path in checkpoints_in(folder.parent.parent) if step_of(path) <= step_of(folder)]
+    for old in so_far[keep.newest :]:
+        if step_of(old) not in keep.steps and not (keep.every and step_of(old) % keep.every == 0):
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def _without_shards(value: Any, name: str, shards: dict[str, Tensor]) -> Any:

@@ -53,6 +53,12 @@ class RunConfig(ViewConfig, ComputeConfig):
         path=True,
         resumable=True,
     )
+    max_steps: int | None = option(
+        None, help="end the schedule after so many steps, whatever `epochs` says", above=0, changes_run=True
+    )
+    deterministic: bool = option(
+        False, help="PyTorch's deterministic algorithms alone, which on a GPU are slower", resumable=True
+    )
     max_bad_images: float = option(
         0.01, help="stop when a larger fraction of the files is unreadable", at_least=0, resumable=True
     )
@@ -70,6 +76,9 @@ class RunConfig(ViewConfig, ComputeConfig):
         None, help="or minutes between checkpoints, whatever the steps", above=0, resumable=True
     )
     keep_checkpoints: int = option(3, help="how many of the newest checkpoints to keep", above=0, resumable=True)
+    keep_every: int | None = option(
+        None, help="and all checkpoints of steps that this number divides", above=0, resumable=True
+    )
     resume: bool | str = option(
         False,
         help="go on from the newest checkpoint in `out`; auto: or begin where there is no run yet",

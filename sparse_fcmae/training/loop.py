@@ -1,6 +1,9 @@
 """The training loop, one for every task, on one process or many."""
 
+import os
 from pathlib import Path
+
+import torch
 
 from sparse_fcmae.data.batches import Loader, make_loader, micro_batches
 from sparse_fcmae.runtime.checkpoint_folder import MODEL, damaged_checkpoints, newest_checkpoint
@@ -27,6 +30,9 @@ def train(task: Task) -> Path:
     `runtime.signals`.
     """
     config, ranks = task.config, task.ranks
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without which cuBLAS is refused
+        torch.use_deterministic_algorithms(True)
     run = RunFolder(config.out, config.task)
     if config.resume:
         ranks.by_main(lambda: check_images(run, task))  # before the schedule, which other images would not fit either

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import Dataset
 
 from sparse_fcmae.data.batches import Batch
@@ -22,7 +23,8 @@ class Task(ABC):
     Making a task reads its images and weights and raises UserError for what does not fit together; it writes nothing.
 
     config: without open ends, its dtype "fp32" or "bf16". ranks: the processes. source: the images that are trained on.
-    model: what checkpoints hold, as `parallel.place` leaves it. objective: a module whose forward takes the tensors of
+    model: what checkpoints hold, as `parallel.place` leaves it. ema: the moving average of its weights, where one is
+    asked for. objective: a module whose forward takes the tensors of
     `inputs` and gives their mean loss. description: what is trained, where and how, in a line. notes: what else the log
     says at the start, a line each. outputs: the names of the files and folders in the run's folder that the task makes,
     beside `exported`. step_type: how steps run. min_lr: the learning rate at the end of the cosine. evaluates: whether
@@ -36,6 +38,7 @@ class Task(ABC):
     objective: nn.Module
     description: str
     notes: list[str]
+    ema: AveragedModel | None = None
     outputs: ClassVar[tuple[str, ...]] = ()
     step_type: type[TrainStep] = TrainStep
     min_lr: float = 0.0
@@ -60,6 +63,8 @@ class Task(ABC):
 
     def after_step(self) -> None:
         """Is called once the optimiser has changed the weights."""
+        if self.ema:
+            self.ema.update_parameters(self.model)
 
     def beside_config(self) -> dict[str, Any]:
         """Entries that config.json has beside the options."""
@@ -67,10 +72,12 @@ class Task(ABC):
 
     def state(self) -> dict[str, Any]:
         """What the task needs, beside the model and the optimiser, to go on from a checkpoint."""
-        return {}
+        return {"ema": self.ema.state_dict()} if self.ema else {}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Takes up what `state` gave."""
+        if self.ema:
+            self.ema.load_state_dict(state["ema"])
 
     def evaluate(self, log: RunLog) -> dict[str, float]:
         """What is measured of the model now. All ranks call it together."""

@@ -1,3 +1,4 @@
+import itertools
 import json
 import os
 import signal
@@ -8,12 +9,13 @@ import time
 import numpy as np
 import pytest
 import torch
-from helpers import children_of, fails, flags, flip_bytes
+from helpers import children_of, fails, flags, flip_bytes, go_back
 from PIL import Image
 from safetensors.torch import load_file
 
 from sparse_fcmae import UserError, available_backends, load_encoder, pretrain
 from sparse_fcmae.cli import main
+from sparse_fcmae.tasks.pretraining import thin_out
 from sparse_fcmae.weights.read import read_weights
 
 SMALL = {  # 40 images, 4 steps of 10 an epoch
@@ -230,6 +232,47 @@ def test_compiled_model_trains_alike(pictures, whole, tmp_path):
     pretrain(data=pictures, out=tmp_path / "run", **SMALL | {"epochs": 1, "micro_batch_size": 6}, compile=True)
     pretrain(data=pictures, out=tmp_path / "plain", **SMALL | {"epochs": 1, "micro_batch_size": 6})
     assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "plain"), rel=1e-4)
+
+
+def test_a_moving_average_is_evaluated_exported_and_resumed(pictures, colours, whole, tmp_path):
+    run, options = tmp_path / "run", {"ema_decay": 0.5, "knn": colours, "eval_every": 1}
+    pretrain(data=pictures, out=run, **SMALL, **options)
+    assert losses(run) == losses(whole)
+    evaluations = [json.loads(line) for line in (run / "evaluations.jsonl").read_text().splitlines()]
+    assert [row.keys() >= {"knn_top1", "ema_knn_top1"} for row in evaluations] == [True] * 4
+    average = load_file(run / "exported-ema" / "model.safetensors")
+    last = load_file(run / "exported" / "model.safetensors")
+    assert average.keys() == last.keys()
+    assert not all(torch.equal(average[key], value) for key, value in last.items())
+    go_back(run, 8)
+    pretrain(out=run, resume=True)
+    again = load_file(run / "exported-ema" / "model.safetensors")
+    assert all(torch.equal(again[key], value) for key, value in average.items())
+
+
+def test_the_moving_average_is_that_of_the_steps_weights(pictures, tmp_path):
+    options = SMALL | {"epochs": 1, "save_every": 1, "keep_checkpoints": 9}
+    pretrain(data=pictures, out=tmp_path / "run", **options, ema_decay=0.25)
+    average = None
+    for step in range(1, 5):
+        weights = load_encoder(tmp_path / "run" / "checkpoints" / f"step-{step:08d}").state_dict()
+        average = weights if average is None else {k: 0.25 * average[k] + 0.75 * v for k, v in weights.items()}
+    found = load_file(tmp_path / "run" / "exported-ema" / "model.safetensors")
+    assert all(torch.allclose(found[key], value, atol=1e-6) for key, value in average.items())
+
+
+def test_deterministic_algorithms_are_asked_for(pictures, whole, tmp_path):
+    subprocess.run(command(pictures, tmp_path / "run", "--deterministic"), check=True, capture_output=True)
+    assert losses(tmp_path / "run") == losses(whole)
+
+
+def test_pictures_of_a_long_run_are_thinned_out_evenly(tmp_path):
+    for step in range(10, 2000, 10):
+        (tmp_path / f"step-{step:08d}.png").touch()
+        thin_out(tmp_path, 8)
+    steps = [int(path.stem[5:]) for path in sorted(tmp_path.iterdir())]
+    assert (len(steps), steps[0], steps[-1]) == (8, 10, 1990)
+    assert max(b - a for a, b in itertools.pairwise(steps)) <= 2 * 1980 / 7
 
 
 def test_two_ranks_give_one_ranks_losses(pictures, tmp_path):

@@ -12,7 +12,7 @@ from sparse_fcmae.runtime.distributed import Ranks
 from sparse_fcmae.runtime.run_folder import RunFolder
 from sparse_fcmae.training import checkpoint, checkpoint_files
 from sparse_fcmae.training.checkpoint import Checkpoints, restore
-from sparse_fcmae.training.checkpoint_files import load_trainer, write_checkpoint
+from sparse_fcmae.training.checkpoint_files import Keep, load_trainer, write_checkpoint
 from sparse_fcmae.training.optim import adamw
 
 
@@ -22,10 +22,10 @@ def test_full_disk_is_one_line_and_keeps_what_was_there(tmp_path, monkeypatch):
 
     checkpoints = tmp_path / "checkpoints"
     checkpoints.mkdir()
-    write_checkpoint(checkpoints, 12, {}, {"step": 12, "images": "these"}, keep=3)
+    write_checkpoint(checkpoints, 12, {}, {"step": 12, "images": "these"}, Keep(3))
     monkeypatch.setattr(checkpoint_files, "save_tensors", full)
     with pytest.raises(UserError, match=r"can't write .*step-00000016: No space left on device"):
-        write_checkpoint(checkpoints, 16, {}, {}, keep=3)
+        write_checkpoint(checkpoints, 16, {}, {}, Keep(3))
     assert newest_checkpoint(tmp_path).name == "step-00000012"
     assert sorted(p.name for p in checkpoints.iterdir()) == ["latest", "step-00000012"]
 
@@ -39,7 +39,7 @@ def clock(monkeypatch):
 
 
 def checkpoints(run=None, model=None, asked_for=None, interval=5, start=0, minutes=None):
-    config = SimpleNamespace(save_every=asked_for, save_minutes=minutes, keep_checkpoints=3)
+    config = SimpleNamespace(save_every=asked_for, save_minutes=minutes, keep_checkpoints=3, keep_every=None)
     drawn = []
     task = SimpleNamespace(
         config=config,
@@ -176,10 +176,10 @@ def trained():
     return task, optimizer
 
 
-def write(checkpoints, task, optimizer, step=2, keep=3, **changes):
+def write(checkpoints, task, optimizer, step=2, keep=3, every=None, **changes):
     checkpoints.mkdir(exist_ok=True)
     trainer = {"step": step, "optimizer": optimizer.state_dict(), "bad": {"x.png": "cut"}, "images": "these"}
-    write_checkpoint(checkpoints, step, task.model.state_dict(), trainer | {"balls": 5} | changes, keep)
+    write_checkpoint(checkpoints, step, task.model.state_dict(), trainer | {"balls": 5} | changes, Keep(keep, every))
     return checkpoints / f"step-{step:08d}"
 
 
@@ -270,3 +270,10 @@ def test_the_newest_stay_and_so_do_those_of_later_steps(tmp_path):
     write(checkpoints, *trained(), step=30, keep=1)  # a run that went on from an earlier one
     assert there() == [30, 40]
     assert (checkpoints / "latest").read_text() == "step-00000030\n"
+
+
+def test_those_of_every_so_many_steps_stay_too(tmp_path):
+    checkpoints = tmp_path / "checkpoints"
+    for step in (10, 15, 20, 30, 35, 40, 45):
+        write(checkpoints, *trained(), step=step, keep=2, every=20)
+    assert [p.name for p in sorted(checkpoints.glob("step-*"))] == [f"step-000000{step}" for step in (20, 40, 45)]

@@ -36,6 +36,13 @@ def test_an_epochs_incomplete_batch_is_left_out():
     assert str(schedule) == "20 a step, 5 steps an epoch, 20 in all, 2 of warm-up, peak lr 0.001"
 
 
+def test_steps_outright_take_the_place_of_the_epochs_steps():
+    for steps, warmup in ((10, 1), (40, 5), (3, 0)):
+        schedule = plan(max_steps=steps)
+        assert (schedule.steps, schedule.steps_per_epoch, schedule.warmup_steps) == (steps, 5, warmup)
+    assert plan(max_steps=20) == plan()
+
+
 def test_micro_batches_cover_a_ranks_images_once():
     schedule = plan(micro_batch_size=3, world=2)
     assert schedule.images_per_rank == 10
