@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from sparse_fcmae.data.batches import EvaluationImages, make_loader
+from sparse_fcmae.data.batches import Batch, EvaluationImages, make_loader
 from sparse_fcmae.data.decoders.image import Reading
 from sparse_fcmae.data.format import ImageFormat
 from sparse_fcmae.data.sources import BadImage, ImageSource
@@ -60,11 +60,21 @@ class EvaluationSet:
         self.rounds = max(ranks.gather(len(self.batches))) if ranks else 0
 
 
-@torch.no_grad()
 def run_model(
     images: EvaluationSet, function: Callable[[Tensor], Tensor], description: str | None = None
 ) -> tuple[Tensor, Tensor, list[BadImage]]:
     """Applies a function of normalised images [B, C, H, W], such as a model, to all images of a set.
+
+    The result is that of `run_on_batches`.
+    """
+    return run_on_batches(images, lambda normalised, batch: function(normalised), description)
+
+
+@torch.no_grad()
+def run_on_batches(
+    images: EvaluationSet, function: Callable[[Tensor, Batch], Tensor], description: str | None = None
+) -> tuple[Tensor, Tensor, list[BadImage]]:
+    """The same for a function of normalised images and of the batch that they are from, with samples by their index.
 
     Under native windows an image's output is the mean over those that cover it. Ranks that have fewer batches than
     others apply it to an image of zeros as well, as a model that is sharded runs on all ranks or none.
@@ -78,9 +88,10 @@ def run_model(
     loader = make_loader(dataset, images.batches, view.num_workers, pin_memory=view.device.type == "cuda")
     sums, read, bad, rounds = None, torch.zeros(len(source), dtype=torch.int64), list(images.left_out), 0
 
-    def run(batch: Tensor) -> Tensor:
+    def run(batch: Batch) -> Tensor:
+        normalised = view.form.normalise(batch.pixels.to(view.device, non_blocking=True))
         with torch.autocast(view.device.type, torch.bfloat16, enabled=view.bf16):
-            return function(batch).float().cpu()
+            return function(normalised, batch).float().cpu()
 
     unit = "window" if view.native else "image"
     bar = tqdm(total=len(seen), desc=description, unit=unit, disable=not description, dynamic_ncols=True)
@@ -90,16 +101,17 @@ def run_model(
         for batch in loader if len(seen) else ():
             bad += batch.bad
             if len(batch.pixels):
-                pixels = view.form.normalise(batch.pixels.to(view.device, non_blocking=True))
-                outputs, rounds = run(pixels), rounds + 1
+                outputs, rounds = run(batch), rounds + 1
                 if sums is None:
                     sums = outputs.new_zeros(len(source), *outputs.shape[1:])
                 of = image_of[batch.index]
                 sums.index_add_(0, of, outputs)
                 read.index_add_(0, of, torch.ones_like(of))
             bar.update(len(batch.pixels) + len(batch.bad))
+    if rounds < images.rounds:
+        pixels = torch.zeros(1, *view.size, view.form.in_chans, dtype=getattr(torch, view.reading.dtype))
     for _ in range(rounds, images.rounds):
-        run(torch.zeros(1, view.form.in_chans, *view.size, device=view.device))
+        run(Batch(pixels, torch.zeros(1, dtype=torch.int64), []))
     expected = image_of.bincount(minlength=len(source))
     if view.native:  # each window of an image may have said the same
         reasons = dict(bad)

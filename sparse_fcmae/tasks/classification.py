@@ -22,7 +22,7 @@ from sparse_fcmae.data.sources.windows import Windows
 from sparse_fcmae.data.splits import few_labels
 from sparse_fcmae.data.survey import check_fits
 from sparse_fcmae.data.views import NativeView, RandomView
-from sparse_fcmae.evaluation.accuracy import measure
+from sparse_fcmae.evaluation.accuracy import TOP, measure
 from sparse_fcmae.evaluation.run import EvaluationSet
 from sparse_fcmae.model.convnext import size_of
 from sparse_fcmae.runtime.checkpoint_folder import newest_checkpoint
@@ -80,7 +80,6 @@ class ClassificationObjective(nn.Module):
 class Classification(Task):
     """A classifier that learns the classes of labelled images, and is evaluated on others."""
 
-    evaluates = True
     outputs = ("loss.png", "accuracy.png", "exported-ema")
 
     def __init__(self, config: FinetuneConfig, ranks: Ranks) -> None:
@@ -113,6 +112,8 @@ class Classification(Task):
         self.notes += [*self.source.notes, *(note for note in held_out.notes if note not in self.source.notes)]
         own = held_out.take(range(ranks.rank, len(held_out), ranks.world))
         self.held_out = EvaluationSet(own, evaluation_view(config, self.size, self.form, ranks.device), ranks)
+        names = ("top1", "loss") if len(self.source.classes) <= TOP else ("top1", "top5", "loss")
+        self.measures = (*names, *(f"ema_{name}" for name in names if self.ema))
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad) / 1e6
         self.description = (
             f"{self.model.name} on {ranks.device}, backend {resolve_backend(config.backend, ranks.device.type).name}, "
@@ -153,7 +154,7 @@ class Classification(Task):
         if ema:
             export_model(self.model, run / "exported-ema", self.source.classes, self.form, ema)
             log.say(f"moving average of the weights in {exported}-ema")
-        log.draw(lambda: draw_loss(run / "metrics.jsonl", run / "loss.png", "loss"))
+        log.draw(lambda: draw_loss(run, "loss", "loss"))
         log.draw(lambda: draw_accuracy(run / "evaluations.jsonl", run / "accuracy.png"))
         config = self.config
         reading = given_flags(config, ReadingConfig)

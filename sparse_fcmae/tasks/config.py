@@ -87,7 +87,13 @@ class PretrainConfig(RunConfig):
     knn: str | None = option(
         None, help="labelled folder with train and val or test: k-NN on it meanwhile", path=True, resumable=True
     )
-    eval_every: int = option(10, help="epochs between the evaluations on `knn`", above=0, resumable=True)
+    val: str | None = option(
+        None,
+        help="images that are held out, named as `data`: their loss meanwhile, under fixed masks",
+        path=True,
+        resumable=True,
+    )
+    eval_every: int = option(10, help="epochs between the evaluations on `knn` and `val`", above=0, resumable=True)
 
 
 @dataclass(frozen=True, kw_only=True)

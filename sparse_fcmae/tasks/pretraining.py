@@ -1,22 +1,25 @@
 """FCMAE pretraining: images -> masks -> loss on the masked patches -> a dense encoder."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from sparse_fcmae.backends import choose_dtype, resolve_backend
 from sparse_fcmae.data.batches import Batch, TrainingImages
 from sparse_fcmae.data.format import ImageFormat
-from sparse_fcmae.data.sources import ImageSource
+from sparse_fcmae.data.sources import BadImage, ImageSource
 from sparse_fcmae.data.sources.map_style import MapStyleImages
 from sparse_fcmae.data.sources.opening import is_named, open_images
 from sparse_fcmae.data.sources.pages import by_page
 from sparse_fcmae.data.sources.windows import Windows
-from sparse_fcmae.data.survey import asked_reading
-from sparse_fcmae.data.views import CentreView
+from sparse_fcmae.data.survey import asked_reading, check_fits
+from sparse_fcmae.data.views import CentreView, NativeView, RandomView
+from sparse_fcmae.evaluation.held_out import HeldOutLoss
 from sparse_fcmae.evaluation.pictures import save_picture
 from sparse_fcmae.evaluation.probes import KNNMonitor
 from sparse_fcmae.evaluation.reconstruct import reconstruct, sample_images
@@ -102,6 +105,7 @@ class Pretraining(Task):
         if config.crop == "native":
             fitting = (self.source, self.training_view, config.max_bad_images)
             self.source = ranks.main_first(lambda: Windows(*fitting))
+        held_out = ranks.main_first(lambda: held_out_of(config, self.training_view)) if config.val else None
         config, recipe = pretraining_recipe(config, len(self.source), ranks.world)
         dtype = choose_dtype(config.dtype, ranks.device, config.backend)
         self.config = config = replace(config, dtype="bf16" if dtype == torch.bfloat16 else "fp32")
@@ -118,7 +122,10 @@ class Pretraining(Task):
         self.step_type = GraphedTrainStep if self.cuda_graphs else Task.step_type
         view = evaluation_view(config, self.size, self.form, ranks.device)
         self.monitor = KNNMonitor(config.knn, view, ranks, config) if config.knn else None
-        self.evaluates = self.evaluates_untrained = self.monitor is not None
+        self.held_out = HeldOutLoss(held_out, view, ranks, config.seed) if held_out else None
+        names = ["knn_top1"] * bool(self.monitor) + ["val_loss"] * bool(held_out)
+        self.measures = (*names, *(f"ema_{name}" for name in names if self.ema))
+        self.evaluates_untrained = bool(self.measures)
         centre = CentreView(self.size, self.training_view.reading, native=config.crop == "native")
         samples = sample_images(self.source, SAMPLES, centre)
         self.samples = samples.to(ranks.device)
@@ -152,9 +159,15 @@ class Pretraining(Task):
     def evaluate(self, log: RunLog) -> dict[str, float]:
         values, models = {}, {"": self.model, "ema_": self.ema.module} if self.ema else {"": self.model}
         for prefix, model in models.items():
-            values[f"{prefix}knn_top1"], unreadable = self.monitor.top1(model.encode)
-            log.say_left_out(unreadable)
+            for name, measure in self._measuring(model).items():
+                values[f"{prefix}{name}"], unreadable = measure()
+                log.say_left_out(unreadable)
         return values
+
+    def _measuring(self, model: nn.Module) -> dict[str, Callable[[], tuple[float, list[BadImage]]]]:
+        """What is measured of a model, by name: functions that give the value and the unreadable images."""
+        measuring = {"knn_top1": lambda: self.monitor.top1(model.encode), "val_loss": lambda: self.held_out.of(model)}
+        return {name: measure for name, measure in measuring.items() if name in self.measures}
 
     def illustrate(self, run: Path, step: int) -> None:
         """The same images and masks each time, so that the pictures of different steps can be compared."""
@@ -177,8 +190,15 @@ class Pretraining(Task):
         if ema:
             export_model(self.model.encoder, run / "exported-ema", form=self.form, state=ema)
             log.say(f"moving average of the weights in {exported}-ema")
-        log.draw(lambda: draw_loss(run / "metrics.jsonl", run / "loss.png"))
+        log.draw(lambda: draw_loss(run, "loss on masked patches", "val_loss"))
         log.say(f"pretrained encoder in {exported}; use it with\n\n{usage_example(self.model.encoder, exported)}")
+
+
+def held_out_of(config: PretrainConfig, view: RandomView | NativeView) -> ImageSource:
+    """The images that `val` names. Raises UserError where a few of them are not what the view takes."""
+    source = by_page(open_images(config.val, config.out, config), view.reading, config.max_bad_images)
+    check_fits(source, lambda file: view(file, np.random.default_rng(0)))
+    return source
 
 
 def thin_out(folder: Path, most: int) -> None:

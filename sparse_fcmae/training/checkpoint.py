@@ -10,12 +10,13 @@ from shlex import quote
 
 import torch
 
-from sparse_fcmae.runtime.checkpoint_folder import META, newest_checkpoint
+from sparse_fcmae.runtime.checkpoint_folder import META, damage, folder_of, newest_checkpoint
 from sparse_fcmae.runtime.errors import Interrupted, UserError
 from sparse_fcmae.runtime.files import one_line, read_json
 from sparse_fcmae.runtime.options import as_flags
 from sparse_fcmae.runtime.run_folder import RunFolder
 from sparse_fcmae.runtime.shards import local
+from sparse_fcmae.training.best import Best
 from sparse_fcmae.training.checkpoint_files import (
     Keep,
     copied,
@@ -51,9 +52,10 @@ class Checkpoints:
         log: RunLog,
         unreadable: dict[str, str],
         start: int,
+        best: Best,
     ) -> None:
         self.run, self.task, self.optimizer, self.schedule, self.log = run, task, optimizer, schedule, log
-        self.unreadable = unreadable
+        self.unreadable, self.best = unreadable, best
         self.saved_step, self.saved_at = start, time.monotonic()
         self.thread, self.writing = ThreadPoolExecutor(1, "checkpoint"), Future()
         self.writing.set_result(None)
@@ -109,13 +111,26 @@ class Checkpoints:
         if not (ranks.main or is_sharded(task.model)):
             return
         trainer = {"step": step, "optimizer": self.optimizer.state_dict(), "bad": self.unreadable}
-        trainer |= {"images": task.source.fingerprint, **task.state()}
+        trainer |= {"images": task.source.fingerprint, "best": self.best.state(), **task.state()}
         states = copied(task.model.state_dict()), copied(trainer)
-        what = (self.run.checkpoints, step, *states, Keep(task.config.keep_checkpoints, task.config.keep_every))
+        config, best = task.config, (self.best.step,) if self.best.step else ()
+        what = (self.run.checkpoints, step, *states, Keep(config.keep_checkpoints, config.keep_every, best))
         if is_sharded(task.model):
             self.writing = self.thread.submit(write_sharded_checkpoint, *what, ranks)
         else:
             self.writing = self.thread.submit(write_checkpoint, *what)
+
+    def go_back_to(self, step: int) -> str:
+        """Gives the model, after the last step, the weights that it had after a step whose checkpoint is kept.
+
+        All ranks call it together. Returns what there is to say.
+        """
+        folder = self.run.checkpoints / folder_of(step)
+        problem = self.task.ranks.by_main(lambda: damage(folder))
+        if problem:
+            return f"the best checkpoint, {folder}, is damaged, so the last one is exported: {problem}"
+        restore(folder, self.task, self.optimizer)
+        return f"exporting the weights of step {step}, the best by {self.best.monitor}: {self.best.value:.4f}"
 
     def _is_finite(self) -> bool:
         return all(bool(local(p).isfinite().all()) for p in self.task.model.parameters())
@@ -175,8 +190,12 @@ def other_images(task: Task) -> str:
     )
 
 
-def restore(checkpoint: Path, task: Task, optimizer: torch.optim.Optimizer) -> tuple[int, dict[str, str]]:
-    """Has a task and its optimiser go on from a checkpoint: the steps that are done, and the unreadable images by name.
+def restore(
+    checkpoint: Path, task: Task, optimizer: torch.optim.Optimizer, best: Best | None = None
+) -> tuple[int, dict[str, str]]:
+    """Has a task, its optimiser and its best evaluation go on from a checkpoint.
+
+    Returns how many steps are done, and the unreadable images by name.
 
     Raises UserError where it is damaged, another model's, or one of a run on other images.
     """
@@ -187,4 +206,6 @@ def restore(checkpoint: Path, task: Task, optimizer: torch.optim.Optimizer) -> t
     load_model(checkpoint, task.model, model)
     load_optimizer(optimizer, trainer["optimizer"])
     task.load_state(trainer)
+    if best:
+        best.load_state(trainer.get("best", {}))
     return trainer["step"], trainer["bad"]

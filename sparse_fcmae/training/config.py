@@ -65,6 +65,12 @@ class RunConfig(ViewConfig, ComputeConfig):
     max_nonfinite: int = option(
         10, help="stop after so many steps in a row whose loss or gradient is not finite", above=0, resumable=True
     )
+    monitor: str | None = option(
+        None, help="keep the best checkpoint by this value of the evaluations, and export it", resumable=True
+    )
+    patience: int | None = option(
+        None, help="stop after so many evaluations without a better `monitor`", above=0, resumable=True
+    )
     log_every: int = option(10, help="steps between updates of log and bar", above=0, resumable=True)
     save_every: int | None = option(
         None,

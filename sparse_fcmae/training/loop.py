@@ -11,6 +11,7 @@ from sparse_fcmae.runtime.device import loader_processes
 from sparse_fcmae.runtime.errors import Interrupted, UserError
 from sparse_fcmae.runtime.options import changes
 from sparse_fcmae.runtime.run_folder import RunFolder
+from sparse_fcmae.training.best import Best
 from sparse_fcmae.training.checkpoint import Checkpoints, check_images, restore, to_go_on
 from sparse_fcmae.training.log import RunLog
 from sparse_fcmae.training.optim import set_lr
@@ -41,12 +42,14 @@ def train(task: Task) -> Path:
     schedule = Schedule.of(config, len(task.source), ranks.world, task.min_lr)
     changed = changes(run.saved_options() or {}, config) if config.resume else []
     optimizer = task.optimizer()
+    best = Best(config, task.measures)
     ranks.by_main(lambda: run.hold(config))
     checkpoint = ranks.by_main(lambda: newest_checkpoint(run.path)) if config.resume else None
-    start, unreadable = restore(checkpoint, task, optimizer) if checkpoint else (0, {})
+    start, unreadable = restore(checkpoint, task, optimizer, best) if checkpoint else (0, {})
     if start > schedule.steps:
         raise UserError(f"the run in {config.out} has done {start} steps, more than {schedule.steps}: raise `epochs`")
-    if config.resume == "auto" and start == schedule.steps and (run.path / "exported" / MODEL).is_file():
+    finished = start == schedule.steps or best.ended
+    if config.resume == "auto" and finished and (run.path / "exported" / MODEL).is_file():
         if ranks.main:
             print(f"the run in {config.out} is finished: it is in {run.path / 'exported'}")
         return run.path / "exported"
@@ -56,7 +59,7 @@ def train(task: Task) -> Path:
         run.begin(config, task.outputs, **task.beside_config())
     ranks.barrier()
 
-    log = RunLog(run.path, start, schedule.steps, ranks.main, task.evaluates)
+    log = RunLog(run.path, start, schedule.steps, ranks.main, bool(task.measures))
     with log, Waiting(log.say, str(task.source)) as waiting, stop_signals(ranks, waiting, start) as stop:
         batches = prefetched(iter(loader), ranks.device)
         runner = task.step_type(
@@ -67,15 +70,15 @@ def train(task: Task) -> Path:
             bf16=config.dtype == "bf16",
         )
         progress = Progress(config, schedule, task.source, log, ranks, unreadable, start)
-        checkpoints = Checkpoints(run, task, optimizer, schedule, log, unreadable, start)
+        checkpoints = Checkpoints(run, task, optimizer, schedule, log, unreadable, start, best)
         log.say(f"{task.description}; {len(task.source)} samples, {schedule}")
-        going_on = _going_on(run.path, checkpoint, last=start == schedule.steps) if config.resume and ranks.main else []
+        going_on = _going_on(run.path, checkpoint, last=finished) if config.resume and ranks.main else []
         for note in (*going_on, *changed, *task.notes, *notes, str(checkpoints)):
             log.say(note)
         with checkpoints.kept(progress), loader.explained():
             if not start and task.evaluates_untrained:
                 log.evaluation(0, 0.0, task.evaluate(log))
-            for step in range(start, schedule.steps):
+            for step in range(start, start if finished else schedule.steps):
                 set_lr(optimizer, lr := schedule.lr(step))
                 for first, images in schedule.micro_batches():
                     batch = waiting.for_next(batches)
@@ -87,12 +90,13 @@ def train(task: Task) -> Path:
                 progress.step_done(result, lr)
 
                 done, stopping = step + 1, stop.agreed(step + 1)
-                evaluating = task.evaluates and schedule.evaluates_after(done)
+                evaluating = task.measures and schedule.evaluates_after(done)
                 saving = stopping or checkpoints.asked_for(done) or (ranks.world == 1 and checkpoints.due(done))
                 if evaluating or saving or done % config.log_every == 0 or step == start:
                     progress.flush(done, waiting.take_seconds())
                     if evaluating:
-                        log.evaluation(done, schedule.epoch(done), task.evaluate(log))
+                        log.evaluation(done, schedule.epoch(done), values := task.evaluate(log))
+                        saving |= best.look(done, values) or best.ended
                     if saving or ranks.gather(checkpoints.due(done))[0]:
                         checkpoints.save(done)
                 if stopping and done < schedule.steps:
@@ -100,6 +104,11 @@ def train(task: Task) -> Path:
                     log.say(to_go_on(config, done))
                     ranks.barrier()  # or torchrun would end the main rank, which saves, as others have ended
                     raise Interrupted
+                if best.ended:
+                    log.say(f"stopped: {best.since} evaluations brought no better {best.monitor} than {best.value:.4f}")
+                    break
+        if best.step not in (None, checkpoints.saved_step):
+            log.say(checkpoints.go_back_to(best.step))
         task.export(run.path, log)
         ranks.barrier()
     return run.path / "exported"

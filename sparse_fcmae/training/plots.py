@@ -9,9 +9,12 @@ import numpy as np
 from sparse_fcmae.runtime.files import write_atomic
 
 
-def draw_loss(metrics: Path, path: Path, label: str = "loss on masked patches") -> None:
-    """Writes a PNG of the loss of each step and its mean over each epoch, from metrics.jsonl. label: of the axis."""
-    rows = _rows(metrics)
+def draw_loss(run: Path, label: str, held_out: str) -> None:
+    """Writes RUN/loss.png: the loss of each step, its mean over each epoch, and that on held-out images.
+
+    label: of the axis. held_out: the name of the loss in evaluations.jsonl, where it is measured.
+    """
+    rows, evaluations = _rows(run / "metrics.jsonl"), _rows(run / "evaluations.jsonl")
     epochs = np.array([row["epoch"] for row in rows])
     losses = np.array([row["loss"] for row in rows], dtype=float)  # NaN for null, where a step was skipped
     epoch_of = np.ceil(epochs - 1e-6).astype(int)
@@ -21,7 +24,11 @@ def draw_loss(metrics: Path, path: Path, label: str = "loss on masked patches") 
     axes.plot(epochs, losses, color="0.75", linewidth=1, label="step")
     means = [losses[known & (epoch_of == epoch)].mean() for epoch in whole]
     axes.plot(whole - 0.5, means, color="tab:blue", marker=".", label="mean of the epoch")
-    _write(figure, axes, path)
+    for name, style in ((held_out, "-"), (f"ema_{held_out}", "--")):
+        if found := [(row["epoch"], row[name]) for row in evaluations if name in row]:
+            text = "held-out images" + (", moving average" if name != held_out else "")
+            axes.plot(*np.array(found, dtype=float).T, color="tab:orange", marker=".", linestyle=style, label=text)
+    _write(figure, axes, run / "loss.png")
 
 
 def draw_accuracy(evaluations: Path, path: Path) -> None:
@@ -35,7 +42,8 @@ def draw_accuracy(evaluations: Path, path: Path) -> None:
 
 
 def _rows(file: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in file.read_text().splitlines()]
+    """The rows of a file of JSON lines, none where there is no file."""
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
 def _axes(**settings: Any) -> tuple[Any, Any]:

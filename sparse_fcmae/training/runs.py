@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sparse_fcmae.runtime.checkpoint_folder import checkpoints_in
+from sparse_fcmae.runtime.checkpoint_folder import META, checkpoints_in, step_of
 from sparse_fcmae.runtime.errors import UserError
 from sparse_fcmae.runtime.files import read_json
 from sparse_fcmae.runtime.lock import is_locked
@@ -62,11 +62,12 @@ def _look_at(folder: Path, files: list[str], names: list[str]) -> Found | None:
     row, saved = _last_row(folder / "metrics.jsonl"), checkpoints_in(folder)
     step, steps = row.get("step", 0), None
     if row.get("epoch") and isinstance(config.get("epochs"), int):
-        steps = config["epochs"] * round(step / row["epoch"])
-    newest = int(saved[0].name.removeprefix("step-")) if saved else 0
+        steps = config.get("max_steps") or config["epochs"] * round(step / row["epoch"])
+    newest, exported = step_of(saved[0]) if saved else 0, folder / "exported"
+    ended_early = bool(config.get("patience") and saved) and _written(exported) >= _written(saved[0] / META)
     if is_locked(folder):
         state = "running"
-    elif (folder / "exported").is_dir() and steps is not None and newest >= steps:
+    elif exported.is_dir() and steps is not None and (newest >= steps or ended_early):
         state = "finished"
     else:
         state = f"stopped, checkpoint at {newest}" if newest else "stopped, no checkpoint"
@@ -75,6 +76,11 @@ def _look_at(folder: Path, files: list[str], names: list[str]) -> Found | None:
     task = form.removeprefix(FORMAT).removesuffix(" run")
     speed = row.get("images_per_second")
     return Found(folder, task, state, step, steps, row.get("loss"), speed, max(0.0, time.time() - written))
+
+
+def _written(path: Path) -> float:
+    """When a file or folder was written, 0 where there is none."""
+    return path.stat().st_mtime if path.exists() else 0.0
 
 
 def _last_row(metrics: Path) -> dict[str, Any]:

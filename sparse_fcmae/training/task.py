@@ -24,11 +24,11 @@ class Task(ABC):
 
     config: without open ends, its dtype "fp32" or "bf16". ranks: the processes. source: the images that are trained on.
     model: what checkpoints hold, as `parallel.place` leaves it. ema: the moving average of its weights, where one is
-    asked for. objective: a module whose forward takes the tensors of
-    `inputs` and gives their mean loss. description: what is trained, where and how, in a line. notes: what else the log
-    says at the start, a line each. outputs: the names of the files and folders in the run's folder that the task makes,
-    beside `exported`. step_type: how steps run. min_lr: the learning rate at the end of the cosine. evaluates: whether
-    `evaluate` is called. evaluates_untrained: whether it is also called before the first step.
+    asked for. objective: a module whose forward takes the tensors of `inputs` and gives their mean loss. description:
+    what is trained, where and how, in a line. notes: what else the log says at the start, a line each. outputs: the
+    names of the files and folders in the run's folder that the task makes, beside `exported`. step_type: how steps run.
+    min_lr: the learning rate at the end of the cosine. measures: the names of the values that `evaluate` gives; it is
+    not called where there are none. evaluates_untrained: whether it is also called before the first step.
     """
 
     config: RunConfig
@@ -42,7 +42,7 @@ class Task(ABC):
     outputs: ClassVar[tuple[str, ...]] = ()
     step_type: type[TrainStep] = TrainStep
     min_lr: float = 0.0
-    evaluates: bool = False
+    measures: tuple[str, ...] = ()
     evaluates_untrained: bool = False
 
     @abstractmethod
@@ -81,7 +81,7 @@ class Task(ABC):
 
     def evaluate(self, log: RunLog) -> dict[str, float]:
         """What is measured of the model now. All ranks call it together."""
-        raise NotImplementedError("a task whose `evaluates` is true says what it measures")
+        raise NotImplementedError("a task that names what it measures measures it")
 
     def illustrate(self, run: Path, step: int) -> None:
         """Draws into the run's folder what the model does, at each checkpoint. All ranks call it together."""

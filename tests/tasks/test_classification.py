@@ -10,7 +10,7 @@ import torch
 from helpers import go_back
 from safetensors.torch import load_file
 
-from sparse_fcmae import finetune, load_classifier, load_encoder
+from sparse_fcmae import UserError, finetune, load_classifier, load_encoder
 from sparse_fcmae.cli import main
 from sparse_fcmae.tasks.recipes import TOLD
 from sparse_fcmae.weights.read import read_weights
@@ -118,6 +118,23 @@ def test_two_ranks_give_one_ranks_losses(pictures, encoder, tmp_path, monkeypatc
     for name in ("metrics", "evaluations"):
         for one, two in zip(rows(tmp_path / "one", name), rows(tmp_path / "two", name), strict=True):
             assert two == pytest.approx(one, rel=1e-4)
+
+
+def test_the_best_is_exported_with_its_moving_average(pictures, encoder, tmp_path):
+    run, options = tmp_path / "run", SMALL | {"monitor": "ema_loss", "patience": 1, "lr": 1.0, "epochs": 9}
+    finetune(data=pictures, out=run, init=encoder, **options)
+    found = [row["ema_loss"] for row in rows(run, "evaluations")]
+    best = min(range(len(found)), key=found.__getitem__)
+    assert len(found) == best + 2 < 9  # one came after it
+    kept = run / "checkpoints" / f"step-{3 * (best + 1):08d}"
+    state = torch.load(kept / "trainer.pt", weights_only=True)["ema"]
+    average = load_file(run / "exported-ema" / "model.safetensors")
+    assert all(torch.equal(state[f"module.{key}"], value) for key, value in average.items())
+    with pytest.raises(
+        UserError, match="`monitor` top3 is not measured in this run: choose top1 or top5 or loss or ema_"
+    ):
+        finetune(data=pictures, out=tmp_path / "none", init=encoder, **options | {"monitor": "top3"})
+    assert not (tmp_path / "none").exists()
 
 
 def test_it_learns(colours, tmp_path):

@@ -1,6 +1,7 @@
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -259,6 +260,27 @@ def test_the_moving_average_is_that_of_the_steps_weights(pictures, tmp_path):
         average = weights if average is None else {k: 0.25 * average[k] + 0.75 * v for k, v in weights.items()}
     found = load_file(tmp_path / "run" / "exported-ema" / "model.safetensors")
     assert all(torch.allclose(found[key], value, atol=1e-6) for key, value in average.items())
+
+
+def test_held_out_loss_has_its_own_curve_and_names_the_best_checkpoint(pictures, whole, tmp_path):
+    run, val = tmp_path / "run", tmp_path / "val"
+    val.mkdir()
+    for number, file in enumerate(sorted(pictures.rglob("*.png"))[:5]):
+        shutil.copy(file, val / f"{number}.png")
+    options = SMALL | {"val": val, "eval_every": 1, "monitor": "val_loss", "micro_batch_size": 2}
+    pretrain(data=pictures, out=run, **options)
+    assert losses(run) == pytest.approx(losses(whole), rel=1e-4)  # which images are held out changes nothing
+    evaluations = [json.loads(line) for line in (run / "evaluations.jsonl").read_text().splitlines()]
+    found = [row["val_loss"] for row in evaluations]
+    assert [row["step"] for row in evaluations] == [0, 4, 8, 12]
+    assert found[0] > found[-1]
+    assert found[0] == pytest.approx(1.0, abs=0.02)
+    Image.open(run / "loss.png").verify()
+    shutil.rmtree(val)
+    val.mkdir()
+    (val / "x.png").write_text("no image")
+    with pytest.raises(UserError, match=r"none of the 1 images tried is what"):
+        pretrain(data=pictures, out=tmp_path / "other", **options)
 
 
 def test_deterministic_algorithms_are_asked_for(pictures, whole, tmp_path):

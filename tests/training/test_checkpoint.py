@@ -11,6 +11,7 @@ from sparse_fcmae.runtime.checkpoint_folder import newest_checkpoint
 from sparse_fcmae.runtime.distributed import Ranks
 from sparse_fcmae.runtime.run_folder import RunFolder
 from sparse_fcmae.training import checkpoint, checkpoint_files
+from sparse_fcmae.training.best import Best
 from sparse_fcmae.training.checkpoint import Checkpoints, restore
 from sparse_fcmae.training.checkpoint_files import Keep, load_trainer, write_checkpoint
 from sparse_fcmae.training.optim import adamw
@@ -53,7 +54,8 @@ def checkpoints(run=None, model=None, asked_for=None, interval=5, start=0, minut
     schedule = SimpleNamespace(save_every=asked_for or interval, steps=23)
     optimizer = SimpleNamespace(state_dict=lambda: {})
     log = SimpleNamespace(sync=lambda: None)
-    return Checkpoints(run, task, optimizer, schedule, log, {}, start)
+    best = Best(SimpleNamespace(monitor=None, patience=None), ())
+    return Checkpoints(run, task, optimizer, schedule, log, {}, start, best)
 
 
 def test_without_a_wish_steps_and_a_minute_have_to_go_by(clock):

@@ -68,7 +68,7 @@ def test_what_is_not_finite_is_null(tmp_path):
     assert rows(tmp_path, "evaluations")[-1]["loss"] is None
     for name in ("metrics", "evaluations"):
         assert not {"NaN", "Infinity"} & set(re.findall(r"\w+", (tmp_path / f"{name}.jsonl").read_text()))
-    draw_loss(tmp_path / "metrics.jsonl", tmp_path / "loss.png")
+    draw_loss(tmp_path, "loss", "loss")
     assert (tmp_path / "loss.png").is_file()
 
 

@@ -68,7 +68,7 @@ class MeanSquare(nn.Module):
 
 
 class Colour(Task):
-    evaluates = evaluates_untrained = True
+    measures, evaluates_untrained = ("size_loss",), True
     outputs = ("steps.txt",)
 
     def __init__(self, config, events):
@@ -452,3 +452,70 @@ def test_a_loader_process_that_is_killed_is_reported_with_the_image(tmp_path, un
     assert "killed while it read image" in lines(out)[-1]
     train(Grey(out, resume=True))
     assert [{k: row[k] for k in ("step", "lr")} for row in rows(out, "metrics")] == undisturbed
+
+
+class Falling(Colour):
+    """Measures what the test says."""
+
+    measures = ("size_loss", "score")
+    values: ClassVar = [3.0, 2.0, 1.0, 2.0, 2.5, 1.5, 1.7]
+
+    def evaluate(self, log):
+        return {"size_loss": self.values[self.steps // 4], "score": -self.values[self.steps // 4]}
+
+
+def falling(pictures, out, **options):
+    given = {"data": str(pictures), "out": str(out), "num_workers": 0, "epochs": 6, "save_every": 4, **options}
+    task = Falling(configure(ColourConfig, given), [])
+    train(task)
+    return task
+
+
+@pytest.mark.parametrize("monitor", ["size_loss", "score"])
+def test_the_best_by_a_value_is_kept_and_exported(pictures, tmp_path, monitor):
+    out = tmp_path / "run"
+    falling(pictures, out, monitor=monitor, keep_checkpoints=2)
+    kept = sorted(folder.name for folder in (out / "checkpoints").glob("step-*"))
+    assert kept == ["step-00000008", "step-00000020", "step-00000024"]
+    best = load_file(out / "checkpoints" / "step-00000008" / "model.safetensors")
+    exported = load_file(out / "exported" / "model.safetensors")
+    assert all(torch.equal(exported[key], value) for key, value in best.items())
+    assert f"exporting the weights of step 8, the best by {monitor}: " in (out / "train.log").read_text()
+
+
+def test_a_run_that_gets_no_better_stops_and_is_finished_then(pictures, tmp_path, capsys):
+    out = tmp_path / "run"
+    falling(pictures, out, monitor="size_loss", patience=2)
+    assert [row["step"] for row in rows(out, "metrics")] == list(range(1, 17))
+    assert "stopped: 2 evaluations brought no better size_loss than 1.0000" in (out / "train.log").read_text()
+    before = (out / "exported" / "model.safetensors").read_bytes()
+    falling(pictures, out, monitor="size_loss", patience=2, resume="auto")
+    assert "is finished" in capsys.readouterr().out
+    (out / "exported" / "model.safetensors").unlink()
+    falling(pictures, out, resume=True)
+    assert [row["step"] for row in rows(out, "metrics")] == list(range(1, 17))
+    assert (out / "exported" / "model.safetensors").read_bytes() == before
+    falling(pictures, out, resume=True, patience=9)  # a longer one goes on
+    assert [row["step"] for row in rows(out, "metrics")] == list(range(1, 25))
+
+
+def test_the_best_is_still_known_after_a_kill(pictures, tmp_path):
+    out = tmp_path / "run"
+    falling(pictures, out, monitor="size_loss", keep_checkpoints=9)
+    go_back(out, 12)
+    shutil.rmtree(out / "exported")
+    falling(pictures, out, resume=True)
+    best = load_file(out / "checkpoints" / "step-00000008" / "model.safetensors")
+    exported = load_file(out / "exported" / "model.safetensors")
+    assert all(torch.equal(exported[key], value) for key, value in best.items())
+
+
+def test_a_damaged_best_is_said_and_the_last_is_exported(pictures, tmp_path):
+    out = tmp_path / "run"
+    falling(pictures, out, monitor="size_loss")
+    (out / "checkpoints" / "step-00000008" / "trainer.pt").unlink()
+    falling(pictures, out, resume=True)
+    assert "is damaged, so the last one is exported: trainer.pt: No such" in (out / "train.log").read_text()
+    last = load_file(out / "checkpoints" / "step-00000024" / "model.safetensors")
+    exported = load_file(out / "exported" / "model.safetensors")
+    assert all(torch.equal(exported[key], value) for key, value in last.items())
