@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from sparse_fcmae.cli import main
 from sparse_fcmae.runtime.options import flag
 
+OF_MACHINE = ("images_per_second", "data_wait", "memory_gb", "tflops", "mfu")  # what metrics have that no run repeats
+
 
 def relative_error(a: Tensor, b: Tensor) -> float:
     """Relative Frobenius error of a against b, in float64."""

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sys
 
 import torch
 
@@ -9,6 +10,17 @@ from sparse_fcmae.runtime.errors import UserError
 
 MOST_CORES = 16
 SHARED_MEMORY = "/dev/shm"  # on Linux
+PEAKS = {  # of GPUs by a part of their name, in FLOP/s, of matrix products in bfloat16 without sparsity
+    "B200": 2.25e15,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+}
 BATCHES_IN_FLIGHT = 3  # of each loader process: two it has loaded ahead, and one that is being used
 
 
@@ -30,6 +42,26 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
         others = "auto or cpu" if name.startswith("cuda") else "auto, cpu or cuda"
         raise UserError(f"`device` {name} can't be used, choose {others}: {str(error).splitlines()[0]}") from None
     return device
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """What a GPU's matrix products reach in bfloat16 at best, in FLOP/s, as its maker says; None where not known."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in PEAKS.items() if part in name), None)
+
+
+def peak_memory(device: torch.device) -> float:
+    """Bytes that this process has had in use at most: of a GPU by tensors, else of the machine."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0.0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def cores_per_process() -> int:

@@ -1,6 +1,6 @@
 """What the folder of a run holds, and which folders are refused before anything in them is lost.
 
-RUN/config.json  metrics.jsonl  evaluations.jsonl  train.log  events.out.tfevents.*
+RUN/config.json  metrics.jsonl  evaluations.jsonl  train.log  events.out.tfevents.*  trackers.json
 RUN/checkpoints/            as `checkpoint_folder` says
 RUN/exported/{model.safetensors, config.json}   dense encoder or classifier
 and what the task makes beside these, such as loss.png or reconstructions/step-00000100.png
@@ -23,6 +23,7 @@ PARTS = (  # of every run; a task has further ones
     "evaluations.jsonl",
     "train.log",
     "events.out.tfevents.*",
+    "trackers.json",
     CHECKPOINTS,
     "exported",
 )

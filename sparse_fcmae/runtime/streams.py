@@ -14,8 +14,8 @@ class Stream(IntEnum):
     SPLIT = 4  # which images are held out
     FEW_LABELS = 5  # which images of a class are trained on
     AUGMENTATION = 6  # place: step, first image of the micro-batch
-    HELD_OUT = 8  # masks of held-out images; place: image, window of it
     SURVEY = 7  # which values of an image the statistics are of
+    HELD_OUT = 8  # masks of held-out images; place: image, window of it
 
 
 def numpy_generator(seed: int, stream: Stream, *place: int) -> np.random.Generator:

@@ -20,11 +20,12 @@ from sparse_fcmae.evaluation.run import EvaluationView
 from sparse_fcmae.model.classifier import Classifier
 from sparse_fcmae.model.convnext import name_of, size_of
 from sparse_fcmae.model.fcmae import FCMAE
+from sparse_fcmae.model.flops import count
 from sparse_fcmae.runtime.device import loader_processes
 from sparse_fcmae.runtime.errors import UserError
 from sparse_fcmae.runtime.options import image_size_of, shown_size
 from sparse_fcmae.runtime.run_folder import RunFolder
-from sparse_fcmae.tasks.config import MODELS, FinetuneConfig, PretrainConfig
+from sparse_fcmae.tasks.config import MODELS, FinetuneConfig, PlanConfig, PretrainConfig
 from sparse_fcmae.tasks.recipes import finetuning_recipe
 from sparse_fcmae.training.config import RunConfig
 from sparse_fcmae.weights.read import read_weights
@@ -94,6 +95,20 @@ def build_fcmae(config: PretrainConfig, resumed: bool, device: torch.device = CP
             grn_scope=config.grn_scope,
         )
     return model, [] if resumed or not config.init else load_into(model, config.init)
+
+
+def training_flops(config: PretrainConfig | PlanConfig, model: FCMAE) -> float:
+    """Operations of an image's forward and backward pass, as counted in `model.flops`, two for a MAC."""
+    parts = count(
+        model.encoder.name,
+        image_size=model.encoder.image_size,
+        mask_ratio=config.mask_ratio,
+        in_chans=model.encoder.in_chans,
+        stem_stride=config.stem_stride,
+        decoder_dim=config.decoder_dim,
+        decoder_depth=config.decoder_depth,
+    )
+    return 6 * (parts["encoder"].sparse + parts["decoder"].dense)  # the backward pass is twice the forward
 
 
 def load_into(model: FCMAE, path: str) -> list[str]:

@@ -25,6 +25,7 @@ from sparse_fcmae.data.views import NativeView, RandomView
 from sparse_fcmae.evaluation.accuracy import TOP, measure
 from sparse_fcmae.evaluation.run import EvaluationSet
 from sparse_fcmae.model.convnext import size_of
+from sparse_fcmae.model.flops import count
 from sparse_fcmae.runtime.checkpoint_folder import newest_checkpoint
 from sparse_fcmae.runtime.distributed import Ranks, process_group
 from sparse_fcmae.runtime.errors import UserError
@@ -114,6 +115,14 @@ class Classification(Task):
         self.held_out = EvaluationSet(own, evaluation_view(config, self.size, self.form, ranks.device), ranks)
         names = ("top1", "loss") if len(self.source.classes) <= TOP else ("top1", "top5", "loss")
         self.measures = (*names, *(f"ema_{name}" for name in names if self.ema))
+        parts = count(
+            self.model.name,
+            image_size=self.size,
+            in_chans=self.model.in_chans,
+            stem_stride=self.model.stem_stride,
+            num_classes=len(self.source.classes),
+        )
+        self.flops = (2 if config.freeze_encoder else 6) * parts["classifier"].dense
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad) / 1e6
         self.description = (
             f"{self.model.name} on {ranks.device}, backend {resolve_backend(config.backend, ranks.device.type).name}, "

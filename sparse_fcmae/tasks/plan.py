@@ -11,11 +11,11 @@ import torch
 
 from sparse_fcmae.model.convnext import Block
 from sparse_fcmae.model.fcmae import FCMAE
-from sparse_fcmae.model.flops import count, parameters
+from sparse_fcmae.model.flops import parameters
 from sparse_fcmae.model.memory import STATES, kept
 from sparse_fcmae.runtime.errors import UserError
 from sparse_fcmae.runtime.options import check, image_size_of, keywords_of
-from sparse_fcmae.tasks.build import model_name
+from sparse_fcmae.tasks.build import model_name, training_flops
 from sparse_fcmae.tasks.config import PlanConfig, PretrainConfig
 from sparse_fcmae.tasks.recipes import pretraining_recipe
 
@@ -53,18 +53,7 @@ def plan(options: dict[str, Any]) -> str:
         nearest = max(1, round(batch / devices)) * devices
         raise UserError(f"`batch_size` {batch} can't be divided evenly among {devices} devices: choose {nearest}")
     model = _model(config)
-    macs = count(
-        model.encoder.name,
-        image_size=size,
-        mask_ratio=config.mask_ratio,
-        in_chans=config.in_chans or 3,
-        stem_stride=config.stem_stride,
-        decoder_dim=config.decoder_dim,
-        decoder_depth=config.decoder_depth,
-    )
-    flops = 6 * (
-        macs["encoder"].sparse + macs["decoder"].dense
-    )  # two a MAC, and the backward pass is twice the forward
+    flops = training_flops(config, model)
     speed = config.images_per_second or config.efficiency * config.tflops * 1e12 / flops
     micro = min(config.micro_batch_size, batch // devices)
     steps = config.images // batch * recipe.epochs

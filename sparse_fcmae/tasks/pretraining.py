@@ -35,6 +35,7 @@ from sparse_fcmae.tasks.build import (
     format_of_run,
     moving_average,
     options_of_weights,
+    training_flops,
     training_view,
 )
 from sparse_fcmae.tasks.config import PretrainConfig
@@ -131,6 +132,7 @@ class Pretraining(Task):
         self.samples = samples.to(ranks.device)
         if not (config.resume or config.init):
             self.notes += hints(self.model.encoder, samples)
+        self.flops = training_flops(config, self.model)
         backend = resolve_backend(config.backend, ranks.device.type)
         self.description = (
             f"{self.model.encoder.name} on {ranks.device}, backend {backend.name}, {config.dtype}, "

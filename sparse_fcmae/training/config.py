@@ -71,6 +71,11 @@ class RunConfig(ViewConfig, ComputeConfig):
     patience: int | None = option(
         None, help="stop after so many evaluations without a better `monitor`", above=0, resumable=True
     )
+    log_to: str | None = option(
+        None,
+        help="trackers, with commas: tensorboard, wandb, mlflow, trackio, comet [TensorBoard, if it is installed]",
+        resumable=True,
+    )
     log_every: int = option(10, help="steps between updates of log and bar", above=0, resumable=True)
     save_every: int | None = option(
         None,

@@ -1,6 +1,6 @@
 """What a run tells while it goes on.
 
-That is a progress bar, train.log, metrics.jsonl, evaluations.jsonl and, where it is installed, TensorBoard.
+That is a progress bar, train.log, metrics.jsonl, evaluations.jsonl, and what the trackers of `writers` are told.
 """
 
 import json
@@ -15,8 +15,10 @@ from typing import Any, TextIO
 from tqdm import tqdm
 
 from sparse_fcmae.data.sources import BadImage
+from sparse_fcmae.runtime.errors import UserError
 from sparse_fcmae.runtime.files import write_atomic, writing
 from sparse_fcmae.runtime.terminal import lost_if_unread
+from sparse_fcmae.training.writers import Writers
 
 WORTH_SAYING = 0.1  # share of the time that images are waited for, from which on the bar says it
 
@@ -25,22 +27,32 @@ class RunLog:
     """Writes a line of metrics for each step and one for each evaluation; it is silent on all ranks but the main one.
 
     run: the run's folder. step, steps: how many are done, and how many there are. Both files of lines are cut to the
-    steps that are done, so that a resumed run goes on without a seam.
+    steps that are done, so that a resumed run goes on without a seam. trackers: their names, as in `Writers.of`.
+    options: those of the run, for the trackers.
     """
 
-    def __init__(self, run: Path, step: int, steps: int, main: bool, evaluates: bool) -> None:
+    def __init__(
+        self,
+        run: Path,
+        step: int,
+        steps: int,
+        main: bool,
+        evaluates: bool,
+        trackers: str | None = None,
+        options: dict[str, Any] | None = None,
+    ) -> None:
         self.run, self.main = run, main
         if main:
             with writing(run):
                 self.metrics, notes = _open_rows(run / "metrics.jsonl", step)
                 self.evaluations, more = _open_rows(run / "evaluations.jsonl", step) if evaluates else (None, [])
                 self.text = (run / "train.log").open("a", buffering=1, encoding="utf-8", errors="backslashreplace")
-        self.tensorboard = _tensorboard(run, step) if main else None
         self.bar = tqdm(total=steps, initial=step, unit="step", disable=not main, dynamic_ncols=True, smoothing=0.05)
         self.since = time.perf_counter()
         self.left_out: set[str] = set()
         for note in (*notes, *more) if main else ():
             self.say(note)
+        self.writers = Writers.of(trackers, run, options or {}, step, self.say) if main else Writers({}, self.say)
 
     def __enter__(self) -> "RunLog":
         return self
@@ -78,21 +90,22 @@ class RunLog:
         lrs: list[float],
         images: int,
         waited: float = 0.0,
+        about: Callable[[float], dict[str, float]] = lambda speed: {},
     ) -> None:
         """Records the steps up to `last`, counted from 1: their losses, gradients' norms and learning rates.
 
-        images: how many these steps took. waited: seconds of them in which no image was there to train on.
+        images: how many these steps took. waited: seconds of them in which no image was there to train on. about: what
+        else there is to record, by the images a second.
         """
         now = time.perf_counter()
         speed, wait, self.since = images / (now - self.since), waited / (now - self.since), now
-        shared = {"images_per_second": round(speed, 1), "data_wait": round(wait, 3)}
+        shared = {"images_per_second": round(speed, 1), "data_wait": round(wait, 3), **about(speed)}
         for step, (loss, norm, lr) in enumerate(zip(losses, grad_norms, lrs, strict=True), last - len(losses) + 1):
             row = {"loss": loss, "grad_norm": norm, "lr": lr, **shared}
             if self.main:
                 with writing(self.run):
                     self.metrics.write(as_row({"step": step, "epoch": round(step / steps_per_epoch, 4), **row}))
-                for name, value in row.items() if self.tensorboard else ():
-                    self.tensorboard.add_scalar(name, value, step)
+                self._tell(row, step)
         status = f"loss {losses[-1]:.4f}, {speed:.1f} images/s, lr {lrs[-1]:.2e}"
         status += f", {wait:.0%} waiting for images" if wait > WORTH_SAYING else ""
         with lost_if_unread():
@@ -107,11 +120,14 @@ class RunLog:
             return
         with writing(self.run):
             self.evaluations.write(as_row({"step": step, "epoch": round(epoch, 4), **values}))
-        for name, value in values.items() if self.tensorboard else ():
-            self.tensorboard.add_scalar(name, value, step)
+        self._tell(values, step)
         shown = (f"{k} {v:.4f}" if "loss" in k else f"{k} {100 * v:.2f} %" for k, v in values.items())
         self.say(f"step {step}, epoch {epoch:g}: {', '.join(shown)}")
         self.since = time.perf_counter()  # evaluating is not training
+
+    def _tell(self, values: dict[str, float], step: int) -> None:
+        """Tells the trackers of values, which take none that are not finite."""
+        self.writers.scalars({name: value for name, value in values.items() if math.isfinite(value)}, step)
 
     def draw(self, picture: Callable[[], None]) -> None:
         """Draws where matplotlib is installed."""
@@ -132,7 +148,10 @@ class RunLog:
         """Closes bar and files. What can't be written any more is an error before, and none again."""
         with lost_if_unread():
             self.bar.close()
-        for file in (self.metrics, self.evaluations, self.text, self.tensorboard) if self.main else ():
+        if self.main:
+            with suppress(UserError):  # of a tracker that fails now, which train.log may not take any more either
+                self.writers.close()
+        for file in (self.metrics, self.evaluations, self.text) if self.main else ():
             if file:
                 with suppress(OSError):
                     file.close()
@@ -166,11 +185,3 @@ def _step_of(line: str) -> int | None:
     except (ValueError, KeyError, TypeError):
         return None
     return step if isinstance(step, int) and line.endswith("\n") else None
-
-
-def _tensorboard(run: Path, step: int) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except Exception:  # not installed, or with a protobuf or NumPy that it does not go with
-        return None
-    return SummaryWriter(str(run), purge_step=step + 1)

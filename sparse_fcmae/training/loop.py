@@ -1,6 +1,7 @@
 """The training loop, one for every task, on one process or many."""
 
 import os
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -8,6 +9,7 @@ import torch
 from sparse_fcmae.data.batches import Loader, make_loader, micro_batches
 from sparse_fcmae.runtime.checkpoint_folder import MODEL, damaged_checkpoints, newest_checkpoint
 from sparse_fcmae.runtime.device import loader_processes
+from sparse_fcmae.runtime.energy import EnergyMeter
 from sparse_fcmae.runtime.errors import Interrupted, UserError
 from sparse_fcmae.runtime.options import changes
 from sparse_fcmae.runtime.run_folder import RunFolder
@@ -22,6 +24,7 @@ from sparse_fcmae.training.schedule import Schedule
 from sparse_fcmae.training.signals import stop_signals
 from sparse_fcmae.training.task import Task
 from sparse_fcmae.training.waiting import Waiting
+from sparse_fcmae.training.writers import check_trackers
 
 
 def train(task: Task) -> Path:
@@ -43,6 +46,7 @@ def train(task: Task) -> Path:
     changed = changes(run.saved_options() or {}, config) if config.resume else []
     optimizer = task.optimizer()
     best = Best(config, task.measures)
+    ranks.by_main(lambda: check_trackers(config.log_to))
     ranks.by_main(lambda: run.hold(config))
     checkpoint = ranks.by_main(lambda: newest_checkpoint(run.path)) if config.resume else None
     start, unreadable = restore(checkpoint, task, optimizer, best) if checkpoint else (0, {})
@@ -59,7 +63,8 @@ def train(task: Task) -> Path:
         run.begin(config, task.outputs, **task.beside_config())
     ranks.barrier()
 
-    log = RunLog(run.path, start, schedule.steps, ranks.main, bool(task.measures))
+    log = RunLog(run.path, start, schedule.steps, ranks.main, bool(task.measures), config.log_to, asdict(config))
+    meter = EnergyMeter()
     with log, Waiting(log.say, str(task.source)) as waiting, stop_signals(ranks, waiting, start) as stop:
         batches = prefetched(iter(loader), ranks.device)
         runner = task.step_type(
@@ -69,7 +74,7 @@ def train(task: Task) -> Path:
             clip_grad=config.clip_grad,
             bf16=config.dtype == "bf16",
         )
-        progress = Progress(config, schedule, task.source, log, ranks, unreadable, start)
+        progress = Progress(config, schedule, task.source, log, ranks, unreadable, start, task.flops)
         checkpoints = Checkpoints(run, task, optimizer, schedule, log, unreadable, start, best)
         log.say(f"{task.description}; {len(task.source)} samples, {schedule}")
         going_on = _going_on(run.path, checkpoint, last=finished) if config.resume and ranks.main else []
@@ -94,6 +99,7 @@ def train(task: Task) -> Path:
                 saving = stopping or checkpoints.asked_for(done) or (ranks.world == 1 and checkpoints.due(done))
                 if evaluating or saving or done % config.log_every == 0 or step == start:
                     progress.flush(done, waiting.take_seconds())
+                    meter.read()
                     if evaluating:
                         log.evaluation(done, schedule.epoch(done), values := task.evaluate(log))
                         saving |= best.look(done, values) or best.ended
@@ -110,6 +116,7 @@ def train(task: Task) -> Path:
         if best.step not in (None, checkpoints.saved_step):
             log.say(checkpoints.go_back_to(best.step))
         task.export(run.path, log)
+        log.say(progress.summary(meter))
         ranks.barrier()
     return run.path / "exported"
 

@@ -11,6 +11,7 @@ def test_streams_never_change():
         "FEW_LABELS": 5,
         "AUGMENTATION": 6,
         "SURVEY": 7,
+        "HELD_OUT": 8,
     }
     assert numpy_generator(7, Stream.CROPS, 2, 5).integers(10**6, size=3).tolist() == [833780, 372929, 706273]
     assert [torch_seed(7, Stream.MASKS, step) for step in (0, 1)] == [2530781778362038830, 6665335680343557524]

@@ -7,7 +7,7 @@ import time
 
 import pytest
 import torch
-from helpers import go_back
+from helpers import OF_MACHINE, go_back
 from safetensors.torch import load_file
 
 from sparse_fcmae import UserError, finetune, load_classifier, load_encoder
@@ -47,7 +47,7 @@ def command(pictures, encoder, out, *extra, **options):
 
 def rows(run, name="metrics"):
     found = [json.loads(line) for line in (run / f"{name}.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k not in ("images_per_second", "data_wait")} for row in found]
+    return [{k: v for k, v in row.items() if k not in OF_MACHINE} for row in found]
 
 
 def test_run_folder(whole):

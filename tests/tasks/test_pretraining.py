@@ -10,7 +10,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from helpers import children_of, fails, flags, flip_bytes, go_back
+from helpers import OF_MACHINE, children_of, fails, flags, flip_bytes, go_back
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -484,7 +484,7 @@ def test_mistake_in_the_middle_of_a_run_ends_the_process(pictures, tmp_path):
 
 def rows(run, name="metrics"):
     found = [json.loads(line) for line in (run / f"{name}.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k not in ("images_per_second", "data_wait")} for row in found]
+    return [{k: v for k, v in row.items() if k not in OF_MACHINE} for row in found]
 
 
 def test_pretraining_goes_on_from_weights_and_looks_at_neighbours(pictures, encoder, tmp_path):

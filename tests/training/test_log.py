@@ -160,7 +160,7 @@ def test_lines_go_above_the_bar_too(tmp_path, capsys):
 def test_tensorboard_gets_what_the_files_get(tmp_path, clock, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=Writer))
     log = RunLog(tmp_path, 4, 10, main=True, evaluates=True)
-    writer = log.tensorboard
+    writer = log.writers.chosen["tensorboard"].writer
     assert (writer.folder, writer.purge_step) == (str(tmp_path), 5)
     clock.now += 2
     log.steps(5, 5, [1.0], [1.0], [0.1], images=30)
@@ -176,13 +176,13 @@ def test_tensorboard_gets_what_the_files_get(tmp_path, clock, monkeypatch):
     ]
     log.close()
     assert writer.closed
-    assert RunLog(tmp_path, 4, 10, main=False, evaluates=True).tensorboard is None
+    assert RunLog(tmp_path, 4, 10, main=False, evaluates=True).writers.chosen == {}
 
 
 def test_tensorboard_may_be_missing_or_broken(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace())
     log = RunLog(tmp_path, 0, 10, main=True, evaluates=True)
-    assert log.tensorboard is None
+    assert log.writers.chosen == {}
     log.steps(1, 5, [1.0], [1.0], [0.1], images=3)
     log.evaluation(1, 0.2, {"top1": 0.5})
     log.close()

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import time
@@ -12,7 +13,7 @@ from typing import ClassVar
 
 import pytest
 import torch
-from helpers import go_back
+from helpers import OF_MACHINE, go_back
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -25,13 +26,14 @@ from sparse_fcmae.data.views import RandomView
 from sparse_fcmae.runtime.distributed import Ranks
 from sparse_fcmae.runtime.errors import Interrupted
 from sparse_fcmae.runtime.options import option
-from sparse_fcmae.training import checkpoint, signals, waiting
+from sparse_fcmae.training import checkpoint, signals, waiting, writers
 from sparse_fcmae.training.config import RunConfig
 from sparse_fcmae.training.configure import configure
 from sparse_fcmae.training.log import RunLog
 from sparse_fcmae.training.loop import train
 from sparse_fcmae.training.step import StepResult
 from sparse_fcmae.training.task import Task
+from sparse_fcmae.training.writers import Writer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,7 +139,7 @@ def run(pictures, out, stop_after=None, **options):
 
 def rows(out, name):
     found = [json.loads(line) for line in (out / f"{name}.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k not in ("images_per_second", "data_wait")} for row in found]
+    return [{k: v for k, v in row.items() if k not in OF_MACHINE} for row in found]
 
 
 @pytest.fixture(scope="module")
@@ -322,7 +324,8 @@ def test_a_resumed_run_says_where_it_goes_on_and_logs_its_first_step(tmp_path):
     assert said[0] == ("nothing; 20 samples, 5 a step, 4 steps an epoch, 12 in all, 0 of warm-up, peak lr 0.5")
     assert said[1] == f"resumed from {out / 'checkpoints' / 'step-00000004'}"
     assert said[2] == "a checkpoint every 4 steps"
-    assert [line.split(",")[0] for line in said[3:]] == ["step 5", "step 8", "step 12"]
+    assert [line.split(",")[0] for line in said[3:-1]] == ["step 5", "step 8", "step 12"]
+    assert said[-1].startswith("done: 8 steps in ")
 
 
 def test_the_rows_of_a_checkpoints_steps_are_on_the_disk_before_it(tmp_path, monkeypatch):
@@ -352,7 +355,7 @@ def test_a_checkpoint_that_is_due_does_not_wait_for_the_log(tmp_path, monkeypatc
 
 def test_unreadable_images_are_replaced_and_named(tmp_path):
     train(Grey(tmp_path / "run", Memory(unreadable=[3]), max_bad_images=0.05))
-    named = [line for line in lines(tmp_path / "run") if "unreadable" in line]
+    named = [line for line in lines(tmp_path / "run") if line.startswith("unreadable")]
     assert len(named) == 1
     assert named[0].startswith("unreadable, replaced by another image: image 3: ")
 
@@ -519,3 +522,46 @@ def test_a_damaged_best_is_said_and_the_last_is_exported(pictures, tmp_path):
     last = load_file(out / "checkpoints" / "step-00000024" / "model.safetensors")
     exported = load_file(out / "exported" / "model.safetensors")
     assert all(torch.equal(exported[key], value) for key, value in last.items())
+
+
+def test_metrics_say_what_the_machine_did_and_the_log_sums_it_up(tmp_path, monkeypatch):
+    grey = Grey(tmp_path / "run", Memory(unreadable=[3]), max_bad_images=0.05, log_every=1)
+    grey.flops = 2e9
+    train(grey)
+    found = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    for row in found:
+        assert row["tflops"] == pytest.approx(2e9 * row["images_per_second"] / 1e12, rel=0.01, abs=1e-4)
+        assert 0.1 < row["memory_gb"] < 100
+        assert row["nonfinite"] == 0
+        assert "mfu" not in row  # of a CPU no peak is known
+    assert found[-1]["unreadable"] == 1
+    assert re.search(
+        r"done: 12 steps in \d+ s, [\d.]+ images/s with all that is around them.*, 1 unreadable image",
+        (tmp_path / "run" / "train.log").read_text(),
+    )
+
+
+def test_a_tracker_is_told_of_steps_and_evaluations(pictures, tmp_path, monkeypatch):
+    told = []
+
+    class Told(Writer):
+        def __init__(self, run, name, options, step):
+            told.append((run.name, options["lr"], step))
+
+        def scalars(self, values, step):
+            told.append((step, sorted(values)))
+
+        def close(self):
+            told.append("closed")
+
+    monkeypatch.setitem(writers.WRITERS, "wandb", Told)
+    monkeypatch.setattr(writers, "find_spec", lambda name: "there")
+    run(pictures, tmp_path / "run", log_to="wandb", epochs=1, log_every=4)
+    metrics = ["data_wait", "grad_norm", "images_per_second", "loss", "lr", "memory_gb", "nonfinite", "unreadable"]
+    assert told == [
+        ("run", 0.01, 0),
+        (0, ["size_loss"]),
+        *((step, metrics) for step in (1, 2, 3, 4)),
+        (4, ["size_loss"]),
+        "closed",
+    ]

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from helpers import flip_bytes, go_back
+from helpers import OF_MACHINE, flip_bytes, go_back
 from safetensors.torch import load_file
 
 from sparse_fcmae import UserError, load_encoder, pretrain
@@ -89,7 +89,7 @@ def launch(tmp_path_factory):
 
 def rows(run, name="metrics"):
     found = [json.loads(line) for line in (run / f"{name}.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k not in ("images_per_second", "data_wait")} for row in found]
+    return [{k: v for k, v in row.items() if k not in OF_MACHINE} for row in found]
 
 
 def losses(run):
