@@ -118,7 +118,8 @@ def process_group(device: str) -> Iterator[Ranks]:
     joining = world > 1 and not dist.is_initialized()
     if joining:
         meeting = {"store": store, "rank": rank, "world_size": world} if (store := _store_of_attempt(world)) else {}
-        dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo", **meeting)
+        backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=PATIENCE, **meeting)  # `training.watch` finds out who hangs
     try:
         yield Ranks(rank, world, chosen)
         if joining:
@@ -137,6 +138,12 @@ def _store_of_attempt(world: int) -> dist.Store | None:
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     if attempt == "0" or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return None
+    return new_store(world)
+
+
+def new_store(world: int) -> dist.Store:
+    """A further connection to the store that this attempt's processes meet by, which a thread may use by itself."""
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), world, is_master=False)
     return dist.PrefixStore(f"sparse_fcmae/attempt_{attempt}", store)
 

@@ -56,6 +56,12 @@ class RunConfig(ViewConfig, ComputeConfig):
     max_steps: int | None = option(
         None, help="end the schedule after so many steps, whatever `epochs` says", above=0, changes_run=True
     )
+    hang_minutes: float = option(
+        30.0,
+        help="several processes: end after so many minutes without a step, and say which one hangs",
+        above=0,
+        resumable=True,
+    )
     deterministic: bool = option(
         False, help="PyTorch's deterministic algorithms alone, which on a GPU are slower", resumable=True
     )

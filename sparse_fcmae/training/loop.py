@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from sparse_fcmae.data.batches import Loader, make_loader, micro_batches
+from sparse_fcmae.data.sources.contents import contents_of, other_contents
 from sparse_fcmae.runtime.checkpoint_folder import MODEL, damaged_checkpoints, newest_checkpoint
 from sparse_fcmae.runtime.device import loader_processes
 from sparse_fcmae.runtime.energy import EnergyMeter
@@ -24,6 +25,7 @@ from sparse_fcmae.training.schedule import Schedule
 from sparse_fcmae.training.signals import stop_signals
 from sparse_fcmae.training.task import Task
 from sparse_fcmae.training.waiting import Waiting
+from sparse_fcmae.training.watch import Watch
 from sparse_fcmae.training.writers import check_trackers
 
 
@@ -59,13 +61,17 @@ def train(task: Task) -> Path:
         return run.path / "exported"
     loader, notes = _loader(task, schedule, start)
     ranks.barrier()  # every rank has found all in order before one writes
+    contents = contents_of(task.source) if ranks.main else {}
+    before = (run.saved_options() or {}).get("contents", contents) if config.resume else contents
     if ranks.main:
-        run.begin(config, task.outputs, **task.beside_config())
+        run.begin(config, task.outputs, **task.beside_config(), contents=before)
     ranks.barrier()
 
     log = RunLog(run.path, start, schedule.steps, ranks.main, bool(task.measures), config.log_to, asdict(config))
     meter = EnergyMeter()
-    with log, Waiting(log.say, str(task.source)) as waiting, stop_signals(ranks, waiting, start) as stop:
+    waiting = Waiting(log.say, str(task.source))
+    watch = Watch(ranks, waiting, config.hang_minutes, start, log.note)
+    with log, waiting, watch, stop_signals(ranks, waiting, start) as stop:
         batches = prefetched(iter(loader), ranks.device)
         runner = task.step_type(
             averaging(task.objective, ranks),
@@ -78,11 +84,12 @@ def train(task: Task) -> Path:
         checkpoints = Checkpoints(run, task, optimizer, schedule, log, unreadable, start, best)
         log.say(f"{task.description}; {len(task.source)} samples, {schedule}")
         going_on = _going_on(run.path, checkpoint, last=finished) if config.resume and ranks.main else []
-        for note in (*going_on, *changed, *task.notes, *notes, str(checkpoints)):
+        for note in (*going_on, *other_contents(before, contents), *changed, *task.notes, *notes, str(checkpoints)):
             log.say(note)
         with checkpoints.kept(progress), loader.explained():
             if not start and task.evaluates_untrained:
-                log.evaluation(0, 0.0, task.evaluate(log))
+                with watch.rest():
+                    log.evaluation(0, 0.0, task.evaluate(log))
             for step in range(start, start if finished else schedule.steps):
                 set_lr(optimizer, lr := schedule.lr(step))
                 for first, images in schedule.micro_batches():
@@ -93,6 +100,7 @@ def train(task: Task) -> Path:
                 result = runner.finish()
                 task.after_step()
                 progress.step_done(result, lr)
+                watch.step = step + 1
 
                 done, stopping = step + 1, stop.agreed(step + 1)
                 evaluating = task.measures and schedule.evaluates_after(done)
@@ -101,7 +109,8 @@ def train(task: Task) -> Path:
                     progress.flush(done, waiting.take_seconds())
                     meter.read()
                     if evaluating:
-                        log.evaluation(done, schedule.epoch(done), values := task.evaluate(log))
+                        with watch.rest():
+                            log.evaluation(done, schedule.epoch(done), values := task.evaluate(log))
                         saving |= best.look(done, values) or best.ended
                     if saving or ranks.gather(checkpoints.due(done))[0]:
                         checkpoints.save(done)
@@ -113,11 +122,12 @@ def train(task: Task) -> Path:
                 if best.ended:
                     log.say(f"stopped: {best.since} evaluations brought no better {best.monitor} than {best.value:.4f}")
                     break
-        if best.step not in (None, checkpoints.saved_step):
-            log.say(checkpoints.go_back_to(best.step))
-        task.export(run.path, log)
-        log.say(progress.summary(meter))
-        ranks.barrier()
+        with watch.rest():
+            if best.step not in (None, checkpoints.saved_step):
+                log.say(checkpoints.go_back_to(best.step))
+            task.export(run.path, log)
+            log.say(progress.summary(meter))
+            ranks.barrier()
     return run.path / "exported"
 
 

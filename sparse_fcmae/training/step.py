@@ -1,12 +1,14 @@
 """One optimiser step over micro-batches, launched kernel by kernel or replayed from CUDA graphs."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from sparse_fcmae.runtime.errors import UserError
 from sparse_fcmae.training.optim import clipped
 from sparse_fcmae.training.parallel import accumulating
 
@@ -43,9 +45,8 @@ class TrainStep:
 
     def add(self, *inputs: Tensor, last: bool) -> None:
         """Adds a micro-batch, the images in the first dimension of each tensor. `last`: of its step."""
-        inputs = tuple(t.to(self.device, non_blocking=True) for t in inputs)
-        with accumulating(self.objective, last):
-            self._differentiate(*inputs)
+        with naming_batch(len(inputs[0]), self.device), accumulating(self.objective, last):
+            self._differentiate(*(t.to(self.device, non_blocking=True) for t in inputs))
 
     def finish(self) -> StepResult:
         """Changes the weights, where all gradients are finite; otherwise they and the optimiser stay as they are."""
@@ -70,6 +71,18 @@ class TrainStep:
         return StepResult(loss, norm.float())
 
 
+@contextmanager
+def naming_batch(images: int, device: torch.device) -> Iterator[None]:
+    """Turns what is raised where so many images do not fit into a device's memory into a UserError that says so."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        half = f"give `micro_batch_size={images // 2}`" if images > 1 else "give `grad_checkpointing=True`"
+        size = f" of {torch.cuda.mem_get_info(device)[1] / 1e9:.0f} GB" if device.type == "cuda" else ""
+        more = f", which changes rounding at most, and go on with `resume=auto`: {str(error).splitlines()[0]}"
+        raise UserError(f"{images} images at once do not fit into the memory of {device}{size}: {half}{more}") from None
+
+
 class GraphedTrainStep(TrainStep):
     """The same, replayed from CUDA graphs: one for each size of micro-batch and one for the optimiser's step.
 
@@ -90,7 +103,8 @@ class GraphedTrainStep(TrainStep):
         shape = inputs[0].shape
         if shape not in self.differentiate:
             held = [torch.empty(t.shape, dtype=t.dtype, device=self.device).copy_(t) for t in inputs]
-            graph, _ = self._capture(lambda: self._differentiate(*held))
+            with naming_batch(len(inputs[0]), self.device):
+                graph, _ = self._capture(lambda: self._differentiate(*held))
             self.differentiate[shape] = (graph, held)
         graph, held = self.differentiate[shape]
         for buffer, given in zip(held, inputs, strict=True):

@@ -565,3 +565,19 @@ def test_a_tracker_is_told_of_steps_and_evaluations(pictures, tmp_path, monkeypa
         (4, ["size_loss"]),
         "closed",
     ]
+
+
+def test_images_that_were_swapped_under_their_names_are_said(pictures, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(pictures, data)
+    run(data, tmp_path / "run", stop_after=3)
+    first = sorted(data.rglob("*.png"))[0]
+    first.write_bytes(sorted(data.rglob("*.png"))[-1].read_bytes())
+    for _ in range(2):  # it stays true
+        run(data, tmp_path / "run", resume=True)
+        said = (tmp_path / "run" / "train.log").read_text()
+        assert (
+            f"of 16 images looked at, 1 have other contents than when the run began, such as {first.relative_to(data)}"
+            in said
+        )
+        (tmp_path / "run" / "train.log").unlink()

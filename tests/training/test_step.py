@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from sparse_fcmae import UserError
 from sparse_fcmae.training.step import TrainStep
 
 
@@ -84,3 +85,29 @@ def test_a_step_whose_gradient_is_not_finite_changes_nothing(fused, value):
             assert all(found.isfinite() for found in step.finish())
     for a, b in zip(*(model.parameters() for model in models), strict=True):
         assert torch.equal(a, b)
+
+
+class Greedy(nn.Module):
+    """Needs more memory than there is for more than two images."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(()))
+
+    def forward(self, images):
+        if len(images) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore text")
+        return self.weight * images.mean()
+
+
+def test_a_batch_that_does_not_fit_is_named_with_what_may():
+    greedy = Greedy()
+    step = TrainStep(greedy, torch.optim.AdamW(greedy.parameters()), images_per_rank=6)
+    with pytest.raises(UserError) as error:
+        step.add(torch.ones(6, 1), last=True)
+    assert str(error.value) == (
+        "6 images at once do not fit into the memory of cpu: give `micro_batch_size=3`, which changes rounding at most, "
+        "and go on with `resume=auto`: CUDA out of memory. Tried to allocate 2 GiB."
+    )
+    step.add(torch.ones(2, 1), last=True)
+    assert step.finish().loss == pytest.approx(1 / 3)

@@ -3,7 +3,7 @@
 import os
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 
 import numpy as np
 from PIL import Image
@@ -16,6 +16,7 @@ from sparse_fcmae.data.sources.index_cache import Index, remembered
 from sparse_fcmae.runtime.errors import UserError
 
 KEPT_FROM = 50_000  # images from which on an index is kept
+NAMED = 5  # runs that a line names
 SETTLED = 2 * 10**9  # nanoseconds: a folder that changed within these might have changed unseen
 INTO_IMAGES = "gdal_translate --config GDAL_TIFF_INTERNAL_MASK YES"
 NOT_IMAGES = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}  # formats that Pillow identifies but can't decode by itself
@@ -24,11 +25,11 @@ NOT_IMAGES = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}  # formats that Pill
 class ImageFolder(ImageFiles):
     """The image files under a folder, at any depth, in a fixed order.
 
-    files: their paths below the folder, sorted. Hidden files and folders are left out. So is the folder `without`,
-    which keeps a run that lies inside its own data from training on its own pictures. notes: which other files are left
-    out, a line if there are any. What was found in a folder of KEPT_FROM images or more is kept in the user's cache
-    until a file is added to one of its folders, removed or renamed. Raises UserError where there is no such folder,
-    where a folder can't be read, and where there is no image.
+    files: their paths below the folder, sorted. Hidden files and folders are left out. So are the folder `without` and
+    all folders of runs, which keeps a run from training on pictures that runs have drawn. notes: which other files and
+    which runs are left out, a line each if there are any. What was found in a folder of KEPT_FROM images or more is
+    kept in the user's cache until a file is added to one of its folders, removed or renamed. Raises UserError where
+    there is no such folder, where a folder can't be read, and where there is no image.
     """
 
     def __init__(self, root: str | os.PathLike, without: str | os.PathLike | None = None) -> None:
@@ -55,7 +56,11 @@ class ImageFolder(ImageFiles):
 def _index(root: str | os.PathLike, without: str | os.PathLike | None) -> Index:
     """What is in a folder: names and ends of the images' paths, and its folders with the times of their last change."""
     visited: list[tuple[str, int]] = []
-    files, notes = images_among(paths_below(root, without, visited))
+    runs: list[str] = []
+    files, notes = images_among(paths_below(root, without, visited, runs))
+    if runs:
+        shown = ", ".join(printable(run.rstrip(os.sep)) for run in runs[:NAMED])
+        notes.append(f"left out, as they are runs: {shown}{', ...' if len(runs) > NAMED else ''}")
     folders = Paths(folder for folder, _ in visited)
     return {
         "names": files.text,
@@ -114,12 +119,16 @@ def image_extensions() -> set[str]:
 
 
 def paths_below(
-    root: str | os.PathLike, without: str | os.PathLike | None = None, visited: list[tuple[str, int]] | None = None
+    root: str | os.PathLike,
+    without: str | os.PathLike | None = None,
+    visited: list[tuple[str, int]] | None = None,
+    runs: list[str] | None = None,
 ) -> Iterator[str]:
     """The paths of the files below a folder, sorted. Zarr folders count as files. Hidden folders are left out.
 
     Links are followed, and no folder comes twice. visited: gets each folder's path below `root`, and the time of its
-    last change in nanoseconds. Raises UserError for a folder that can't be read.
+    last change in nanoseconds. runs: gets the paths of folders below it that are those of runs, which are left out
+    then. Raises UserError for a folder that can't be read.
     """
     seen = {os.path.realpath(without)} if without else set()
 
@@ -136,6 +145,9 @@ def paths_below(
                 entries = sorted(_key(entry) for entry in found)
         except OSError as error:
             raise UserError(f"{root}: can't read {error.filename}: {error.strerror}") from None
+        if runs is not None and folder and is_run(path, entries):
+            runs.append(folder)
+            return
         for entry in entries:
             if not entry.endswith(os.sep):
                 yield folder + entry
@@ -143,6 +155,17 @@ def paths_below(
                 yield from below(folder + entry)
 
     return below("")
+
+
+def is_run(folder: str, entries: Collection[str]) -> bool:
+    """Whether a folder with these entries, of which folders end with /, is that of a run of this package."""
+    if "config.json" not in entries or f"checkpoints{os.sep}" not in entries:
+        return False
+    try:
+        with open(os.path.join(folder, "config.json"), "rb") as file:
+            return b'"format": "sparse-fcmae ' in file.read(200)
+    except OSError:
+        return False
 
 
 def _key(entry: os.DirEntry) -> str:

@@ -167,3 +167,19 @@ def test_names_can_not_move_the_terminal(tmp_path):
         "d\\u202ee.png",
         "\u00e9 f.png",
     ]
+
+
+def test_folders_of_runs_are_left_out_and_said(tmp_path):
+    """Their pictures of reconstructions would be trained on otherwise."""
+    for place in ("images", "old/reconstructions", "deep/er/run/reconstructions", "config"):
+        (tmp_path / place).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / place / "x.png")
+    for run in ("old", "deep/er/run"):
+        (tmp_path / run / "config.json").write_text('{\n  "format": "sparse-fcmae pretraining run",\n')
+        (tmp_path / run / "checkpoints").mkdir()
+    (tmp_path / "config" / "config.json").write_text("{}")  # of something else
+    (tmp_path / "config" / "checkpoints").mkdir()
+    folder = ImageFolder(tmp_path)
+    assert list(folder.files) == ["config/x.png", "images/x.png"]
+    assert "left out, as they are runs: deep/er/run, old" in folder.notes
+    assert list(ImageFolder(tmp_path / "old" / "reconstructions").files) == ["x.png"]

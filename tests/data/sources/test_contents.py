@@ -1,0 +1,27 @@
+"""Images that are others than before under the same names."""
+
+from PIL import Image
+
+from sparse_fcmae.data.config import SourceConfig
+from sparse_fcmae.data.sources.contents import LOOKED_AT, contents_of, other_contents
+from sparse_fcmae.data.sources.opening import open_images
+
+
+def test_images_that_were_swapped_are_noticed(tmp_path):
+    for number in range(40):
+        Image.new("L", (8, 8), number).save(tmp_path / f"{number:02d}.png")
+    source = open_images(tmp_path, None, SourceConfig())
+    before = contents_of(source)
+    assert len(before) == LOOKED_AT
+    assert {"00.png", "39.png"} <= before.keys()
+    assert other_contents(before, contents_of(source)) == []
+    Image.new("L", (8, 8), 99).save(tmp_path / "00.png")
+    (line,) = other_contents(before, contents_of(source))
+    assert line.startswith("of 16 images looked at, 1 have other contents than when the run began, such as 00.png: ")
+    assert other_contents({}, contents_of(source)) == []  # a run of an earlier version
+
+
+def test_what_can_t_be_read_is_no_reason_to_stop(tmp_path):
+    Image.new("L", (8, 8)).save(tmp_path / "a.png")
+    (tmp_path / "b.png").symlink_to(tmp_path / "gone")
+    assert list(contents_of(open_images(tmp_path, None, SourceConfig()))) == ["a.png"]
