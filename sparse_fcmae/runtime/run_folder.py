@@ -24,6 +24,7 @@ PARTS = (  # of every run; a task has further ones
     "train.log",
     "events.out.tfevents.*",
     "trackers.json",
+    "lr-range.png",
     CHECKPOINTS,
     "exported",
 )

@@ -56,6 +56,9 @@ class RunConfig(ViewConfig, ComputeConfig):
     max_steps: int | None = option(
         None, help="end the schedule after so many steps, whatever `epochs` says", above=0, changes_run=True
     )
+    lr_range: str | None = option(
+        None, help="learning-rate range test: raise the rate as 1e-6,1 over `max_steps` [100] and say which serves"
+    )
     hang_minutes: float = option(
         30.0,
         help="several processes: end after so many minutes without a step, and say which one hangs",

@@ -17,6 +17,7 @@ from sparse_fcmae.runtime.run_folder import RunFolder
 from sparse_fcmae.training.best import Best
 from sparse_fcmae.training.checkpoint import Checkpoints, check_images, restore, to_go_on
 from sparse_fcmae.training.log import RunLog
+from sparse_fcmae.training.lr_range import what_it_showed
 from sparse_fcmae.training.optim import set_lr
 from sparse_fcmae.training.parallel import averaging
 from sparse_fcmae.training.prefetch import prefetched
@@ -127,6 +128,8 @@ def train(task: Task) -> Path:
                 log.say(checkpoints.go_back_to(best.step))
             task.export(run.path, log)
             log.say(progress.summary(meter))
+            if config.lr_range and ranks.main:
+                log.draw(lambda: log.say(what_it_showed(run.path)))
             ranks.barrier()
     return run.path / "exported"
 

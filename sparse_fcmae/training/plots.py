@@ -31,6 +31,17 @@ def draw_loss(run: Path, label: str, held_out: str) -> None:
     _write(figure, axes, run / "loss.png")
 
 
+def draw_lr_range(path: Path, rates: np.ndarray, losses: np.ndarray, smooth: np.ndarray, chosen: float) -> None:
+    """Writes a PNG of a range test: losses and their moving average over the learning rate, and the rate to try."""
+    figure, axes = _axes(xlabel="learning rate", ylabel="loss", xscale="log")
+    axes.plot(rates, losses, color="0.75", linewidth=1, label="step")
+    axes.plot(rates, smooth, color="tab:blue", label="moving average")
+    axes.axvline(chosen, color="tab:orange", linestyle="--", label=f"falls fastest: {chosen:.2g}")
+    low, high = float(smooth.min()), float(smooth[0])
+    axes.set_ylim(low - 0.2 * (high - low) - 1e-3, high + (high - low) + 1e-3)  # the end of the test may be anywhere
+    _write(figure, axes, path)
+
+
 def draw_accuracy(evaluations: Path, path: Path) -> None:
     """Writes a PNG of the top-1 accuracies measured over the epochs, from evaluations.jsonl."""
     rows = _rows(evaluations)

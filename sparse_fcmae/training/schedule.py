@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from sparse_fcmae.runtime.errors import UserError
 from sparse_fcmae.training.config import RunConfig
+from sparse_fcmae.training.lr_range import STEPS, range_of_rates, rising_lr
 
 CHECKPOINT_STEPS = 500  # between checkpoints at most, where the user does not say how many
 
@@ -16,6 +17,7 @@ class Schedule:
     batch_size: images of a step. images_per_rank: of a step, on each rank. micro_batch_size: images that go through the
     model at once. steps_per_epoch: an epoch's incomplete last batch is left out. steps, warmup_steps: of the whole run.
     peak_lr, min_lr: of the learning rate. save_every: steps between checkpoints. eval_steps: between evaluations.
+    lr_range: the rates between which a range test rises.
     """
 
     batch_size: int
@@ -28,6 +30,7 @@ class Schedule:
     min_lr: float
     save_every: int
     eval_steps: int
+    lr_range: tuple[float, float] | None = None
 
     @classmethod
     def of(cls, config: RunConfig, images: int, world: int, min_lr: float = 0.0) -> "Schedule":
@@ -47,7 +50,8 @@ class Schedule:
             raise UserError(f"`batch_size` {batch} can't be divided evenly among {world} processes: choose {nearest}")
         steps_per_epoch = images // batch
         of_epochs = config.epochs * steps_per_epoch
-        steps = config.max_steps or of_epochs
+        rates = range_of_rates(config.lr_range) if config.lr_range else None
+        steps = config.max_steps or (STEPS if rates else of_epochs)
         warmup = config.warmup_epochs * steps_per_epoch * steps / of_epochs  # the same share of a run of other length
         return cls(
             batch_size=batch,
@@ -60,10 +64,13 @@ class Schedule:
             min_lr=min_lr,
             save_every=config.save_every or min(steps_per_epoch, CHECKPOINT_STEPS),
             eval_steps=config.eval_every * steps_per_epoch,
+            lr_range=rates,
         )
 
     def lr(self, step: int) -> float:
         """The learning rate of a step, counted from 0."""
+        if self.lr_range:
+            return rising_lr(step, self.steps, *self.lr_range)
         return cosine_lr(step, self.steps, self.warmup_steps, self.peak_lr, self.min_lr)
 
     def epoch(self, step: int) -> float:
@@ -80,6 +87,9 @@ class Schedule:
         return step % self.eval_steps == 0 or step == self.steps
 
     def __str__(self) -> str:
+        if self.lr_range:
+            first, last = self.lr_range
+            return f"{self.batch_size} a step, {self.steps} steps of a range test, lr from {first:.3g} to {last:.3g}"
         return (
             f"{self.batch_size} a step, {self.steps_per_epoch} steps an epoch, {self.steps} in all, "
             f"{self.warmup_steps} of warm-up, peak lr {self.peak_lr:.3g}"

@@ -106,8 +106,8 @@ def test_a_batch_that_does_not_fit_is_named_with_what_may():
     with pytest.raises(UserError) as error:
         step.add(torch.ones(6, 1), last=True)
     assert str(error.value) == (
-        "6 images at once do not fit into the memory of cpu: give `micro_batch_size=3`, which changes rounding at most, "
-        "and go on with `resume=auto`: CUDA out of memory. Tried to allocate 2 GiB."
+        "6 images at once do not fit into the memory of cpu: give `micro_batch_size=3`, which changes rounding at most"
+        ", and go on with `resume=auto`: CUDA out of memory. Tried to allocate 2 GiB."
     )
     step.add(torch.ones(2, 1), last=True)
     assert step.finish().loss == pytest.approx(1 / 3)
