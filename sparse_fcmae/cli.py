@@ -231,7 +231,7 @@ def add_options(parser: Parser, config: type) -> None:
             parser.add_argument(f.name, **settings | {"metavar": f.name.upper()})
             continue
         names = [flag(f.name)]
-        if kind is bool and f.default is not False:
+        if kind is bool and (f.default is not False or f.metadata["resumable"]):
             names.append("--no-" + names[0].removeprefix("--"))
         parser.add_argument(*names, dest=f.name, **settings)
 

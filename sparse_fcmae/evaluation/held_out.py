@@ -47,7 +47,7 @@ class HeldOutLoss:
     def _mask(self, model: nn.Module, sample: int, size: tuple[int, int]) -> Tensor:
         """The mask of a sample, bool [1, rows, cols], by its image's number among all ranks' images, and its window."""
         of_image = self.images.image_of
-        image = int(of_image[sample])
+        image = int(of_image[sample]) if len(of_image) else 0  # this rank has none, and only goes along
         window = sample - int(torch.searchsorted(of_image, image))
         place = (image * self.ranks.world + self.ranks.rank, window)
         return model.draw_mask(

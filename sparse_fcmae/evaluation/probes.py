@@ -51,6 +51,7 @@ class KNNMonitor:
     """k-NN accuracy of an encoder while it trains. All ranks compute the features of their part of the images.
 
     root: a folder with train and val or test, each of class folders, or what else names labelled images. config: how.
+    fingerprint: of the images of all ranks.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class KNNMonitor:
         parts = ranks.main_first(
             lambda: [labelled_by_page(part, view.reading) for part in open_train_and_held_out(root, config=config)]
         )
+        self.fingerprint = " ".join(part.fingerprint for part in parts)
         own = (part.take(range(ranks.rank, len(part), ranks.world)) for part in parts)
         self.train, self.held_out = (EvaluationSet(part, view, ranks) for part in own)
 

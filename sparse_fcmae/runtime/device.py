@@ -1,6 +1,7 @@
 """The device to compute on, and the CPU cores there are."""
 
 import os
+import re
 import shutil
 import sys
 
@@ -49,7 +50,7 @@ def peak_flops(device: torch.device) -> float | None:
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in PEAKS.items() if part in name), None)
+    return next((peak for part, peak in PEAKS.items() if re.search(rf"\b{part}\b", name)), None)
 
 
 def peak_memory(device: torch.device) -> float:

@@ -72,6 +72,12 @@ class Ranks:
             raise UserError(problem)
         return result
 
+    def on_main(self, do: Callable[[], T]) -> T | None:
+        """What the main rank alone makes and keeps; None on the others. A UserError there is raised on all ranks."""
+        made: list[T] = []
+        self.by_main(lambda: made.append(do()))
+        return made[0] if made else None
+
     def main_first(self, do: Callable[[], T]) -> T:
         """What all ranks do, the others after the main one, which keeps on the disk what they would find out again.
 

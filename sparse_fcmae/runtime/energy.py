@@ -34,11 +34,12 @@ class EnergyMeter:
                 now = _microjoules(folder / "energy_uj")
                 gone = now - before if now >= before else now + _microjoules(folder / "max_energy_range_uj") - before
                 self.packages[folder], self.joules = now, self.joules + gone / 1e6
-        for number, (handle, before) in enumerate(self.gpus):
-            import pynvml
+        with suppress(Exception):  # a GPU that is lost
+            for number, (handle, before) in enumerate(self.gpus):
+                import pynvml
 
-            now = pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
-            self.gpus[number], self.joules = (handle, now), self.joules + (now - before) / 1e3
+                now = pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
+                self.gpus[number], self.joules = (handle, now), self.joules + (now - before) / 1e3
         return self.joules
 
     def __str__(self) -> str:

@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError
@@ -81,16 +81,37 @@ def read_toml(path: Path) -> Any:
 
 def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     """Writes a safetensors file, readable by whom the umask allows (the library makes it the owner's alone)."""
+    path.touch()  # as a file is made usually
+    mode = path.stat().st_mode
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
-    os.umask(umask := os.umask(0))
-    path.chmod(0o666 & ~umask)
+    path.chmod(mode)
 
 
 def save_pickled(value: Any, path: Path) -> None:
     """Writes what `torch.save` makes of a value. On a full disk that is an OSError, not torch's own RuntimeError."""
-    buffer = io.BytesIO()
-    torch.save(value, buffer)
-    path.write_bytes(buffer.getbuffer())
+    with path.open("wb") as file:
+        noting = Noting(file)
+        try:
+            torch.save(value, noting)
+        except RuntimeError:
+            raise noting.error or OSError(f"torch.save failed to write {path.name}") from None
+
+
+class Noting(io.RawIOBase):
+    """Writes into a file, and keeps the OSError of a write that failed, of which PyTorch makes one of its own."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.error = file, None
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
 
 
 @contextmanager

@@ -99,9 +99,13 @@ def build_fcmae(config: PretrainConfig, resumed: bool, device: torch.device = CP
 
 def training_flops(config: PretrainConfig | PlanConfig, model: FCMAE) -> float:
     """Operations of an image's forward and backward pass, as counted in `model.flops`, two for a MAC."""
+    size, drawn = model.encoder.image_size, None
+    if model.mask_grid or model.mask_patch_size:  # the mean over masks is known of those that are drawn patch by patch
+        drawn = model.draw_mask(256, size, generator=torch.Generator().manual_seed(0), device=torch.device("cpu"))
     parts = count(
         model.encoder.name,
-        image_size=model.encoder.image_size,
+        image_size=size,
+        mask=drawn,
         mask_ratio=config.mask_ratio,
         in_chans=model.encoder.in_chans,
         stem_stride=config.stem_stride,
@@ -120,7 +124,9 @@ def load_into(model: FCMAE, path: str) -> list[str]:
     there, here = (size_of(name) for name in (weights.architecture["name"], model.encoder.name))
     if there != here:
         name, (depths, dims) = weights.architecture["name"], written(weights.architecture["name"])
-        remedy = f"`model={name}`" if name in MODELS else f"`depths={depths}` and `dims={dims}`"
+        remedy = (
+            f"`model={name}` without `depths` and `dims`" if name in MODELS else f"`depths={depths}` and `dims={dims}`"
+        )
         raise UserError(f"`init` {path} is of the size {name}, not {model.encoder.name}: give {remedy}")
     there, here = weights.architecture["stem_stride"], model.encoder.stem_stride
     if there != here:
@@ -181,7 +187,7 @@ def build_classifier(
         form, notes = weights.form, list(weights.notes)
         shape = {**weights.architecture, "grn_scope": "image"}
         size = shape.pop("image_size")
-    config, recipe = finetuning_recipe(config, shape["name"])
+    config, recipe = finetuning_recipe(config, shape["name"], len(images))
     size = image_size_of(config.image_size) if config.image_size else size
     options = {"image_size": size, "backend": config.backend, "drop_path": config.drop_path}
     torch.manual_seed(config.seed)

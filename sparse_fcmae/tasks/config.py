@@ -135,7 +135,7 @@ class PlanConfig:
     dtype: str = option("bf16", help="of the matrix products", choices=("bf16", "fp32"))
     device: str = option("cuda", help="kind of device, whose kernels decide what is kept", choices=("cuda", "cpu"))
     device_gb: float = option(80.0, help="memory of a device", above=0)
-    tflops: float = option(989.0, help="peak of a device, as 989 of an H100 in bf16", above=0)
+    tflops: float | None = option(None, help="peak of a device in that dtype [989 of an H100, in bf16]", above=0)
     efficiency: float = option(0.09, help="share of the peak that is reached; base reached 0.09 of an H100", above=0)
     images_per_second: float | None = option(
         None, help="speed of one device, as measured, instead of `tflops` and `efficiency`", above=0

@@ -20,6 +20,7 @@ from sparse_fcmae.tasks.config import PlanConfig, PretrainConfig
 from sparse_fcmae.tasks.recipes import pretraining_recipe
 
 PYTORCH = 0.6e9  # bytes that PyTorch and its libraries take, on a GPU for its context
+H100 = 989.0  # TFLOP/s in bfloat16
 HOURS = 3600
 DAYS = 24 * HOURS
 
@@ -49,12 +50,20 @@ def plan(options: dict[str, Any]) -> str:
     recipe = PretrainConfig(data="images", batch_size=config.batch_size, epochs=config.epochs)
     recipe, _ = pretraining_recipe(recipe, config.images, devices)
     batch = recipe.batch_size
+    if config.images < max(batch, devices):
+        raise UserError(f"`images` {config.images} are less than a step's {batch} on {devices} devices: give more")
     if batch % devices:
         nearest = max(1, round(batch / devices)) * devices
         raise UserError(f"`batch_size` {batch} can't be divided evenly among {devices} devices: choose {nearest}")
     model = _model(config)
     flops = training_flops(config, model)
-    speed = config.images_per_second or config.efficiency * config.tflops * 1e12 / flops
+    tflops = config.tflops or (H100 if (config.device, config.dtype) == ("cuda", "bf16") else None)
+    if not (tflops or config.images_per_second):
+        raise UserError(
+            f"the peak of a device for `device={config.device}` and `dtype={config.dtype}` is not known: give "
+            "`images_per_second` as measured on one, or `tflops` and `efficiency`"
+        )
+    speed = config.images_per_second or config.efficiency * tflops * 1e12 / flops
     micro = min(config.micro_batch_size, batch // devices)
     steps = config.images // batch * recipe.epochs
     seconds = steps * batch / (speed * devices)
@@ -71,7 +80,7 @@ def plan(options: dict[str, Any]) -> str:
             f"speed        {speed:,.0f} images/s a device, {speed * devices:,.0f} together, "
             f"{batch / (speed * devices):.2f} s a step",
             f"time         {seconds / DAYS:,.1f} days, {seconds * devices / HOURS:,.0f} GPU hours",
-            f"checkpoint   {12 * total / 1e9:,.2f} GB, written from the machine's memory",
+            f"checkpoint   {12 * total / 1e9:,.2f} GB, and as much of the machine's memory while it is written",
             f"data         {speed * devices * config.image_kb / 1e3:,.0f} MB/s of {config.image_kb:g} kB an image; "
             f"{config.images * config.image_kb / 1e9:,.2f} TB in all",
         ]
@@ -128,7 +137,8 @@ def _table(config: PlanConfig, model: FCMAE, micro: int) -> list[str]:
         "together",
         "images that fit",
     )
-    ways = ["ddp"] + (["fsdp"] if config.gpus > 1 else []) + (["hsdp"] if config.gpus > config.gpus_per_machine else [])
+    machines, rest = divmod(config.gpus, config.gpus_per_machine)
+    ways = ["ddp"] + (["fsdp"] if config.gpus > 1 else []) + (["hsdp"] if machines > 1 and not rest else [])
     rows = [("GB a device", *columns)]
     for way in ways:
         found, one = memory(config, model, way, micro), memory(config, model, way, 1)

@@ -67,7 +67,10 @@ def pretrain(options: dict[str, Any]) -> Path:
     checkpoint, on Ctrl-C or SIGTERM.
     """
     if options.get("init") and not options.get("resume"):
-        options = options_of_weights(options["init"]) | options
+        of_weights = options_of_weights(options["init"])
+        if "model" in options:
+            of_weights = {name: value for name, value in of_weights.items() if name not in ("depths", "dims")}
+        options = of_weights | options
     source = None
     if options.get("data") is not None and not is_named(options["data"]):
         source = MapStyleImages(options["data"])
@@ -126,6 +129,7 @@ class Pretraining(Task):
         self.held_out = HeldOutLoss(held_out, view, ranks, config.seed) if held_out else None
         names = ["knn_top1"] * bool(self.monitor) + ["val_loss"] * bool(held_out)
         self.measures = (*names, *(f"ema_{name}" for name in names if self.ema))
+        self.judge = " ".join(part.fingerprint for part in (self.monitor, held_out) if part)
         self.evaluates_untrained = bool(self.measures)
         centre = CentreView(self.size, self.training_view.reading, native=config.crop == "native")
         samples = sample_images(self.source, SAMPLES, centre)

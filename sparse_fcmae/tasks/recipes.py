@@ -43,7 +43,7 @@ def pretraining_recipe(config: PretrainConfig, images: int, world: int) -> tuple
         suitable = min(PAPER_EPOCHS, max(LEAST_EPOCHS, round(IMAGES_SEEN / images)))
         epochs = found["epochs"] = PAPER_EPOCHS if paper else suitable
     if config.warmup_epochs is None:
-        found["warmup_epochs"] = WARMUP * epochs
+        found["warmup_epochs"] = WARMUP * (config.max_steps * batch / images if config.max_steps else epochs)
     if config.lr is None and config.base_lr is None:
         at_paper_batch = PAPER_BASE_LR * PAPER_BATCH / 256
         if paper:
@@ -150,15 +150,16 @@ def nearest(model: str) -> str:
     return [name for name in MODELS if size_of(name)[1][-1] <= width or name == MODELS[0]][-1]
 
 
-def finetuning_recipe(config: FinetuneConfig, model: str) -> tuple[FinetuneConfig, list[str]]:
+def finetuning_recipe(config: FinetuneConfig, model: str, images: int = 0) -> tuple[FinetuneConfig, list[str]]:
     """The config without open ends for a model's name, and what there is to say about it, a line each.
 
     What was left open is as the preset has it: the one asked for, else that of the model's size. A run shorter than the
     preset's warms up for the same fraction of it.
     """
     preset = dict(PRESETS[config.preset or ("probe" if config.freeze_encoder else nearest(model))])
-    if config.epochs is not None:
-        preset["warmup_epochs"] *= min(1.0, config.epochs / preset["epochs"])
+    epochs = config.max_steps * config.batch_size / images if config.max_steps else config.epochs
+    if epochs is not None:
+        preset["warmup_epochs"] *= min(1.0, epochs / preset["epochs"])
     if config.lr is not None:
         del preset["base_lr"]
     config = replace(config, **{k: v for k, v in preset.items() if getattr(config, k) is None})

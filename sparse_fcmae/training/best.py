@@ -10,12 +10,13 @@ from sparse_fcmae.training.config import RunConfig
 class Best:
     """The best evaluation by the value that `monitor` names: the least loss, or the largest of anything else.
 
-    measures: the names of the values that are measured. step: of the best one, None before there is any. value: what
-    it was. since: how many evaluations have come after it. Raises UserError where the value is not measured.
+    measures: the names of the values that are measured. judge: tells what they are measured on. step: of the best one,
+    None before there is any. value: what it was. since: how many evaluations have come after it. Raises UserError where
+    the value is not measured.
     """
 
-    def __init__(self, config: RunConfig, measures: tuple[str, ...]) -> None:
-        self.monitor, self.patience = config.monitor, config.patience
+    def __init__(self, config: RunConfig, measures: tuple[str, ...], judge: str = "") -> None:
+        self.monitor, self.patience, self.judge = config.monitor, config.patience, judge
         if self.patience and not self.monitor:
             raise UserError(f"`patience` needs `monitor`, the value that is to get better: {_choice(measures)}")
         if self.monitor and self.monitor not in measures:
@@ -42,13 +43,18 @@ class Best:
         """Whether so many evaluations have brought nothing better that the run is to stop."""
         return bool(self.patience) and self.since >= self.patience
 
+    def why(self) -> str:
+        """Why the run has ended."""
+        found = f"than {self.value:.4f}" if self.value is not None else "than none, as it was never finite"
+        return f"{self.since} evaluations brought no better {self.monitor} {found}: raise --patience to go on"
+
     def state(self) -> dict[str, Any]:
         """What a checkpoint has of it."""
-        return {"monitor": self.monitor, "step": self.step, "value": self.value, "since": self.since}
+        return {"by": [self.monitor, self.judge], "step": self.step, "value": self.value, "since": self.since}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Goes on from what `state` gave, unless that was by another value."""
-        if state.get("monitor") == self.monitor:
+        """Goes on from what `state` gave, unless that was by another value, or measured on other images."""
+        if state.get("by") == [self.monitor, self.judge]:
             self.step, self.value, self.since = state["step"], state["value"], state["since"]
 
 

@@ -1,8 +1,8 @@
 """Checkpoints of a run: when they are saved, and all that a run needs to go on from one exactly."""
 
+import threading
 import time
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import fields
 from pathlib import Path
@@ -57,8 +57,8 @@ class Checkpoints:
         self.run, self.task, self.optimizer, self.schedule, self.log = run, task, optimizer, schedule, log
         self.unreadable, self.best = unreadable, best
         self.saved_step, self.saved_at = start, time.monotonic()
-        self.thread, self.writing = ThreadPoolExecutor(1, "checkpoint"), Future()
-        self.writing.set_result(None)
+        self.writing, self.failed = threading.Thread(), None
+        self.withholding = False
         self.ranks_of_thread = task.ranks.apart() if is_sharded(task.model) else task.ranks
 
     def __str__(self) -> str:
@@ -72,8 +72,8 @@ class Checkpoints:
 
     def asked_for(self, step: int) -> bool:
         """Whether a checkpoint is saved once so many steps are done, whatever the time."""
-        at_interval = self.task.config.save_every and step % self.task.config.save_every == 0
-        return bool(at_interval) or step == self.schedule.steps
+        intervals = (self.task.config.save_every, self.task.config.keep_every)
+        return step == self.schedule.steps or any(interval and step % interval == 0 for interval in intervals)
 
     def due(self, step: int) -> bool:
         """Whether enough time has gone by, and enough steps where the user has asked for neither."""
@@ -82,6 +82,22 @@ class Checkpoints:
             return seconds >= 60 * minutes
         enough_steps = step - self.saved_step >= self.schedule.save_every
         return not self.task.config.save_every and enough_steps and seconds >= LEAST_SECONDS
+
+    def agreed(self, step: int) -> bool:
+        """`due`, by the clock of the main rank. All ranks call it together.
+
+        Raises UserError on all of them where a checkpoint has turned out not to be written.
+        """
+        found = self.task.ranks.gather((self.due(step), None if self.writing.is_alive() else self.failed))
+        _raise_first(failed for _, failed in found)
+        return found[0][0]
+
+    @contextmanager
+    def withheld(self) -> Iterator[None]:
+        """Saves nothing where the block ends early, as the steps that are done are not all known of until its end."""
+        self.withholding = True
+        yield
+        self.withholding = False
 
     def save(self, step: int) -> None:
         """Begins to write a checkpoint of so many steps, once the one before is written.
@@ -96,12 +112,7 @@ class Checkpoints:
 
     def written(self) -> None:
         """Waits for the checkpoint that is being written. Raises UserError on all ranks where one could not do it."""
-        problem = self.writing.exception()
-        if problem and not isinstance(problem, UserError):
-            raise problem
-        for text in self.task.ranks.gather(str(problem) if problem else None):
-            if text:
-                raise UserError(text)
+        _raise_first(self.task.ranks.gather(self._wait()))
 
     def _begin(self, step: int) -> None:
         """Copies what the checkpoint holds, and hands it to the thread: on the main rank, or where all have a shard."""
@@ -115,10 +126,25 @@ class Checkpoints:
         states = copied(task.model.state_dict()), copied(trainer)
         config, best = task.config, (self.best.step,) if self.best.step else ()
         what = (self.run.checkpoints, step, *states, Keep(config.keep_checkpoints, config.keep_every, best))
-        if is_sharded(task.model):
-            self.writing = self.thread.submit(write_sharded_checkpoint, *what, ranks)
-        else:
-            self.writing = self.thread.submit(write_checkpoint, *what)
+        sharded = is_sharded(task.model)
+        write = (lambda: write_sharded_checkpoint(*what, ranks)) if sharded else (lambda: write_checkpoint(*what))
+        # a daemon, so that a second signal ends the process at once
+        self.writing = threading.Thread(target=self._write, args=(write,), daemon=True)
+        self.writing.start()
+
+    def _write(self, write: Callable[[], None]) -> None:
+        try:
+            write()
+        except UserError as error:
+            self.failed = str(error)
+        except Exception as error:
+            self.failed = f"a checkpoint could not be written: {error!r}"
+
+    def _wait(self) -> str | None:
+        """Waits for the checkpoint that is being written; returns what went wrong, if anything."""
+        if self.writing.ident is not None:
+            self.writing.join()
+        return self.failed
 
     def go_back_to(self, step: int) -> str:
         """Gives the model, after the last step, the weights that it had after a step whose checkpoint is kept.
@@ -131,6 +157,10 @@ class Checkpoints:
             return f"the best checkpoint, {folder}, is damaged, so the last one is exported: {problem}"
         restore(folder, self.task, self.optimizer)
         return f"exporting the weights of step {step}, the best by {self.best.monitor}: {self.best.value:.4f}"
+
+    def _can_save_alone(self) -> bool:
+        """Whether this rank can save without the others, which may no longer answer."""
+        return not is_sharded(self.task.model) and self._is_finite()
 
     def _is_finite(self) -> bool:
         return all(bool(local(p).isfinite().all()) for p in self.task.model.parameters())
@@ -149,22 +179,25 @@ class Checkpoints:
             raise
         except (Exception, StoppedWaiting) as error:
             stopped, config = isinstance(error, StoppedWaiting), self.task.config
-            names = (f.name for f in fields(config))
+            names = [f.name for f in fields(config)]
             reason = as_flags(one_line(error), names) if isinstance(error, UserError) else repr(error)
             # each may fail as well, on a full disk, say, or where the weights are what is wrong
             with suppress(Exception):
                 if self.task.ranks.world == 1 and progress.results:  # many processes can't do it together any more
                     progress.flush(progress.done, 0.0)
             with suppress(Exception):
-                self.writing.exception()
-                worth_it = progress.done > self.saved_step and not progress.results and not isinstance(error, Diverged)
-                if worth_it and not is_sharded(self.task.model) and self._is_finite():
+                known = not (progress.results or self.withholding or isinstance(error, Diverged))
+                if not self._wait() and known and progress.done > self.saved_step and self._can_save_alone():
                     self._begin(progress.done)
-                    self.writing.exception()
             with suppress(Exception):
                 self.log.note("stopped while waiting for images" if stopped else reason)
+            failed = self._wait()
+            with suppress(Exception):
+                if failed and failed != reason:
+                    self.log.note(as_flags(failed, names))
             if not stopped:
                 raise
+            _raise_first([failed])
             self.log.say(to_go_on(config, self.saved_step))
             raise Interrupted from None
 
@@ -172,6 +205,13 @@ class Checkpoints:
 def to_go_on(config: RunConfig, step: int) -> str:
     """What a run that was stopped says."""
     return f"stopped at step {step}; to go on: sparse-fcmae {config.command} --resume --out {quote(config.out)}"
+
+
+def _raise_first(problems: Iterable[str | None]) -> None:
+    """Raises a UserError of the first text, if there is any."""
+    for problem in problems:
+        if problem:
+            raise UserError(problem)
 
 
 def check_images(run: RunFolder, task: Task) -> None:

@@ -90,7 +90,7 @@ def _resumed(kind: type[Config], options: dict[str, Any], run: RunFolder) -> Con
     saved = kind(**{name: value for name, value in (run.saved_options() or {}).items() if name in known})
     if options.get("dtype") == "auto":  # a run stays with the dtype it was started with
         options = {name: value for name, value in options.items() if name != "dtype"}
-    for one, other in (("lr", "base_lr"), ("base_lr", "lr")):
+    for one, other in (("lr", "base_lr"), ("base_lr", "lr"), ("epochs", "max_steps")):
         if one in options and other not in options:
             options = options | {other: None}
     config = replace(saved, **options)

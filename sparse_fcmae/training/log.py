@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 from tqdm import tqdm
 
@@ -27,8 +27,7 @@ class RunLog:
     """Writes a line of metrics for each step and one for each evaluation; it is silent on all ranks but the main one.
 
     run: the run's folder. step, steps: how many are done, and how many there are. Both files of lines are cut to the
-    steps that are done, so that a resumed run goes on without a seam. trackers: their names, as in `Writers.of`.
-    options: those of the run, for the trackers.
+    steps that are done, so that a resumed run goes on without a seam. trackers: told of the same.
     """
 
     def __init__(
@@ -38,8 +37,7 @@ class RunLog:
         steps: int,
         main: bool,
         evaluates: bool,
-        trackers: str | None = None,
-        options: dict[str, Any] | None = None,
+        trackers: Writers | None = None,
     ) -> None:
         self.run, self.main = run, main
         if main:
@@ -52,7 +50,9 @@ class RunLog:
         self.left_out: set[str] = set()
         for note in (*notes, *more) if main else ():
             self.say(note)
-        self.writers = Writers.of(trackers, run, options or {}, step, self.say) if main else Writers({}, self.say)
+        self.writers = trackers or Writers({}, usual=True)
+        if main:
+            self.writers.begin(run, step, self.say)
 
     def __enter__(self) -> "RunLog":
         return self
@@ -100,12 +100,13 @@ class RunLog:
         now = time.perf_counter()
         speed, wait, self.since = images / (now - self.since), waited / (now - self.since), now
         shared = {"images_per_second": round(speed, 1), "data_wait": round(wait, 3), **about(speed)}
-        for step, (loss, norm, lr) in enumerate(zip(losses, grad_norms, lrs, strict=True), last - len(losses) + 1):
-            row = {"loss": loss, "grad_norm": norm, "lr": lr, **shared}
-            if self.main:
-                with writing(self.run):
+        steps = enumerate(zip(losses, grad_norms, lrs, strict=True), last - len(losses) + 1)
+        rows = [(step, {"loss": loss, "grad_norm": norm, "lr": lr, **shared}) for step, (loss, norm, lr) in steps]
+        if self.main:
+            with writing(self.run):
+                for step, row in rows:
                     self.metrics.write(as_row({"step": step, "epoch": round(step / steps_per_epoch, 4), **row}))
-                self._tell(row, step)
+            self.writers.rows(rows)
         status = f"loss {losses[-1]:.4f}, {speed:.1f} images/s, lr {lrs[-1]:.2e}"
         status += f", {wait:.0%} waiting for images" if wait > WORTH_SAYING else ""
         with lost_if_unread():
@@ -120,14 +121,10 @@ class RunLog:
             return
         with writing(self.run):
             self.evaluations.write(as_row({"step": step, "epoch": round(epoch, 4), **values}))
-        self._tell(values, step)
+        self.writers.rows([(step, values)])
         shown = (f"{k} {v:.4f}" if "loss" in k else f"{k} {100 * v:.2f} %" for k, v in values.items())
         self.say(f"step {step}, epoch {epoch:g}: {', '.join(shown)}")
         self.since = time.perf_counter()  # evaluating is not training
-
-    def _tell(self, values: dict[str, float], step: int) -> None:
-        """Tells the trackers of values, which take none that are not finite."""
-        self.writers.scalars({name: value for name, value in values.items() if math.isfinite(value)}, step)
 
     def draw(self, picture: Callable[[], None]) -> None:
         """Draws where matplotlib is installed."""

@@ -19,7 +19,7 @@ from sparse_fcmae.training.checkpoint import Checkpoints, check_images, restore,
 from sparse_fcmae.training.log import RunLog
 from sparse_fcmae.training.lr_range import what_it_showed
 from sparse_fcmae.training.optim import set_lr
-from sparse_fcmae.training.parallel import averaging
+from sparse_fcmae.training.parallel import averaging, spread
 from sparse_fcmae.training.prefetch import prefetched
 from sparse_fcmae.training.progress import Progress
 from sparse_fcmae.training.schedule import Schedule
@@ -27,7 +27,7 @@ from sparse_fcmae.training.signals import stop_signals
 from sparse_fcmae.training.task import Task
 from sparse_fcmae.training.waiting import Waiting
 from sparse_fcmae.training.watch import Watch
-from sparse_fcmae.training.writers import check_trackers
+from sparse_fcmae.training.writers import Writers, check_trackers
 
 
 def train(task: Task) -> Path:
@@ -48,19 +48,23 @@ def train(task: Task) -> Path:
     schedule = Schedule.of(config, len(task.source), ranks.world, task.min_lr)
     changed = changes(run.saved_options() or {}, config) if config.resume else []
     optimizer = task.optimizer()
-    best = Best(config, task.measures)
+    best = Best(config, task.measures, task.judge)
     ranks.by_main(lambda: check_trackers(config.log_to))
     ranks.by_main(lambda: run.hold(config))
     checkpoint = ranks.by_main(lambda: newest_checkpoint(run.path)) if config.resume else None
     start, unreadable = restore(checkpoint, task, optimizer, best) if checkpoint else (0, {})
     if start > schedule.steps:
-        raise UserError(f"the run in {config.out} has done {start} steps, more than {schedule.steps}: raise `epochs`")
+        longer = "max_steps" if config.max_steps else "epochs"
+        raise UserError(f"the run in {config.out} has done {start} steps, more than {schedule.steps}: raise `{longer}`")
     finished = start == schedule.steps or best.ended
     if config.resume == "auto" and finished and (run.path / "exported" / MODEL).is_file():
         if ranks.main:
-            print(f"the run in {config.out} is finished: it is in {run.path / 'exported'}")
+            why = f" ({best.why()})" if best.ended else ""
+            print(f"the run in {config.out} is finished: it is in {run.path / 'exported'}{why}")
         return run.path / "exported"
     loader, notes = _loader(task, schedule, start)
+    opening = (config.log_to, run.path, asdict(config), start)
+    trackers = ranks.on_main(lambda: Writers.of(*opening)) or Writers({})
     ranks.barrier()  # every rank has found all in order before one writes
     contents = contents_of(task.source) if ranks.main else {}
     before = (run.saved_options() or {}).get("contents", contents) if config.resume else contents
@@ -68,8 +72,8 @@ def train(task: Task) -> Path:
         run.begin(config, task.outputs, **task.beside_config(), contents=before)
     ranks.barrier()
 
-    log = RunLog(run.path, start, schedule.steps, ranks.main, bool(task.measures), config.log_to, asdict(config))
-    meter = EnergyMeter()
+    log = RunLog(run.path, start, schedule.steps, ranks.main, bool(task.measures), trackers)
+    meter = EnergyMeter() if ranks.main else None
     waiting = Waiting(log.say, str(task.source))
     watch = Watch(ranks, waiting, config.hang_minutes, start, log.note)
     with log, waiting, watch, stop_signals(ranks, waiting, start) as stop:
@@ -84,13 +88,21 @@ def train(task: Task) -> Path:
         progress = Progress(config, schedule, task.source, log, ranks, unreadable, start, task.flops)
         checkpoints = Checkpoints(run, task, optimizer, schedule, log, unreadable, start, best)
         log.say(f"{task.description}; {len(task.source)} samples, {schedule}")
-        going_on = _going_on(run.path, checkpoint, last=finished) if config.resume and ranks.main else []
-        for note in (*going_on, *other_contents(before, contents), *changed, *task.notes, *notes, str(checkpoints)):
+        going_on = _going_on(run.path, checkpoint, best, last=finished) if config.resume and ranks.main else []
+        for note in (
+            *going_on,
+            *other_contents(before, contents),
+            *changed,
+            *spread(config, ranks),
+            *task.notes,
+            *notes,
+            str(checkpoints),
+        ):
             log.say(note)
         with checkpoints.kept(progress), loader.explained():
             if not start and task.evaluates_untrained:
                 with watch.rest():
-                    log.evaluation(0, 0.0, task.evaluate(log))
+                    log.evaluation(0, 0.0, ranks.gather(task.evaluate(log))[0])
             for step in range(start, start if finished else schedule.steps):
                 set_lr(optimizer, lr := schedule.lr(step))
                 for first, images in schedule.micro_batches():
@@ -108,12 +120,13 @@ def train(task: Task) -> Path:
                 saving = stopping or checkpoints.asked_for(done) or (ranks.world == 1 and checkpoints.due(done))
                 if evaluating or saving or done % config.log_every == 0 or step == start:
                     progress.flush(done, waiting.take_seconds())
-                    meter.read()
+                    if meter:
+                        meter.read()
                     if evaluating:
-                        with watch.rest():
-                            log.evaluation(done, schedule.epoch(done), values := task.evaluate(log))
-                        saving |= best.look(done, values) or best.ended
-                    if saving or ranks.gather(checkpoints.due(done))[0]:
+                        with watch.rest(), checkpoints.withheld():
+                            log.evaluation(done, schedule.epoch(done), values := ranks.gather(task.evaluate(log))[0])
+                            saving |= best.look(done, values) or best.ended
+                    if checkpoints.agreed(done) or saving:
                         checkpoints.save(done)
                 if stopping and done < schedule.steps:
                     checkpoints.written()
@@ -121,7 +134,7 @@ def train(task: Task) -> Path:
                     ranks.barrier()  # or torchrun would end the main rank, which saves, as others have ended
                     raise Interrupted
                 if best.ended:
-                    log.say(f"stopped: {best.since} evaluations brought no better {best.monitor} than {best.value:.4f}")
+                    log.say(f"stopped: {best.why()}")
                     break
         with watch.rest():
             if best.step not in (None, checkpoints.saved_step):
@@ -134,10 +147,11 @@ def train(task: Task) -> Path:
     return run.path / "exported"
 
 
-def _going_on(run: Path, checkpoint: Path | None, last: bool) -> list[str]:
+def _going_on(run: Path, checkpoint: Path | None, best: Best, last: bool) -> list[str]:
     """What there is to say of the checkpoint that a run goes on from. last: whether it is of the last step."""
+    why = f", as {best.why()}" if best.ended else ""
     found = f"resumed from {checkpoint}" if checkpoint else "no checkpoint to resume from: starting at step 0"
-    return [*damaged_checkpoints(run), found + (", the run's last: only exporting again" if last else "")]
+    return [*damaged_checkpoints(run), found + (f", the run's last: only exporting again{why}" if last else "")]
 
 
 def _loader(task: Task, schedule: Schedule, start: int) -> tuple[Loader, list[str]]:

@@ -36,12 +36,22 @@ def shards(config: RunConfig, ranks: Ranks) -> bool:
 
     Raises UserError for options that do not go together.
     """
-    if config.cpu_offload and (config.parallel == "ddp" or ranks.device.type != "cuda"):
-        raise UserError("`cpu_offload` goes with `parallel=fsdp` or `parallel=hsdp` on GPUs: leave it out")
+    several_gpus = ranks.world > 1 and ranks.device.type == "cuda"
+    if config.cpu_offload and (config.parallel == "ddp" or not several_gpus):
+        raise UserError("`cpu_offload` goes with `parallel=fsdp` or `parallel=hsdp` on several GPUs: leave it out")
     sharded = config.parallel != "ddp" and ranks.world > 1
     if sharded and not hasattr(torch.distributed.checkpoint, "HuggingFaceStorageWriter"):
         raise UserError(f"`parallel={config.parallel}` needs PyTorch 2.8 or newer, and this is {torch.__version__}")
     return sharded
+
+
+def spread(config: RunConfig, ranks: Ranks) -> list[str]:
+    """What a run's log says of how its model is spread over several processes."""
+    if config.parallel == "ddp":
+        return []
+    if ranks.world == 1:
+        return [f"--parallel {config.parallel} does nothing in one process, which has the whole model"]
+    return [f"{config.parallel}: each of {ranks.world} processes has a shard of the model"]
 
 
 def device_of_new_model(config: RunConfig, ranks: Ranks) -> torch.device:
@@ -89,10 +99,8 @@ def _mesh(config: RunConfig, ranks: Ranks) -> DeviceMesh:
     if config.parallel == "fsdp":
         return init_device_mesh(ranks.device.type, (ranks.world,), mesh_dim_names=("ranks",))
     here = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.world))
-    if ranks.world % here:
-        raise UserError(
-            f"`parallel=hsdp` needs equally many processes on each machine, not {ranks.world} with {here} here"
-        )
+    if len(set(ranks.gather(here))) > 1:
+        raise UserError("`parallel=hsdp` needs equally many processes on each machine")
     return init_device_mesh(ranks.device.type, (ranks.world // here, here), mesh_dim_names=("machines", "ranks"))
 
 

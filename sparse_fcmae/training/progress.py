@@ -55,7 +55,7 @@ class Progress:
         self.start = self.done = start
         self.flops, self.began = flops, time.monotonic()
 
-    def summary(self, meter: EnergyMeter) -> str:
+    def summary(self, meter: EnergyMeter | None) -> str:
         """What this process has done, in a line: steps, time, speed, energy."""
         steps, seconds = self.done - self.start, time.monotonic() - self.began
         words = [f"{steps} steps in {shown_time(seconds)}"]
@@ -86,8 +86,9 @@ class Progress:
         """
         losses, norms = self.ranks.mean(torch.stack(self.results)).T.tolist()
         images = len(losses) * self.config.batch_size
+        lrs, self.results, self.lrs = self.lrs, [], []
         diverged = self._count_nonfinite(step, losses, norms)
-        self.log.steps(step, self.schedule.steps_per_epoch, losses, norms, self.lrs, images, waited, self._about)
+        self.log.steps(step, self.schedule.steps_per_epoch, losses, norms, lrs, images, waited, self._about)
         if diverged:
             raise Diverged(
                 f"loss or gradient were not finite in {self.config.max_nonfinite} steps in a row, up to step "
@@ -98,7 +99,7 @@ class Progress:
             if found.name not in self.bad:
                 self.bad[found.name] = found.reason
                 self.log.say(f"unreadable, replaced by another image: {found.name}: {found.reason}")
-        self.results, self.lrs, self.new_bad = [], [], []
+        self.new_bad = []
         images = getattr(self.source, "images", len(self.source))  # fewer than windows
         if len(self.bad) > self.config.max_bad_images * images:
             raise UserError(

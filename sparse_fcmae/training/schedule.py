@@ -49,17 +49,15 @@ class Schedule:
             nearest = max(1, min(round(batch / world), images // world)) * world
             raise UserError(f"`batch_size` {batch} can't be divided evenly among {world} processes: choose {nearest}")
         steps_per_epoch = images // batch
-        of_epochs = config.epochs * steps_per_epoch
         rates = range_of_rates(config.lr_range) if config.lr_range else None
-        steps = config.max_steps or (STEPS if rates else of_epochs)
-        warmup = config.warmup_epochs * steps_per_epoch * steps / of_epochs  # the same share of a run of other length
+        steps = config.max_steps or (STEPS if rates else config.epochs * steps_per_epoch)
         return cls(
             batch_size=batch,
             images_per_rank=batch // world,
             micro_batch_size=config.micro_batch_size,
             steps_per_epoch=steps_per_epoch,
             steps=steps,
-            warmup_steps=min(steps, round(warmup)),
+            warmup_steps=min(steps, round(config.warmup_epochs * steps_per_epoch)),
             peak_lr=config.lr if config.lr is not None else config.base_lr * batch / 256,
             min_lr=min_lr,
             save_every=config.save_every or min(steps_per_epoch, CHECKPOINT_STEPS),

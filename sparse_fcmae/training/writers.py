@@ -4,9 +4,10 @@ What a tracker is told besides, such as its server, its keys or that it is offli
 variables. A tracker that fails is left out for the rest of the run, which goes on.
 """
 
+import math
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,6 +19,7 @@ from sparse_fcmae.runtime.files import one_line, read_json, write_json
 from sparse_fcmae.runtime.options import listed
 
 PROJECT = "sparse-fcmae"
+MOST_METRICS = 1000  # that MLflow takes at once
 TRACKED = "trackers.json"  # in the run's folder, with the name that the trackers know the run by
 
 
@@ -32,8 +34,8 @@ class Writer(ABC):
     def __init__(self, run: Path, name: str, options: dict[str, Any], step: int) -> None: ...
 
     @abstractmethod
-    def scalars(self, values: dict[str, float], step: int) -> None:
-        """Takes values of a step, all of them finite."""
+    def rows(self, rows: Sequence[tuple[int, dict[str, float]]]) -> None:
+        """Takes values of steps, all of them finite."""
 
     @abstractmethod
     def close(self) -> None:
@@ -46,9 +48,10 @@ class TensorBoard(Writer):
 
         self.writer = SummaryWriter(str(run), purge_step=step + 1)
 
-    def scalars(self, values: dict[str, float], step: int) -> None:
-        for name, value in values.items():
-            self.writer.add_scalar(name, value, step)
+    def rows(self, rows: Sequence[tuple[int, dict[str, float]]]) -> None:
+        for step, values in rows:
+            for name, value in values.items():
+                self.writer.add_scalar(name, value, step)
 
     def close(self) -> None:
         self.writer.close()
@@ -63,8 +66,9 @@ class WandB(Writer):
             project=PROJECT, id=name, name=run.name, dir=str(run), config=options, resume="allow", settings=settings
         )
 
-    def scalars(self, values: dict[str, float], step: int) -> None:
-        self.run.log(values, step=step)
+    def rows(self, rows: Sequence[tuple[int, dict[str, float]]]) -> None:
+        for step, values in rows:
+            self.run.log(values, step=step)
 
     def close(self) -> None:
         self.run.finish()
@@ -83,9 +87,11 @@ class MLflow(Writer):
         for option, value in options.items() if not found else ():
             self.client.log_param(self.id, option, value)
 
-    def scalars(self, values: dict[str, float], step: int) -> None:
+    def rows(self, rows: Sequence[tuple[int, dict[str, float]]]) -> None:
         now = int(1000 * time())
-        self.client.log_batch(self.id, [self.metric(name, value, now, step) for name, value in values.items()])
+        metrics = [self.metric(name, value, now, step) for step, values in rows for name, value in values.items()]
+        for first in range(0, len(metrics), MOST_METRICS):
+            self.client.log_batch(self.id, metrics[first : first + MOST_METRICS])
 
     def close(self) -> None:
         self.client.set_terminated(self.id)
@@ -99,8 +105,9 @@ class Trackio(Writer):
             project=PROJECT, name=f"{run.name}-{name[:8]}", config=options, resume="allow", embed=False
         )
 
-    def scalars(self, values: dict[str, float], step: int) -> None:
-        self.run.log(values, step=step)
+    def rows(self, rows: Sequence[tuple[int, dict[str, float]]]) -> None:
+        for step, values in rows:
+            self.run.log(values, step=step)
 
     def close(self) -> None:
         self.run.finish()
@@ -131,8 +138,9 @@ class Comet(Writer):
         )
         self.experiment.log_parameters(options)
 
-    def scalars(self, values: dict[str, float], step: int) -> None:
-        self.experiment.log_metrics(values, step=step)
+    def rows(self, rows: Sequence[tuple[int, dict[str, float]]]) -> None:
+        for step, values in rows:
+            self.experiment.log_metrics(values, step=step)
 
     def close(self) -> None:
         self.experiment.end()
@@ -158,34 +166,40 @@ def check_trackers(names: str | None) -> None:
 
 
 class Writers:
-    """The trackers that a run is told to. say: takes a line for the user where one of them fails."""
+    """The trackers that a run is told to. name: what they know the run by."""
 
-    def __init__(self, chosen: dict[str, Writer], say: Callable[[str], None]) -> None:
-        self.chosen, self.say = chosen, say
+    def __init__(self, chosen: dict[str, Writer], name: str = "", usual: bool = False) -> None:
+        self.chosen, self.name, self.usual = chosen, name, usual
+        self.say: Callable[[str], None] = print
 
     @classmethod
-    def of(
-        cls, names: str | None, run: Path, options: dict[str, Any], step: int, say: Callable[[str], None]
-    ) -> "Writers":
+    def of(cls, names: str | None, run: Path, options: dict[str, Any], step: int) -> "Writers":
         """Those named, with commas between them; without names TensorBoard, if it is there.
 
-        Raises UserError for trackers that can't be reached.
+        Raises UserError for trackers that can't be reached. Nothing that is in the run's folder is changed.
         """
-        chosen: dict[str, Writer] = {}
-        if names is None:
-            with suppress(Exception):  # not installed, or with a protobuf or NumPy that it does not go with
-                chosen["tensorboard"] = TensorBoard(run, "", options, step)
-            return cls(chosen, say)
-        for kind in listed("log_to", names, str, WRITERS):
+        name, chosen = _name_of(run, step), {}
+        for kind in listed("log_to", names, str, WRITERS) if names is not None else ():
             try:
-                chosen[kind] = WRITERS[kind](run, _name_of(run, step), options, step)
+                if kind != "tensorboard":
+                    chosen[kind] = WRITERS[kind](run, name, options, step)
             except Exception as error:  # each has its own
                 raise UserError(f"`log_to` {kind} can't be used: {one_line(error)}") from None
-        return cls(chosen, say)
+        return cls(chosen, name, usual=names is None or "tensorboard" in names)
 
-    def scalars(self, values: dict[str, float], step: int) -> None:
-        """Hands values of a step on to all."""
-        self._each(lambda writer: writer.scalars(values, step))
+    def begin(self, run: Path, step: int, say: Callable[[str], None]) -> None:
+        """Opens what is in the run's folder. say: takes a line for the user where a tracker fails."""
+        self.say = say
+        if self.chosen:
+            write_json(run / TRACKED, {"name": self.name})
+        if self.usual:
+            with suppress(Exception):  # not installed, or with a protobuf or NumPy that it does not go with
+                self.chosen["tensorboard"] = TensorBoard(run, self.name, {}, step)
+
+    def rows(self, rows: Sequence[tuple[int, dict[str, float]]]) -> None:
+        """Hands values of steps on to all, without those that are not finite, which trackers do not take."""
+        finite = [(step, {k: v for k, v in values.items() if math.isfinite(v)}) for step, values in rows]
+        self._each(lambda writer: writer.rows(finite))
 
     def close(self) -> None:
         self._each(lambda writer: writer.close())
@@ -202,8 +216,4 @@ class Writers:
 def _name_of(run: Path, step: int) -> str:
     """What the trackers call a run: as before, if it goes on."""
     file = run / TRACKED
-    if step and file.is_file():
-        return read_json(file)["name"]
-    name = uuid.uuid4().hex
-    write_json(file, {"name": name})
-    return name
+    return read_json(file)["name"] if step and file.is_file() else uuid.uuid4().hex

@@ -50,7 +50,7 @@ def by_hand(model, images, seed):
     return sum(losses) / len(losses)
 
 
-@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("world", [1, 2, 3, 9])
 @pytest.mark.parametrize("batch_size", [1, 2, 7])
 def test_it_is_the_mean_of_the_images_losses(images, model, on_ranks, world, batch_size):
     found = on_ranks(world, lambda ranks: HeldOutLoss(images, view(batch_size), ranks, seed=5).of(model))

@@ -92,6 +92,20 @@ def test_speed_is_a_share_of_the_peak_over_the_counted_operations():
     )
 
 
+def test_a_peak_that_is_not_known_is_asked_for(capsys):
+    assert "give --images-per-second as measured on one, or" in fails(capsys, "plan", "--device", "cpu")
+    assert "for --device cuda and --dtype fp32 is not known" in fails(capsys, "plan", "--dtype", "fp32")
+    assert "--images 100 are less than a step's 4096" in fails(
+        capsys, "plan", "--images", "100", "--batch-size", "4096"
+    )
+    assert plan(device="cpu", images_per_second=100.0)
+
+
+def test_only_what_can_be_had_is_listed():
+    lines = plan(gpus=12, batch_size=1200).splitlines()  # 8 and 4 on two machines
+    assert [line.split()[0] for line in lines if re.match(r"(ddp|fsdp|hsdp) ", line)] == ["ddp", "fsdp"]
+
+
 @pytest.mark.parametrize("name", [*SIZES, "giant", "gigantic"])
 def test_every_size_has_a_plan(name):
     assert plan(model=name, gpus=16, images=4_000_000_000).startswith(f"{name}, ")

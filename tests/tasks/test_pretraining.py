@@ -276,6 +276,10 @@ def test_held_out_loss_has_its_own_curve_and_names_the_best_checkpoint(pictures,
     assert found[0] > found[-1]
     assert found[0] == pytest.approx(1.0, abs=0.02)
     Image.open(run / "loss.png").verify()
+    best = min((value, row["step"]) for value, row in zip(found[1:], evaluations[1:], strict=True))[1]
+    kept = load_encoder(run / "checkpoints" / f"step-{best:08d}").state_dict()
+    exported = load_file(run / "exported" / "model.safetensors")
+    assert all(torch.equal(kept[key], value) for key, value in exported.items())
     shutil.rmtree(val)
     val.mkdir()
     (val / "x.png").write_text("no image")

@@ -61,3 +61,11 @@ def test_a_rate_that_is_given_replaces_that_of_the_preset():
     found, notes = finetuning_recipe(config(init="x", lr=1e-3, epochs=30), "tiny")
     assert (found.lr, found.base_lr, found.warmup_epochs) == (1e-3, None, 4)
     assert notes[0].startswith("recipe: --epochs 30, --warmup-epochs 4.0, --lr 0.001, --weight-decay 0.05")
+
+
+def test_warm_up_that_is_left_open_follows_the_steps_that_are_given():
+    found, _ = pretraining_recipe(PretrainConfig(data="x", max_steps=400), 3000, 1)
+    assert Schedule.of(found, 3000, 1).warmup_steps == 20  # 5 %
+    whole, _ = finetuning_recipe(config(from_scratch=True, batch_size=100), "tiny", images=1000)
+    short, _ = finetuning_recipe(config(from_scratch=True, batch_size=100, max_steps=300), "tiny", images=1000)
+    assert (whole.warmup_epochs, short.warmup_epochs) == (40, 4)  # of 300 epochs, of 30

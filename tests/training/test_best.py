@@ -8,8 +8,8 @@ from sparse_fcmae import UserError
 from sparse_fcmae.training.best import Best
 
 
-def best(monitor="top1", patience=None, measures=("top1", "loss")):
-    return Best(SimpleNamespace(monitor=monitor, patience=patience), measures)
+def best(monitor="top1", patience=None, measures=("top1", "loss"), judge="these"):
+    return Best(SimpleNamespace(monitor=monitor, patience=patience), measures, judge)
 
 
 @pytest.mark.parametrize(
@@ -50,8 +50,26 @@ def test_another_value_starts_anew():
     other = best("loss")
     other.load_state(found.state())
     assert other.step is None
-    other.load_state({})  # of an earlier version
+    other = best(judge="others")
+    other.load_state(found.state())
     assert other.step is None
+
+
+@pytest.mark.parametrize("monitor", [None, "top1"])
+def test_a_checkpoint_of_an_earlier_version_has_no_best(monitor):
+    other = best(monitor)
+    other.load_state({})
+    assert other.step is None
+
+
+def test_why_a_run_has_ended():
+    found = best("loss", patience=1)
+    found.look(1, {"loss": float("nan")})
+    assert found.ended
+    assert (
+        found.why()
+        == "1 evaluations brought no better loss than none, as it was never finite: raise --patience to go on"
+    )
 
 
 def test_without_a_monitor_nothing_is_the_best():

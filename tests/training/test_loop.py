@@ -45,7 +45,7 @@ class ColourConfig(RunConfig):
     out: str = option("runs/colour", help="folder", path=True, resumable=True)
     init: str | None = option(None, help="weights", path=True)
     image_size: str = option("8", help="pixels")
-    epochs: int = option(2, help="passes", above=0)
+    epochs: int = option(2, help="passes", above=0, changes_run=True)
     batch_size: int = option(10, help="images a step", above=0)
     micro_batch_size: int = option(4, help="images at once", above=0)
     warmup_epochs: float = option(0.0, help="epochs")
@@ -490,10 +490,11 @@ def test_a_run_that_gets_no_better_stops_and_is_finished_then(pictures, tmp_path
     out = tmp_path / "run"
     falling(pictures, out, monitor="size_loss", patience=2)
     assert [row["step"] for row in rows(out, "metrics")] == list(range(1, 17))
-    assert "stopped: 2 evaluations brought no better size_loss than 1.0000" in (out / "train.log").read_text()
+    why = "2 evaluations brought no better size_loss than 1.0000: raise --patience to go on"
+    assert f"stopped: {why}" in (out / "train.log").read_text()
     before = (out / "exported" / "model.safetensors").read_bytes()
     falling(pictures, out, monitor="size_loss", patience=2, resume="auto")
-    assert "is finished" in capsys.readouterr().out
+    assert f"is finished: it is in {out / 'exported'} ({why})" in capsys.readouterr().out
     (out / "exported" / "model.safetensors").unlink()
     falling(pictures, out, resume=True)
     assert [row["step"] for row in rows(out, "metrics")] == list(range(1, 17))
@@ -548,8 +549,8 @@ def test_a_tracker_is_told_of_steps_and_evaluations(pictures, tmp_path, monkeypa
         def __init__(self, run, name, options, step):
             told.append((run.name, options["lr"], step))
 
-        def scalars(self, values, step):
-            told.append((step, sorted(values)))
+        def rows(self, rows):
+            told.extend((step, sorted(values)) for step, values in rows)
 
         def close(self):
             told.append("closed")
@@ -581,3 +582,51 @@ def test_images_that_were_swapped_under_their_names_are_said(pictures, tmp_path)
             in said
         )
         (tmp_path / "run" / "train.log").unlink()
+
+
+class Fragile(Falling):
+    """Fails in the evaluation after a step."""
+
+    fails_at: ClassVar = None
+
+    def evaluate(self, log):
+        if self.steps == self.fails_at:
+            raise OSError("gone")
+        return super().evaluate(log)
+
+
+def test_an_evaluation_that_failed_is_made_when_the_run_goes_on(pictures, tmp_path, monkeypatch):
+    """No checkpoint is saved of a step whose evaluation is still to come."""
+    given = {"data": str(pictures), "num_workers": 0, "epochs": 6, "save_every": 4, "monitor": "score"}
+    train(Falling(configure(ColourConfig, given | {"out": str(tmp_path / "whole")}), []))
+    monkeypatch.setattr(Fragile, "fails_at", 12)
+    with pytest.raises(OSError, match="gone"):
+        train(Fragile(configure(ColourConfig, given | {"out": str(tmp_path / "run")}), []))
+    train(Falling(configure(ColourConfig, given | {"out": str(tmp_path / "run"), "resume": True}), []))
+    for name in ("metrics", "evaluations"):
+        assert rows(tmp_path / "run", name) == rows(tmp_path / "whole", name)
+    one, other = (tmp_path / name / "exported" / "model.safetensors" for name in ("run", "whole"))
+    assert one.read_bytes() == other.read_bytes()
+
+
+def test_a_checkpoint_that_could_not_be_written_ends_the_run_soon(tmp_path, monkeypatch):
+    """At the next look, and not at the next checkpoint, which may be an hour away."""
+
+    def full(*arguments):
+        raise UserError("can't write there: No space left on device")
+
+    monkeypatch.setattr(checkpoint, "write_checkpoint", full)
+    out = tmp_path / "run"
+    with pytest.raises(UserError, match="No space left on device"):
+        train(Grey(out, save_every=3, max_steps=1000, log_every=1))
+    assert len((out / "metrics.jsonl").read_text().splitlines()) < 6
+
+
+def test_steps_or_epochs_may_be_given_anew_and_one_replaces_the_other(pictures, tmp_path):
+    out = tmp_path / "run"
+    run(pictures, out, max_steps=6)
+    assert [row["step"] for row in rows(out, "metrics")][-1] == 6
+    with pytest.raises(UserError, match="has done 6 steps, more than 5: raise `max_steps`"):
+        run(pictures, out, resume=True, max_steps=5)
+    run(pictures, out, resume=True, epochs=3)
+    assert [row["step"] for row in rows(out, "metrics")][-1] == 12

@@ -244,7 +244,7 @@ def test_what_does_not_fit_is_one_line(pictures, launch, tmp_path):
     )
     first, second, third = re.findall(r"refused: (.*)", output)
     assert first == "`compile` can't look into a model in shards: leave it out"
-    assert second == "`cpu_offload` goes with `parallel=fsdp` or `parallel=hsdp` on GPUs: leave it out"
+    assert second == "`cpu_offload` goes with `parallel=fsdp` or `parallel=hsdp` on several GPUs: leave it out"
     assert third == "`batch_size` 7 can't be divided evenly among 2 processes: choose 8"
     assert not (tmp_path / "run").exists()
 

@@ -37,7 +37,7 @@ def test_an_epochs_incomplete_batch_is_left_out():
 
 
 def test_steps_outright_take_the_place_of_the_epochs_steps():
-    for steps, warmup in ((10, 1), (40, 5), (3, 0)):
+    for steps, warmup in ((10, 2), (40, 2), (1, 1)):  # half an epoch, as asked for
         schedule = plan(max_steps=steps)
         assert (schedule.steps, schedule.steps_per_epoch, schedule.warmup_steps) == (steps, 5, warmup)
     assert plan(max_steps=20) == plan()

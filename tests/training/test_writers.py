@@ -1,6 +1,7 @@
 """Experiment trackers, each really run, without a server."""
 
 import json
+import math
 import sqlite3
 import zipfile
 
@@ -32,9 +33,9 @@ def offline(tmp_path, monkeypatch):
 
 def track(kind, run, step=0, said=None):
     """Tells a tracker of two steps behind `step`."""
-    told = Writers.of(kind, run, OPTIONS, step, (said if said is not None else []).append)
-    for i in (1, 2):
-        told.scalars({"loss": 1 / (step + i), "lr": 0.5}, step + i)
+    told = Writers.of(kind, run, OPTIONS, step)
+    told.begin(run, step, (said if said is not None else []).append)
+    told.rows([(step + i, {"loss": 1 / (step + i), "lr": 0.5, "mfu": math.nan}) for i in (1, 2)])
     told.close()
 
 
@@ -87,7 +88,7 @@ class Broken(Writer):
         if name == "refuse":
             raise ConnectionError("no\nserver")
 
-    def scalars(self, values, step):
+    def rows(self, rows):
         raise ConnectionError("gone\naway")
 
     def close(self):
@@ -106,6 +107,7 @@ def test_one_that_can_t_be_reached_is_one_line(offline, monkeypatch):
     monkeypatch.setattr(writers, "_name_of", lambda run, step: "refuse")
     with pytest.raises(UserError, match="`log_to` wandb can't be used: no server"):
         track("wandb", offline)
+    assert list(offline.iterdir()) == []
 
 
 def test_unknown_and_missing_ones_are_refused_before_a_run_begins(monkeypatch):
