@@ -7,6 +7,7 @@ from PIL import Image
 from sparse_fcmae.cli import COMMANDS, SPINS, load, main, spin_briefly
 from sparse_fcmae.demo import CLASSES, draw_image, draw_images
 from sparse_fcmae.runtime.options import as_flags, flag
+from sparse_fcmae.tasks.config import FinetuneConfig, PretrainConfig
 
 
 def test_info_names_every_backend(capsys):
@@ -117,3 +118,12 @@ def test_values_that_begin_with_a_minus_are_no_flags(tmp_path, capsys, values):
     with pytest.raises(SystemExit):
         main(["pretrain", "--data", str(tmp_path), "--out", str(tmp_path / "x"), *values])
     assert "no image files" in capsys.readouterr().err
+
+
+def test_torchrun_takes_no_flag_of_a_run_for_its_own():
+    """It takes what begins like one of its own, even behind the program. docs/pretraining.md says what helps then."""
+    from torch.distributed.run import get_args_parser
+
+    own = {name for action in get_args_parser()._actions for name in action.option_strings}
+    flags = {flag(f.name) for kind in (PretrainConfig, FinetuneConfig) for f in fields(kind)}
+    assert {name for name in flags if any(other.startswith(name) for other in own)} == {"--monitor"}

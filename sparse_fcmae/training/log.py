@@ -1,11 +1,13 @@
 """What a run tells while it goes on.
 
-That is a progress bar, train.log, metrics.jsonl, evaluations.jsonl, and what the trackers of `writers` are told.
+That is a progress bar or, where nobody watches, a line now and then; train.log, metrics.jsonl, evaluations.jsonl; and
+what the trackers of `writers` are told.
 """
 
 import json
 import math
 import os
+import sys
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -20,7 +22,26 @@ from sparse_fcmae.runtime.files import write_atomic, writing
 from sparse_fcmae.runtime.terminal import lost_if_unread
 from sparse_fcmae.training.writers import Writers
 
+# of 80 columns, in which there is room for a million steps and days
+BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
 WORTH_SAYING = 0.1  # share of the time that images are waited for, from which on the bar says it
+
+
+def in_notebook() -> bool:
+    """Whether this process is the kernel of a notebook, whose output is no terminal but shows a bar all the same."""
+    shell = sys.modules.get("IPython") and sys.modules["IPython"].get_ipython()
+    return type(shell).__name__ == "ZMQInteractiveShell"
+
+
+def bar_type() -> type[tqdm]:
+    """The bar that suits where this process prints: a widget in a notebook, if ipywidgets is there."""
+    if in_notebook():
+        with suppress(ImportError):
+            import ipywidgets  # noqa: F401 (which the widget misses only when it is made)
+            from tqdm.notebook import tqdm as widget
+
+            return widget
+    return tqdm
 
 
 class RunLog:
@@ -45,7 +66,10 @@ class RunLog:
                 self.metrics, notes = _open_rows(run / "metrics.jsonl", step)
                 self.evaluations, more = _open_rows(run / "evaluations.jsonl", step) if evaluates else (None, [])
                 self.text = (run / "train.log").open("a", buffering=1, encoding="utf-8", errors="backslashreplace")
-        self.bar = tqdm(total=steps, initial=step, unit="step", disable=not main, dynamic_ncols=True, smoothing=0.05)
+        self.shows_bar = main and (sys.stderr.isatty() or in_notebook())
+        self.bar = bar_type()(
+            total=steps, initial=step, disable=not self.shows_bar, dynamic_ncols=True, smoothing=0.05, bar_format=BAR
+        )
         self.since = time.perf_counter()
         self.left_out: set[str] = set()
         for note in (*notes, *more) if main else ():
@@ -107,13 +131,16 @@ class RunLog:
                 for step, row in rows:
                     self.metrics.write(as_row({"step": step, "epoch": round(step / steps_per_epoch, 4), **row}))
             self.writers.rows(rows)
-        status = f"loss {losses[-1]:.4f}, {speed:.1f} images/s, lr {lrs[-1]:.2e}"
-        status += f", {wait:.0%} waiting for images" if wait > WORTH_SAYING else ""
+        status = f"loss {losses[-1]:.4f}, {speed:.1f} images/s"
+        waits = f", {wait:.0%} waiting for images" if wait > WORTH_SAYING else ""
+        line = f"step {last}, {status}, lr {lrs[-1]:.2e}{waits}"
         with lost_if_unread():
-            self.bar.set_postfix_str(status, refresh=False)
+            self.bar.set_postfix_str(status + waits, refresh=False)
             self.bar.update(len(losses))
-        if self.main:
-            self.note(f"step {last}, {status}")
+        if self.shows_bar:
+            self.note(line)
+        else:
+            self.say(line)
 
     def evaluation(self, step: int, epoch: float, values: dict[str, float]) -> None:
         """Records what was measured after a step: fractions between 0 and 1, and losses."""

@@ -85,6 +85,7 @@ def train(task: Task) -> Path:
             clip_grad=config.clip_grad,
             bf16=config.dtype == "bf16",
         )
+        most = runner.most
         progress = Progress(config, schedule, task.source, log, ranks, unreadable, start, task.flops)
         checkpoints = Checkpoints(run, task, optimizer, schedule, log, unreadable, start, best)
         log.say(f"{task.description}; {len(task.source)} samples, {schedule}")
@@ -120,6 +121,11 @@ def train(task: Task) -> Path:
                 saving = stopping or checkpoints.asked_for(done) or (ranks.world == 1 and checkpoints.due(done))
                 if evaluating or saving or done % config.log_every == 0 or step == start:
                     progress.flush(done, waiting.take_seconds())
+                    if runner.most < most:
+                        most = runner.most
+                        log.say(
+                            f"{most} images at once from here on, as more do not fit into the memory of {ranks.device}"
+                        )
                     if meter:
                         meter.read()
                     if evaluating:

@@ -1,11 +1,11 @@
 """One optimiser step over micro-batches, launched kernel by kernel or replayed from CUDA graphs."""
 
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from sparse_fcmae.runtime.errors import UserError
@@ -26,7 +26,8 @@ class TrainStep:
     """Adds up the gradients of micro-batches, then has the optimiser step, unless they are not finite.
 
     objective: a module whose forward takes a micro-batch's tensors on the device and gives its mean loss. It may be
-    wrapped for several processes. images_per_rank: of a step on this rank. The loss is the mean over them.
+    wrapped for several processes. images_per_rank: of a step on this rank. The loss is the mean over them. most: images
+    that go through the objective at once, which become fewer where they do not fit into the device's memory.
     """
 
     def __init__(
@@ -42,15 +43,51 @@ class TrainStep:
         self.images_per_rank, self.clip_grad, self.bf16 = images_per_rank, clip_grad, bf16
         self.device = optimizer.param_groups[0]["params"][0].device
         self.loss = torch.zeros((), device=self.device)
+        self.most, self.begun = images_per_rank, False
 
     def add(self, *inputs: Tensor, last: bool) -> None:
-        """Adds a micro-batch, the images in the first dimension of each tensor. `last`: of its step."""
-        with naming_batch(len(inputs[0]), self.device), accumulating(self.objective, last):
-            self._differentiate(*(t.to(self.device, non_blocking=True) for t in inputs))
+        """Adds a micro-batch, the images in the first dimension of each tensor. `last`: of its step.
+
+        The first of a step is divided where it does not fit into the device's memory, in a run of one process. Raises
+        UserError where that does not help, or can't be done.
+        """
+        inputs = tuple(t.to(self.device, non_blocking=True) for t in inputs)
+        while problem := self._added(inputs, last):
+            self._halve(min(self.most, len(inputs[0])), problem)
+        self.begun = True
 
     def finish(self) -> StepResult:
         """Changes the weights, where all gradients are finite; otherwise they and the optimiser stay as they are."""
+        self.begun = False
         return self._update(keep_gradients=False)
+
+    def _added(self, inputs: tuple[Tensor, ...], last: bool) -> str | None:
+        """Adds a micro-batch in parts of `most` images; returns what is wrong where they do not fit into memory."""
+        parts = list(zip(*(t.split(self.most) for t in inputs), strict=True))
+        try:
+            for number, part in enumerate(parts, 1):
+                with accumulating(self.objective, last and number == len(parts)):
+                    self._run(*part)
+        except torch.OutOfMemoryError as error:
+            return str(error).splitlines()[0]
+        return None
+
+    def _halve(self, images: int, problem: str) -> None:
+        """Begins the step again with half as many images at once. Raises UserError where that is not possible."""
+        if images == 1 or self.begun or dist.is_initialized():
+            smaller = f"give `micro_batch_size={images // 2}`" if images > 1 else "give `grad_checkpointing=True`"
+            raise UserError(
+                f"{images} images at once do not fit into the memory of {self.device}: {smaller}, and go on with "
+                f"`resume=auto`: {problem}"
+            )
+        self.most = images // 2
+        self.optimizer.zero_grad()
+        self.loss.zero_()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _run(self, *inputs: Tensor) -> None:
+        self._differentiate(*inputs)
 
     def _differentiate(self, *inputs: Tensor) -> None:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
@@ -71,18 +108,6 @@ class TrainStep:
         return StepResult(loss, norm.float())
 
 
-@contextmanager
-def naming_batch(images: int, device: torch.device) -> Iterator[None]:
-    """Turns what is raised where so many images do not fit into a device's memory into a UserError that says so."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        half = f"give `micro_batch_size={images // 2}`" if images > 1 else "give `grad_checkpointing=True`"
-        size = f" of {torch.cuda.mem_get_info(device)[1] / 1e9:.0f} GB" if device.type == "cuda" else ""
-        more = f", which changes rounding at most, and go on with `resume=auto`: {str(error).splitlines()[0]}"
-        raise UserError(f"{images} images at once do not fit into the memory of {device}{size}: {half}{more}") from None
-
-
 class GraphedTrainStep(TrainStep):
     """The same, replayed from CUDA graphs: one for each size of micro-batch and one for the optimiser's step.
 
@@ -96,15 +121,14 @@ class GraphedTrainStep(TrainStep):
         self.differentiate: dict[torch.Size, tuple[torch.cuda.CUDAGraph, list[Tensor]]] = {}
         self.update: tuple[torch.cuda.CUDAGraph, StepResult] | None = None
 
-    def add(self, *inputs: Tensor, last: bool) -> None:
+    def _run(self, *inputs: Tensor) -> None:
         if self.steps < WARMUP:
-            self._warm_up(lambda: super(GraphedTrainStep, self).add(*inputs, last=last))
+            self._warm_up(lambda: self._differentiate(*inputs))
             return
         shape = inputs[0].shape
         if shape not in self.differentiate:
             held = [torch.empty(t.shape, dtype=t.dtype, device=self.device).copy_(t) for t in inputs]
-            with naming_batch(len(inputs[0]), self.device):
-                graph, _ = self._capture(lambda: self._differentiate(*held))
+            graph, _ = self._capture(lambda: self._differentiate(*held))
             self.differentiate[shape] = (graph, held)
         graph, held = self.differentiate[shape]
         for buffer, given in zip(held, inputs, strict=True):
@@ -112,7 +136,7 @@ class GraphedTrainStep(TrainStep):
         graph.replay()
 
     def finish(self) -> StepResult:
-        self.steps += 1
+        self.steps, self.begun = self.steps + 1, False
         if self.steps <= WARMUP:
             return self._warm_up(lambda: self._update(keep_gradients=True))
         if self.update is None:

@@ -6,11 +6,12 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+from tqdm import tqdm
 
 from sparse_fcmae import UserError
 from sparse_fcmae.data.sources import BadImage
 from sparse_fcmae.training import log as module
-from sparse_fcmae.training.log import RunLog
+from sparse_fcmae.training.log import BAR, RunLog, in_notebook
 from sparse_fcmae.training.plots import draw_loss
 
 
@@ -138,7 +139,40 @@ def test_waiting_for_images_is_said(tmp_path, clock):
     assert second.endswith("lr 1.00e-01, 75% waiting for images")
 
 
-def test_the_bar_goes_on_where_the_run_does(tmp_path):
+@pytest.fixture
+def watched(monkeypatch):
+    """Has the process print into a terminal."""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+
+
+def test_the_bar_has_room_in_80_columns():
+    """With a million steps, days to go, and a wait."""
+    status = "loss 0.9869, 12345.6 images/s"
+    shown = tqdm.format_meter(1_000_000, 1_200_000, 400_000, ncols=80, bar_format=BAR, postfix=status)
+    assert len(shown) <= 80
+    assert shown.endswith(f"{status}]")
+    assert "1000000/1200000" in shown
+
+
+def test_a_line_now_and_then_where_nobody_watches(tmp_path, capsys):
+    log = RunLog(tmp_path, 0, 10, main=True, evaluates=False)
+    log.steps(2, 5, [1.0, 0.5], [1.0, 0.5], [0.1, 0.1], images=30)
+    log.close()
+    out, errors = capsys.readouterr()
+    assert re.fullmatch(r"step 2, loss 0.5000, [\d.]+ images/s, lr 1.00e-01\n", out)
+    assert errors == ""
+
+
+def test_a_notebook_has_a_bar(tmp_path, monkeypatch):
+    shell = type("ZMQInteractiveShell", (), {})()
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: shell))
+    assert in_notebook()
+    log = RunLog(tmp_path, 0, 10, main=True, evaluates=False)
+    assert not log.bar.disable
+    log.close()
+
+
+def test_the_bar_goes_on_where_the_run_does(tmp_path, watched):
     log = RunLog(tmp_path, 4, 10, main=True, evaluates=False)
     assert (log.bar.n, log.bar.total) == (4, 10)
     log.steps(6, 5, [1.0, 0.5], [1.0, 0.5], [0.1, 0.1], images=30)

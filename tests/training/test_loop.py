@@ -249,6 +249,8 @@ class Memory:
 class Remembering:
     """Takes the place of a TrainStep. The loss of a step is its number."""
 
+    most = 5
+
     def __init__(self, objective, optimizer, **options):
         self.optimizer, self.options, self.added, self.rates = optimizer, options, [], []
         objective.made.append(self)
@@ -259,6 +261,14 @@ class Remembering:
     def finish(self):
         self.rates.append(self.optimizer.param_groups[0]["lr"])
         return StepResult(torch.tensor(float(len(self.rates))), torch.tensor(1.0))
+
+
+class Short(Remembering):
+    """Finds in its second step that two images at once are what fits."""
+
+    def finish(self):
+        self.most = 2 if self.rates else self.most
+        return super().finish()
 
 
 class Grey(Task):
@@ -630,3 +640,10 @@ def test_steps_or_epochs_may_be_given_anew_and_one_replaces_the_other(pictures, 
         run(pictures, out, resume=True, max_steps=5)
     run(pictures, out, resume=True, epochs=3)
     assert [row["step"] for row in rows(out, "metrics")][-1] == 12
+
+
+def test_what_fits_into_memory_is_said_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(Grey, "step_type", Short)
+    train(Grey(tmp_path / "run", log_every=1))
+    said = [line for line in lines(tmp_path / "run") if "at once" in line]
+    assert said == ["2 images at once from here on, as more do not fit into the memory of cpu"]

@@ -88,26 +88,58 @@ def test_a_step_whose_gradient_is_not_finite_changes_nothing(fused, value):
 
 
 class Greedy(nn.Module):
-    """Needs more memory than there is for more than two images."""
+    """Needs more memory than there is for more than so many images, and finds out in the forward or backward pass."""
 
-    def __init__(self):
+    def __init__(self, most, backward=False):
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(()))
+        self.layer, self.most, self.backward = nn.Linear(3, 2), most, backward
 
-    def forward(self, images):
-        if len(images) > 2:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore text")
-        return self.weight * images.mean()
+    def forward(self, x, y):
+        loss = (self.layer(x) - y).square().mean()
+        if len(x) > self.most:
+            if not self.backward:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore text")
+            self.layer.weight.register_hook(self.fail)
+        return loss
+
+    def fail(self, gradient):
+        if self.most < 9:
+            self.most = 9  # the hook stays
+            raise torch.OutOfMemoryError("CUDA out of memory")
 
 
-def test_a_batch_that_does_not_fit_is_named_with_what_may():
-    greedy = Greedy()
-    step = TrainStep(greedy, torch.optim.AdamW(greedy.parameters()), images_per_rank=6)
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("sizes", [[8], [5, 3]])
+def test_a_batch_that_does_not_fit_is_divided_and_gives_the_same_step(backward, sizes):
+    greedy, plain = Greedy(2, backward), Objective()
+    plain.layer.load_state_dict(greedy.layer.state_dict())
+    steps = [TrainStep(m, torch.optim.SGD(m.parameters(), lr=0.5), images_per_rank=8) for m in (greedy, plain)]
+    x, y = torch.randn(8, 3), torch.randn(8, 2)
+    for _ in range(2):
+        results = []
+        for step in steps:
+            parts = list(zip(x.split(sizes), y.split(sizes), strict=True))
+            for i, part in enumerate(parts):
+                step.add(*part, last=i == len(parts) - 1)
+            results.append(step.finish())
+        assert results[0].loss.item() == pytest.approx(results[1].loss.item())
+        assert results[0].grad_norm.item() == pytest.approx(results[1].grad_norm.item())
+    assert torch.allclose(greedy.layer.weight, plain.layer.weight)
+    assert steps[0].most == (sizes[0] // 2 if backward else 2)
+    assert steps[1].most == 8
+
+
+def test_a_batch_that_can_t_be_divided_is_named_with_what_may_help():
+    step = TrainStep(greedy := Greedy(0), torch.optim.SGD(greedy.parameters()), images_per_rank=6)
     with pytest.raises(UserError) as error:
-        step.add(torch.ones(6, 1), last=True)
+        step.add(torch.ones(6, 3), torch.ones(6, 2), last=True)
     assert str(error.value) == (
-        "6 images at once do not fit into the memory of cpu: give `micro_batch_size=3`, which changes rounding at most"
-        ", and go on with `resume=auto`: CUDA out of memory. Tried to allocate 2 GiB."
+        "1 images at once do not fit into the memory of cpu: give `grad_checkpointing=True`, and go on with "
+        "`resume=auto`: CUDA out of memory. Tried to allocate 2 GiB."
     )
-    step.add(torch.ones(2, 1), last=True)
-    assert step.finish().loss == pytest.approx(1 / 3)
+    step = TrainStep(greedy := Greedy(4), torch.optim.SGD(greedy.parameters()), images_per_rank=10)
+    step.add(torch.ones(4, 3), torch.ones(4, 2), last=False)
+    with pytest.raises(
+        UserError, match="6 images at once do not fit into the memory of cpu: give `micro_batch_size=3`"
+    ):
+        step.add(torch.ones(6, 3), torch.ones(6, 2), last=True)  # the gradients of the first would be lost
