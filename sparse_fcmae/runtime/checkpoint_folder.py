@@ -56,6 +56,14 @@ def newest_checkpoint(run: Path) -> Path | None:
     return None
 
 
+def best_checkpoint(run: Path) -> Path | None:
+    """The folder of a run's best checkpoint, where it looks for one and that is whole; else of its newest."""
+    newest = newest_checkpoint(run)
+    best = read_json(newest / META).get("best") if newest else None
+    folder = newest.with_name(folder_of(best)) if best else newest
+    return folder if folder is None or damage(folder) is None else newest
+
+
 def damaged_checkpoints(run: Path) -> list[str]:
     """A line for each checkpoint of a run that is newer than its newest whole one, with what is wrong with it."""
     lines = []

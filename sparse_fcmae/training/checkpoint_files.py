@@ -146,7 +146,8 @@ def _sizes_and_digests(folder: Path, *names: str) -> State:
 
 def _describe(folder: Path, step: int, trainer: State, files: State) -> None:
     """Writes meta.json, with which a checkpoint counts as whole."""
-    write_json(folder / META, {"step": step, **files, "images": trainer["images"]})
+    best = trainer.get("best", {}).get("step")
+    write_json(folder / META, {"step": step, **files, "images": trainer["images"], "best": best})
 
 
 def _name_latest(folder: Path, keep: Keep) -> None:

@@ -27,9 +27,9 @@ from sparse_fcmae.runtime.checkpoint_folder import (
     META,
     SHARDS,
     STEP,
+    best_checkpoint,
     damage,
     damaged_checkpoints,
-    newest_checkpoint,
     weights_in,
 )
 from sparse_fcmae.runtime.errors import UserError
@@ -87,8 +87,8 @@ def read_weights(path: str | Path, *, whole: bool = False) -> Weights:
     """The weights in a checkpoint.
 
     path: a folder that `pretrain` or `finetune` made, one of its checkpoints or exports, a folder of timm or Hugging
-    Face, or a .safetensors, .pt, .pth or .bin file. whole: take the newest checkpoint of a run, which has the decoder,
-    and not what was exported.
+    Face, or a .safetensors, .pt, .pth or .bin file. whole: take a checkpoint of a run, which has the decoder, and not
+    what was exported: the best where it looks for one, else the newest.
 
     The layout is recognised by the names, the size by the shapes. Raises UserError, in one line, for what is missing,
     unknown, of a wrong shape, truncated, or holds code.
@@ -108,7 +108,7 @@ def weights_file(path: Path, whole: bool = False) -> Path:
         raise UserError(f"{path}: no such file or folder")
     if (path / META).is_file() and (reason := damage(path)):
         raise UserError(f"checkpoint {path} is damaged: {reason}: take another")
-    if whole and (checkpoint := newest_checkpoint(path)):
+    if whole and (checkpoint := best_checkpoint(path)):
         return weights_in(checkpoint)
     if (path / SHARDS).is_dir():
         return path / SHARDS
@@ -118,7 +118,7 @@ def weights_file(path: Path, whole: bool = False) -> Path:
                 return folder / name
     if (path / f"{FILES[0]}.index.json").is_file():
         raise UserError(f"{path} holds weights in several files: save them in one, with a larger max_shard_size")
-    if checkpoint := newest_checkpoint(path):
+    if checkpoint := best_checkpoint(path):
         return weights_in(checkpoint)
     raise UserError(f"{path} holds no {', '.join(FILES)}, exported encoder or checkpoint")
 

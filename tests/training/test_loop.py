@@ -23,6 +23,7 @@ from sparse_fcmae.data.batches import TrainingImages
 from sparse_fcmae.data.decoders.image import Reading
 from sparse_fcmae.data.sources.folder import ImageFolder
 from sparse_fcmae.data.views import RandomView
+from sparse_fcmae.runtime.checkpoint_folder import best_checkpoint, newest_checkpoint
 from sparse_fcmae.runtime.distributed import Ranks
 from sparse_fcmae.runtime.errors import Interrupted
 from sparse_fcmae.runtime.options import option
@@ -647,3 +648,14 @@ def test_what_fits_into_memory_is_said_once(tmp_path, monkeypatch):
     train(Grey(tmp_path / "run", log_every=1))
     said = [line for line in lines(tmp_path / "run") if "at once" in line]
     assert said == ["2 images at once from here on, as more do not fit into the memory of cpu"]
+
+
+def test_who_takes_a_runs_checkpoint_takes_its_best(pictures, tmp_path):
+    falling(pictures, out := tmp_path / "run", monitor="score", keep_checkpoints=2)
+    assert best_checkpoint(out).name == "step-00000008"
+    assert newest_checkpoint(out).name == "step-00000024"
+    (out / "checkpoints" / "step-00000008" / "trainer.pt").unlink()
+    assert best_checkpoint(out).name == "step-00000024"
+    falling(pictures, other := tmp_path / "other")
+    assert best_checkpoint(other).name == "step-00000024"
+    assert best_checkpoint(tmp_path / "none") is None
