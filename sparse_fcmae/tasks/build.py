@@ -187,7 +187,7 @@ def build_classifier(
         form, notes = weights.form, list(weights.notes)
         shape = {**weights.architecture, "grn_scope": "image"}
         size = shape.pop("image_size")
-    config, recipe = finetuning_recipe(config, shape["name"], len(images))
+    config, recipe = finetuning_recipe(config, shape["name"], len(images) if config.max_steps else 0)
     size = image_size_of(config.image_size) if config.image_size else size
     options = {"image_size": size, "backend": config.backend, "drop_path": config.drop_path}
     torch.manual_seed(config.seed)

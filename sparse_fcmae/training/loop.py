@@ -84,6 +84,7 @@ def train(task: Task) -> Path:
             images_per_rank=schedule.images_per_rank,
             clip_grad=config.clip_grad,
             bf16=config.dtype == "bf16",
+            divides=ranks.world == 1,
         )
         most = runner.most
         progress = Progress(config, schedule, task.source, log, ranks, unreadable, start, task.flops)

@@ -5,7 +5,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from sparse_fcmae.runtime.errors import UserError
@@ -26,8 +25,9 @@ class TrainStep:
     """Adds up the gradients of micro-batches, then has the optimiser step, unless they are not finite.
 
     objective: a module whose forward takes a micro-batch's tensors on the device and gives its mean loss. It may be
-    wrapped for several processes. images_per_rank: of a step on this rank. The loss is the mean over them. most: images
-    that go through the objective at once, which become fewer where they do not fit into the device's memory.
+    wrapped for several processes. images_per_rank: of a step on this rank. The loss is the mean over them. divides:
+    whether a micro-batch that does not fit into the device's memory is divided, which only a run of one process can do.
+    most: images that go through the objective at once.
     """
 
     def __init__(
@@ -38,8 +38,9 @@ class TrainStep:
         images_per_rank: int,
         clip_grad: float | None = None,
         bf16: bool = False,
+        divides: bool = False,
     ) -> None:
-        self.objective, self.optimizer = objective, optimizer
+        self.objective, self.optimizer, self.divides = objective, optimizer, divides
         self.images_per_rank, self.clip_grad, self.bf16 = images_per_rank, clip_grad, bf16
         self.device = optimizer.param_groups[0]["params"][0].device
         self.loss = torch.zeros((), device=self.device)
@@ -48,8 +49,8 @@ class TrainStep:
     def add(self, *inputs: Tensor, last: bool) -> None:
         """Adds a micro-batch, the images in the first dimension of each tensor. `last`: of its step.
 
-        The first of a step is divided where it does not fit into the device's memory, in a run of one process. Raises
-        UserError where that does not help, or can't be done.
+        Raises UserError where it is to be divided and that does not help, or can't be done, as it can't for any but the
+        first of a step.
         """
         inputs = tuple(t.to(self.device, non_blocking=True) for t in inputs)
         while problem := self._added(inputs, last):
@@ -69,12 +70,14 @@ class TrainStep:
                 with accumulating(self.objective, last and number == len(parts)):
                     self._run(*part)
         except torch.OutOfMemoryError as error:
+            if not self.divides:
+                raise
             return str(error).splitlines()[0]
         return None
 
     def _halve(self, images: int, problem: str) -> None:
         """Begins the step again with half as many images at once. Raises UserError where that is not possible."""
-        if images == 1 or self.begun or dist.is_initialized():
+        if images == 1 or self.begun:
             smaller = f"give `micro_batch_size={images // 2}`" if images > 1 else "give `grad_checkpointing=True`"
             raise UserError(
                 f"{images} images at once do not fit into the memory of {self.device}: {smaller}, and go on with "

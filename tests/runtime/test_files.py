@@ -249,3 +249,17 @@ def test_a_full_disk_is_an_os_error_where_torch_would_raise_its_own(tmp_path):
         pytest.skip("there is no /dev/full")
     with pytest.raises(OSError, match="No space left on device"):
         save_pickled(1, Path("/dev/full"))
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full")
+def test_a_full_disk_is_an_oserror_of_what_torch_saves(tmp_path):
+    (tmp_path / "trainer.pt").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left on device"):
+        save_pickled({"x": torch.randn(1_000_000)}, tmp_path / "trainer.pt")
+
+
+def test_what_is_pickled_is_read_again(tmp_path):
+    save_pickled({"x": torch.arange(5), "y": {"z": [1, "a"]}}, tmp_path / "trainer.pt")
+    found = torch.load(tmp_path / "trainer.pt", weights_only=True)
+    assert found["x"].tolist() == [0, 1, 2, 3, 4]
+    assert found["y"] == {"z": [1, "a"]}

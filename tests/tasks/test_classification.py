@@ -210,7 +210,7 @@ def test_mistakes_are_one_line(pictures, encoder, whole, tmp_path, capsys, monke
     assert "no such file or folder" in fails(init=tmp_path / "none")
     assert "choose 30 or less" in fails(batch_size=64)
     assert "--model goes with --from-scratch alone" in fails(model="tiny")
-    assert "invalid choice: 'giant'" in fails(preset="giant")
+    assert "invalid choice: 'enormous'" in fails(preset="enormous")
     assert "--rand-augment must be at most 10" in fails(rand_augment=11)
     assert "--ema-decay must be less than 1, not 1.0" in fails(ema_decay=1)
     assert "invalid choice: 'attto'" in fails("--from-scratch", init=None, model="attto")

@@ -303,7 +303,7 @@ def test_a_step_gets_all_its_micro_batches_and_is_told_the_last(tmp_path):
     task = Grey(tmp_path / "run")
     train(task)
     (step,) = task.objective.made
-    assert step.options == {"images_per_rank": 5, "clip_grad": 7.0, "bf16": False}
+    assert step.options == {"images_per_rank": 5, "clip_grad": 7.0, "bf16": False, "divides": True}
     assert step.added == [(2, False), (2, False), (1, True)] * 12
     cosine = [0.1 + 0.4 * 0.5 * (1 + torch.tensor(torch.pi * i / 12).cos().item()) for i in range(12)]
     assert step.rates == pytest.approx([0.5 * rate for rate in cosine], rel=1e-6)
@@ -314,7 +314,7 @@ def test_one_micro_batch_is_the_last(tmp_path, micro):
     task = Grey(tmp_path / "run", micro_batch_size=micro, epochs=1, dtype="bf16", clip_grad=None)
     train(task)
     (step,) = task.objective.made
-    assert step.options == {"images_per_rank": 5, "clip_grad": None, "bf16": True}
+    assert step.options == {"images_per_rank": 5, "clip_grad": None, "bf16": True, "divides": True}
     assert step.added == [(5, True)] * 4
 
 

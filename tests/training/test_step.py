@@ -113,7 +113,9 @@ class Greedy(nn.Module):
 def test_a_batch_that_does_not_fit_is_divided_and_gives_the_same_step(backward, sizes):
     greedy, plain = Greedy(2, backward), Objective()
     plain.layer.load_state_dict(greedy.layer.state_dict())
-    steps = [TrainStep(m, torch.optim.SGD(m.parameters(), lr=0.5), images_per_rank=8) for m in (greedy, plain)]
+    steps = [
+        TrainStep(m, torch.optim.SGD(m.parameters(), lr=0.5), images_per_rank=8, divides=True) for m in (greedy, plain)
+    ]
     x, y = torch.randn(8, 3), torch.randn(8, 2)
     for _ in range(2):
         results = []
@@ -130,16 +132,22 @@ def test_a_batch_that_does_not_fit_is_divided_and_gives_the_same_step(backward, 
 
 
 def test_a_batch_that_can_t_be_divided_is_named_with_what_may_help():
-    step = TrainStep(greedy := Greedy(0), torch.optim.SGD(greedy.parameters()), images_per_rank=6)
+    step = TrainStep(greedy := Greedy(0), torch.optim.SGD(greedy.parameters()), images_per_rank=6, divides=True)
     with pytest.raises(UserError) as error:
         step.add(torch.ones(6, 3), torch.ones(6, 2), last=True)
     assert str(error.value) == (
         "1 images at once do not fit into the memory of cpu: give `grad_checkpointing=True`, and go on with "
         "`resume=auto`: CUDA out of memory. Tried to allocate 2 GiB."
     )
-    step = TrainStep(greedy := Greedy(4), torch.optim.SGD(greedy.parameters()), images_per_rank=10)
+    step = TrainStep(greedy := Greedy(4), torch.optim.SGD(greedy.parameters()), images_per_rank=10, divides=True)
     step.add(torch.ones(4, 3), torch.ones(4, 2), last=False)
     with pytest.raises(
         UserError, match="6 images at once do not fit into the memory of cpu: give `micro_batch_size=3`"
     ):
         step.add(torch.ones(6, 3), torch.ones(6, 2), last=True)  # the gradients of the first would be lost
+
+
+def test_unless_it_may_it_is_not_divided():
+    step = TrainStep(greedy := Greedy(4), torch.optim.SGD(greedy.parameters()), images_per_rank=10)
+    with pytest.raises(torch.OutOfMemoryError):
+        step.add(torch.ones(6, 3), torch.ones(6, 2), last=True)

@@ -183,7 +183,8 @@ def test_full_disk_is_one_line_and_leaves_nothing(tmp_path, export_encoder, monk
     def full(*arguments, **options):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("pathlib.Path.write_bytes", full)
+    monkeypatch.setattr("sparse_fcmae.runtime.files.torch.save", lambda value, file: file.write(b"x"))
+    monkeypatch.setattr("sparse_fcmae.runtime.files.Noting.write", full)
     for name in ("x.pt", "folder"):
         with pytest.raises(UserError, match=r"can't write .*: No space left on device"):
             convert(tmp_path / "ours", tmp_path / name, to="mmpretrain")
