@@ -28,6 +28,7 @@ PARTS = (  # of every run; a task has further ones
     CHECKPOINTS,
     "exported",
 )
+OF_TRACKERS = ("wandb",)  # what a tracker leaves where a run does not begin, as another one can't be reached
 RENAMED = {"every": "eval_every"}  # options under the names that earlier versions wrote into config.json
 
 
@@ -46,7 +47,7 @@ class RunFolder:
             if self.path.exists() and not self.path.is_dir():
                 raise UserError(f"`out` {self.path} is a file: choose another")
             names = [p.name for p in self.path.iterdir()] if self.path.exists() else []
-            empty = all(name == LOCK or leftover_of(name) == CONFIG for name in names)
+            empty = all(name in (LOCK, *OF_TRACKERS) or leftover_of(name) == CONFIG for name in names)
         is_run = not empty and self.saved_options() is not None
         if resume and not is_run:
             raise UserError(f"`out` {self.path} holds no {self.task} run to resume: leave `resume` out to start one")

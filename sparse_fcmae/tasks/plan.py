@@ -18,6 +18,7 @@ from sparse_fcmae.runtime.options import check, image_size_of, keywords_of
 from sparse_fcmae.tasks.build import model_name, training_flops
 from sparse_fcmae.tasks.config import PlanConfig, PretrainConfig
 from sparse_fcmae.tasks.recipes import pretraining_recipe
+from sparse_fcmae.training.progress import shown_time
 
 PYTORCH = 0.6e9  # bytes that PyTorch and its libraries take, on a GPU for its context
 H100 = 989.0  # TFLOP/s in bfloat16
@@ -67,6 +68,8 @@ def plan(options: dict[str, Any]) -> str:
     micro = min(config.micro_batch_size, batch // devices)
     steps = config.images // batch * recipe.epochs
     seconds = steps * batch / (speed * devices)
+    hours = seconds * devices / HOURS
+    time = f"{seconds / DAYS:,.1f} days" if seconds >= 2 * DAYS else shown_time(seconds)
     total = parameters(model)
     return "\n".join(
         [
@@ -79,7 +82,7 @@ def plan(options: dict[str, Any]) -> str:
             f"operations   {flops / 1e9:,.1f} GFLOP an image, forward and backward",
             f"speed        {speed:,.0f} images/s a device, {speed * devices:,.0f} together, "
             f"{batch / (speed * devices):.2f} s a step",
-            f"time         {seconds / DAYS:,.1f} days, {seconds * devices / HOURS:,.0f} GPU hours",
+            f"time         {time}, {hours:,.{0 if hours > 10 else 2}f} GPU hours",
             f"checkpoint   {12 * total / 1e9:,.2f} GB, and as much of the machine's memory while it is written",
             f"data         {speed * devices * config.image_kb / 1e3:,.0f} MB/s of {config.image_kb:g} kB an image; "
             f"{config.images * config.image_kb / 1e9:,.2f} TB in all",

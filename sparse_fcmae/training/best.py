@@ -60,5 +60,5 @@ class Best:
 
 def _choice(measures: tuple[str, ...]) -> str:
     if not measures:
-        return "this run measures nothing, so leave it out"
+        return "this run measures nothing: give `val` or `knn`, or leave it out"
     return f"choose {' or '.join(measures)}"

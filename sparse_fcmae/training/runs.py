@@ -12,6 +12,7 @@ from sparse_fcmae.runtime.files import read_json
 from sparse_fcmae.runtime.lock import is_locked
 from sparse_fcmae.runtime.options import check, keywords_of
 from sparse_fcmae.training.config import RunsConfig
+from sparse_fcmae.training.lr_range import STEPS
 
 FORMAT = "sparse-fcmae "  # how the format of a run's config.json begins
 TAIL = 1 << 16  # bytes at the end of metrics.jsonl that are read for the last step
@@ -62,7 +63,8 @@ def _look_at(folder: Path, files: list[str], names: list[str]) -> Found | None:
     row, saved = _last_row(folder / "metrics.jsonl"), checkpoints_in(folder)
     step, steps = row.get("step", 0), None
     if row.get("epoch") and isinstance(config.get("epochs"), int):
-        steps = config.get("max_steps") or config["epochs"] * round(step / row["epoch"])
+        of_epochs = STEPS if config.get("lr_range") else config["epochs"] * round(step / row["epoch"])
+        steps = config.get("max_steps") or of_epochs
     newest, exported = step_of(saved[0]) if saved else 0, folder / "exported"
     ended_early = bool(config.get("patience") and saved) and _written(exported) >= _written(saved[0] / META)
     if is_locked(folder):

@@ -76,6 +76,7 @@ def test_folders_that_can_not_be_used_as_asked(run, there, resume, overwrite, me
         (run.path / "config.json").write_text('{"format": "sparse-fcmae juggling run"}')
     elif there == "lock":
         (run.path / ".lock").touch()
+        (run.path / "wandb").mkdir()  # of a start at which another tracker was out of reach
     elif there == "hidden":
         (run.path / ".thesis.2024.old").mkdir()
     elif there == "leftovers":

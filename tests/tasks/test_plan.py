@@ -78,7 +78,7 @@ def test_time_and_sizes_follow_from_the_counts(capsys):
     assert "base, 91.9 M parameters with the decoder, images of 224x224, bf16\n" in text
     assert "100,000 steps of 1000 images, 250 on each of 4 devices, 128 at once\n" in text
     assert "500 images/s a device, 2,000 together, 0.50 s a step\n" in text
-    assert "0.6 days, 56 GPU hours\n" in text  # 1e8 images at 2000 a second
+    assert "13 h 53 min, 56 GPU hours\n" in text  # 1e8 images at 2000 a second
     assert "checkpoint   1.10 GB" in text
     assert "220 MB/s of 110 kB an image; 0.11 TB in all" in text
     assert [line.split()[0] for line in text.splitlines() if re.match(r"(ddp|fsdp|hsdp) ", line)] == ["ddp", "fsdp"]

@@ -81,9 +81,7 @@ def test_without_a_monitor_nothing_is_the_best():
 def test_what_is_not_measured_is_refused():
     with pytest.raises(UserError, match="`monitor` top5 is not measured in this run: choose top1 or loss"):
         best("top5")
-    with pytest.raises(
-        UserError, match="`monitor` top1 is not measured in this run: this run measures nothing, so leave"
-    ):
+    with pytest.raises(UserError, match="`monitor` top1 is not measured in this run: this run measures nothing: give"):
         best("top1", measures=())
     with pytest.raises(UserError, match="`patience` needs `monitor`, the value that is to get better: choose top1 or"):
         best(None, patience=3)
