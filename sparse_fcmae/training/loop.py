@@ -63,15 +63,7 @@ def train(task: Task) -> Path:
             print(f"the run in {config.out} is finished: it is in {run.path / 'exported'}{why}")
         return run.path / "exported"
     loader, notes = _loader(task, schedule, start)
-    opening = (config.log_to, run.path, asdict(config), start)
-    trackers = ranks.on_main(lambda: Writers.of(*opening)) or Writers({})
-    ranks.barrier()  # every rank has found all in order before one writes
-    contents = contents_of(task.source) if ranks.main else {}
-    before = (run.saved_options() or {}).get("contents", contents) if config.resume else contents
-    if ranks.main:
-        run.begin(config, task.outputs, **task.beside_config(), contents=before)
-    ranks.barrier()
-
+    trackers, swapped = _begin(task, run, start)
     log = RunLog(run.path, start, schedule.steps, ranks.main, bool(task.measures), trackers)
     meter = EnergyMeter() if ranks.main else None
     waiting = Waiting(log.say, str(task.source))
@@ -91,15 +83,7 @@ def train(task: Task) -> Path:
         checkpoints = Checkpoints(run, task, optimizer, schedule, log, unreadable, start, best)
         log.say(f"{task.description}; {len(task.source)} samples, {schedule}")
         going_on = _going_on(run.path, checkpoint, best, last=finished) if config.resume and ranks.main else []
-        for note in (
-            *going_on,
-            *other_contents(before, contents),
-            *changed,
-            *spread(config, ranks),
-            *task.notes,
-            *notes,
-            str(checkpoints),
-        ):
+        for note in (*going_on, *swapped, *changed, *spread(config, ranks), *task.notes, *notes, str(checkpoints)):
             log.say(note)
         with checkpoints.kept(progress), loader.explained():
             if not start and task.evaluates_untrained:
@@ -115,9 +99,9 @@ def train(task: Task) -> Path:
                 result = runner.finish()
                 task.after_step()
                 progress.step_done(result, lr)
-                watch.step = step + 1
+                watch.step = done = step + 1
 
-                done, stopping = step + 1, stop.agreed(step + 1)
+                stopping = stop.agreed(done)
                 evaluating = task.measures and schedule.evaluates_after(done)
                 saving = stopping or checkpoints.asked_for(done) or (ranks.world == 1 and checkpoints.due(done))
                 if evaluating or saving or done % config.log_every == 0 or step == start:
@@ -144,14 +128,36 @@ def train(task: Task) -> Path:
                     log.say(f"stopped: {best.why()}")
                     break
         with watch.rest():
-            if best.step not in (None, checkpoints.saved_step):
-                log.say(checkpoints.go_back_to(best.step))
-            task.export(run.path, log)
+            _end(task, checkpoints, log)
             log.say(progress.summary(meter))
-            if config.lr_range and ranks.main:
-                log.draw(lambda: log.say(what_it_showed(run.path)))
             ranks.barrier()
     return run.path / "exported"
+
+
+def _begin(task: Task, run: RunFolder, start: int) -> tuple[Writers, list[str]]:
+    """Writes the run's config once nothing can be refused any more, and opens the trackers.
+
+    Returns these, and what there is to say of images that are others than when the run began.
+    """
+    config, ranks = task.config, task.ranks
+    opened = ranks.on_main(lambda: Writers.of(config.log_to, run.path, asdict(config), start))
+    ranks.barrier()  # every rank has found all in order before one writes
+    contents = contents_of(task.source) if ranks.main else {}
+    before = (run.saved_options() or {}).get("contents", contents) if config.resume else contents
+    if ranks.main:
+        run.begin(config, task.outputs, **task.beside_config(), contents=before)
+    ranks.barrier()
+    return opened or Writers({}), other_contents(before, contents)
+
+
+def _end(task: Task, checkpoints: Checkpoints, log: RunLog) -> None:
+    """Exports the best weights, where the run looks for them, else the last; says what a range test has shown."""
+    best, run = checkpoints.best, checkpoints.run.path
+    if best.step not in (None, checkpoints.saved_step):
+        log.say(checkpoints.go_back_to(best.step))
+    task.export(run, log)
+    if task.config.lr_range and task.ranks.main:
+        log.draw(lambda: log.say(what_it_showed(run)))
 
 
 def _going_on(run: Path, checkpoint: Path | None, best: Best, last: bool) -> list[str]:

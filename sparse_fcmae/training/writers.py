@@ -57,14 +57,10 @@ class TensorBoard(Writer):
         self.writer.close()
 
 
-class WandB(Writer):
-    def __init__(self, run: Path, name: str, options: dict[str, Any], step: int) -> None:
-        import wandb
+class OfRun(Writer):
+    """A tracker whose account of the run is an object with `log` and `finish`."""
 
-        settings = wandb.Settings(silent=True)
-        self.run = wandb.init(
-            project=PROJECT, id=name, name=run.name, dir=str(run), config=options, resume="allow", settings=settings
-        )
+    run: Any
 
     def rows(self, rows: Sequence[tuple[int, dict[str, float]]]) -> None:
         for step, values in rows:
@@ -72,6 +68,16 @@ class WandB(Writer):
 
     def close(self) -> None:
         self.run.finish()
+
+
+class WandB(OfRun):
+    def __init__(self, run: Path, name: str, options: dict[str, Any], step: int) -> None:
+        import wandb
+
+        settings = wandb.Settings(silent=True)
+        self.run = wandb.init(
+            project=PROJECT, id=name, name=run.name, dir=str(run), config=options, resume="allow", settings=settings
+        )
 
 
 class MLflow(Writer):
@@ -97,20 +103,13 @@ class MLflow(Writer):
         self.client.set_terminated(self.id)
 
 
-class Trackio(Writer):
+class Trackio(OfRun):
     def __init__(self, run: Path, name: str, options: dict[str, Any], step: int) -> None:
         import trackio
 
         self.run = trackio.init(
             project=PROJECT, name=f"{run.name}-{name[:8]}", config=options, resume="allow", embed=False
         )
-
-    def rows(self, rows: Sequence[tuple[int, dict[str, float]]]) -> None:
-        for step, values in rows:
-            self.run.log(values, step=step)
-
-    def close(self) -> None:
-        self.run.finish()
 
 
 class Comet(Writer):
