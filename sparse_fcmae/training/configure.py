@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import fields, replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -53,6 +54,8 @@ def _of_file(kind: type[Config], given: dict[str, Any]) -> dict[str, Any]:
     if given.get("config") is None:
         return {}
     path = Path(given["config"])
+    if path.suffix.lower() not in (".toml", ".json"):
+        raise UserError(f"`config` {path} is neither a .toml nor a .json file: write the options as one of them")
     found = read_toml(path) if path.suffix.lower() == ".toml" else read_json(path)
     if not isinstance(found, dict):
         raise UserError(f"`config` {path} holds no options by their names")
@@ -62,8 +65,12 @@ def _of_file(kind: type[Config], given: dict[str, Any]) -> dict[str, Any]:
         raise UserError(f"`config` {path} is of a {made}, and this is {kind.task}")
     if made:  # a run's, which has more than options, and its own folder
         found = {name: value for name, value in found.items() if name in {f.name for f in fields(kind)} - {"out"}}
-    if unknown := sorted(found.keys() - {f.name for f in fields(kind)}):
-        raise UserError(f"`config` {path}: there is no option {unknown[0]}")
+    known = [f.name for f in fields(kind)]
+    if unknown := sorted(found.keys() - set(known)):
+        near = get_close_matches(unknown[0], known, 1)
+        raise UserError(
+            f"`config` {path}: there is no option {unknown[0]}" + (f"; is {near[0]} meant?" if near else "")
+        )
     return found
 
 

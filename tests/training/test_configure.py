@@ -190,7 +190,8 @@ def test_a_runs_config_starts_the_same_run_again(run, tmp_path):
     [
         ("{", "can't be read as JSON"),
         ("[1]", "holds no options by their names"),
-        ('{"data": "x", "lrr": 1}', "there is no option lrr"),
+        ('{"data": "x", "lrr": 1}', "there is no option lrr; is lr meant?"),
+        ('{"data": "x", "xxxxxxxxx": 1}', "there is no option xxxxxxxxx$"),
         ('{"data": "x", "epochs": "ten"}', "`epochs` must be a whole number, not 'ten'"),
         ('{"data": "x", "lr": [1]}', "`lr` must be a number, not"),
         ('{"data": {"x": 1}}', "`data` is of the type dict: give a path"),
@@ -201,6 +202,12 @@ def test_a_file_of_options_that_is_none(tmp_path, content, message):
     (tmp_path / "x.json").write_text(content)
     with pytest.raises(UserError, match=message):
         configure(PretrainConfig, {"config": str(tmp_path / "x.json"), "out": str(tmp_path / "new")})
+
+
+@pytest.mark.parametrize("name", ["recipe.yaml", "recipe", ""])
+def test_options_are_read_from_toml_and_json_alone(tmp_path, name):
+    with pytest.raises(UserError, match=r"is neither a \.toml nor a \.json file: write the options"):
+        configure(PretrainConfig, {"config": str(tmp_path / name), "out": str(tmp_path / "new")})
 
 
 def test_a_spoilt_config_of_a_run_is_said(run):
