@@ -14,7 +14,7 @@ from sparse_fcmae.runtime.errors import UserError
 from sparse_fcmae.runtime.files import digest_of, one_line, read_json
 
 MODEL, SHARDS, TRAINER, META, LATEST = "model.safetensors", "shards", "trainer.pt", "meta.json", "latest"
-CHECKPOINTS = "checkpoints"
+CHECKPOINTS, EXPORTED = "checkpoints", "exported"
 STEP = re.compile(r"step-(\d{8,})")
 
 
@@ -62,6 +62,17 @@ def best_checkpoint(run: Path) -> Path | None:
     best = read_json(newest / META).get("best") if newest else None
     folder = newest.with_name(folder_of(best)) if best else newest
     return folder if folder is None or damage(folder) is None else newest
+
+
+def is_exported(run: Path) -> bool:
+    """Whether a run has written its weights for their users since it wrote its newest checkpoint."""
+    exported, newest = _written(run / EXPORTED / MODEL), next(iter(checkpoints_in(run)), None)
+    return exported > 0 and (newest is None or exported >= _written(newest / META))
+
+
+def _written(path: Path) -> float:
+    """When a file was written, 0 where there is none."""
+    return path.stat().st_mtime if path.exists() else 0.0
 
 
 def damaged_checkpoints(run: Path) -> list[str]:

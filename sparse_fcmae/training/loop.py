@@ -8,7 +8,7 @@ import torch
 
 from sparse_fcmae.data.batches import Loader, make_loader, micro_batches
 from sparse_fcmae.data.sources.contents import contents_of, other_contents
-from sparse_fcmae.runtime.checkpoint_folder import MODEL, damaged_checkpoints, newest_checkpoint
+from sparse_fcmae.runtime.checkpoint_folder import damaged_checkpoints, is_exported, newest_checkpoint
 from sparse_fcmae.runtime.device import loader_processes
 from sparse_fcmae.runtime.energy import EnergyMeter
 from sparse_fcmae.runtime.errors import Interrupted, UserError
@@ -57,7 +57,7 @@ def train(task: Task) -> Path:
         longer = "max_steps" if config.max_steps else "epochs"
         raise UserError(f"the run in {config.out} has done {start} steps, more than {schedule.steps}: raise `{longer}`")
     finished = start == schedule.steps or best.ended
-    if config.resume == "auto" and finished and (run.path / "exported" / MODEL).is_file():
+    if config.resume == "auto" and finished and ranks.by_main(lambda: is_exported(run.path)):
         if ranks.main:
             why = f" ({best.why()})" if best.ended else ""
             print(f"the run in {config.out} is finished: it is in {run.path / 'exported'}{why}")

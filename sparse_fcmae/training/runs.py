@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sparse_fcmae.runtime.checkpoint_folder import META, checkpoints_in, step_of
+from sparse_fcmae.runtime.checkpoint_folder import checkpoints_in, is_exported, step_of
 from sparse_fcmae.runtime.errors import UserError
 from sparse_fcmae.runtime.files import read_json
 from sparse_fcmae.runtime.lock import is_locked
@@ -65,11 +65,11 @@ def _look_at(folder: Path, files: list[str], names: list[str]) -> Found | None:
     if row.get("epoch") and isinstance(config.get("epochs"), int):
         of_epochs = STEPS if config.get("lr_range") else config["epochs"] * round(step / row["epoch"])
         steps = config.get("max_steps") or of_epochs
-    newest, exported = step_of(saved[0]) if saved else 0, folder / "exported"
-    ended_early = bool(config.get("patience") and saved) and _written(exported) >= _written(saved[0] / META)
+    newest = step_of(saved[0]) if saved else 0
+    ended = (steps is not None and newest >= steps) or bool(config.get("patience") and saved)
     if is_locked(folder):
         state = "running"
-    elif exported.is_dir() and steps is not None and (newest >= steps or ended_early):
+    elif ended and is_exported(folder):
         state = "finished"
     else:
         state = f"stopped, checkpoint at {newest}" if newest else "stopped, no checkpoint"
@@ -78,11 +78,6 @@ def _look_at(folder: Path, files: list[str], names: list[str]) -> Found | None:
     task = form.removeprefix(FORMAT).removesuffix(" run")
     speed = row.get("images_per_second")
     return Found(folder, task, state, step, steps, row.get("loss"), speed, max(0.0, time.time() - written))
-
-
-def _written(path: Path) -> float:
-    """When a file or folder was written, 0 where there is none."""
-    return path.stat().st_mtime if path.exists() else 0.0
 
 
 def _last_row(metrics: Path) -> dict[str, Any]:

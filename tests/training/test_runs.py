@@ -19,6 +19,7 @@ def made(folder, task="pretraining", rows=(), checkpoints=(), exported=False, ep
         (folder / "checkpoints" / f"step-{step:08d}").mkdir()
     if exported:
         (folder / "exported").mkdir()
+        (folder / "exported" / "model.safetensors").touch()
     return folder
 
 
