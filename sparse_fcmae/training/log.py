@@ -96,7 +96,12 @@ class RunLog:
         if not self.main:
             return
         with writing(self.run):
-            self.text.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {message}\n")
+            self.text.write(_dated(message))
+
+    def last_words(self, message: str) -> None:
+        """One line into train.log by whichever rank is left to write it."""
+        with (self.run / "train.log").open("a", encoding="utf-8", errors="backslashreplace") as text:
+            text.write(_dated(message))
 
     def say_left_out(self, unreadable: Iterable[BadImage]) -> None:
         """Names each image once that an evaluation leaves out because it can't be read."""
@@ -179,6 +184,11 @@ class RunLog:
             if file:
                 with suppress(OSError):
                     file.close()
+
+
+def _dated(message: str) -> str:
+    """A line of train.log."""
+    return f"{time.strftime('%Y-%m-%d %H:%M:%S')} {message}\n"
 
 
 def as_row(values: dict[str, float]) -> str:

@@ -67,7 +67,7 @@ def train(task: Task) -> Path:
     log = RunLog(run.path, start, schedule.steps, ranks.main, bool(task.measures), trackers)
     meter = EnergyMeter() if ranks.main else None
     waiting = Waiting(log.say, str(task.source))
-    watch = Watch(ranks, waiting, config.hang_minutes, start, log.note)
+    watch = Watch(ranks, waiting, config.hang_minutes, start, log.last_words)
     with log, waiting, watch, stop_signals(ranks, waiting, start) as stop:
         batches = prefetched(iter(loader), ranks.device)
         runner = task.step_type(

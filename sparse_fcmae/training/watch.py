@@ -29,8 +29,9 @@ class Watch:
     """Has ranks tell each other what they do, and ends a run whose ranks have not done a step for some time.
 
     A context, in which a thread does it, by the store that the processes met by and not by collectives, which would
-    hang as well. step: that are done; the loop counts it up. minutes: without a step, after which the run ends. say:
-    takes the line that names the rank. The process then ends at once, and torchrun ends or restarts the others.
+    hang as well. step: that are done; the loop counts it up. minutes: without a step, or in an evaluation without a
+    sign of life from a rank, after which the run ends. say: takes the line that names the rank. The process then ends
+    at once, and torchrun ends or restarts the others.
     """
 
     def __init__(self, ranks: Ranks, waiting: Waiting, minutes: float, step: int, say: Callable[[str], None]) -> None:
@@ -63,21 +64,25 @@ class Watch:
         beat, seen, since = 0, self.step, time.monotonic()
         while not self._over.wait(BEAT):
             beat += 1
-            with suppress(RuntimeError):  # the store ends with the rank that keeps it
-                sign = Sign(beat, self.step, self.waiting.since is not None)
-                self.store.set(str(self.ranks.rank), ",".join(str(int(value)) for value in sign))
-                self._read()
-                if self.step != seen or self.resting:
-                    seen, since = self.step, time.monotonic()
-                elif time.monotonic() - since >= self.seconds:
-                    self._end(time.monotonic() - since)
+            self._tell(Sign(beat, self.step, self.waiting.since is not None))
+            self._listen()
+            if self.step != seen or self.resting:
+                seen, since = self.step, time.monotonic()
+            silent = BEAT * max(beats for _, beats in self._last)  # in an evaluation too
+            if (passed := max(time.monotonic() - since, silent)) >= self.seconds:
+                self._end(passed)
 
-    def _read(self) -> None:
+    def _tell(self, sign: Sign) -> None:
+        with suppress(RuntimeError):  # the store ends with the process that keeps it
+            self.store.set(str(self.ranks.rank), ",".join(str(int(value)) for value in sign))
+
+    def _listen(self) -> None:
         for rank, (before, beats) in enumerate(self._last):
-            key = str(rank)
-            if self.store.check([key]):
-                sign = Sign(*map(int, self.store.get(key).decode().split(",")))
-                self._last[rank] = (sign, 0) if sign != before else (before, beats + 1)
+            sign = before
+            with suppress(RuntimeError):
+                if self.store.check([str(rank)]):
+                    sign = Sign(*map(int, self.store.get(str(rank)).decode().split(",")))
+            self._last[rank] = (sign, 0) if sign != before else (before, beats + 1)
 
     def hanging(self) -> tuple[list[int], str]:
         """The ranks that the others wait for, and what is the matter with them."""

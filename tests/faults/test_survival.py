@@ -203,7 +203,8 @@ def test_a_killed_rank_under_elastic_torchrun(pictures, tmp_path):
     assert rows(run) == rows(whole)
 
 
-def test_a_rank_that_is_stopped_is_named_and_the_job_goes_on(pictures, tmp_path):
+@pytest.mark.parametrize("stopped", [0, 1])
+def test_a_rank_that_is_stopped_is_named_and_the_job_goes_on(pictures, tmp_path, stopped):
     """As a machine that hangs, or a GPU that is lost. Both ends are looked at: torchrun starts both processes again."""
     options = {"epochs": 30, "save_every": 5, "hang_minutes": 0.2}
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1"]
@@ -214,10 +215,10 @@ def test_a_rank_that_is_stopped_is_named_and_the_job_goes_on(pictures, tmp_path)
             arguments, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=errors
         )
         wait_for(process, lambda: len(rows(run)) >= 12)
-        os.kill(children_of(process.pid)[1], signal.SIGSTOP)
+        os.kill(children_of(process.pid)[stopped], signal.SIGSTOP)
         assert process.wait(SECONDS) == 0
     said = (run / "train.log").read_text()
-    assert ": rank 1 gives no sign of life" in said
+    assert f": rank {stopped} gives no sign of life" in said
     assert said.count("resumed from") == 1
-    assert "rank 1 gives no sign of life" in (tmp_path / "errors").read_text()
+    assert f"rank {stopped} gives no sign of life" in (tmp_path / "errors").read_text()
     assert len(rows(run)) == 120
