@@ -112,6 +112,7 @@ class Classification(Task):
         self.source, held_out = ranks.main_first(lambda: samples_of(*images, self.training_view, config.max_bad_images))
         self.notes += [*self.source.notes, *(note for note in held_out.notes if note not in self.source.notes)]
         own = held_out.take(range(ranks.rank, len(held_out), ranks.world))
+        self.judge = held_out.fingerprint
         self.held_out = EvaluationSet(own, evaluation_view(config, self.size, self.form, ranks.device), ranks)
         names = ("top1", "loss") if len(self.source.classes) <= TOP else ("top1", "top5", "loss")
         self.measures = (*names, *(f"ema_{name}" for name in names if self.ema))

@@ -129,7 +129,8 @@ class Pretraining(Task):
         self.held_out = HeldOutLoss(held_out, view, ranks, config.seed) if held_out else None
         names = ["knn_top1"] * bool(self.monitor) + ["val_loss"] * bool(held_out)
         self.measures = (*names, *(f"ema_{name}" for name in names if self.ema))
-        self.judge = " ".join(part.fingerprint for part in (self.monitor, held_out) if part)
+        measured = {"knn_top1": self.monitor, "val_loss": held_out}.get((config.monitor or "").removeprefix("ema_"))
+        self.judge = measured.fingerprint if measured else ""
         self.evaluates_untrained = bool(self.measures)
         centre = CentreView(self.size, self.training_view.reading, native=config.crop == "native")
         samples = sample_images(self.source, SAMPLES, centre)

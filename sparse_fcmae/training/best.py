@@ -24,6 +24,7 @@ class Best:
         self.step: int | None = None
         self.value: float | None = None
         self.since = 0
+        self.notes: list[str] = []  # what there is to say of a best that a checkpoint had
 
     def look(self, step: int, values: dict[str, float]) -> bool:
         """Takes an evaluation after a step; returns whether it is the best so far."""
@@ -56,6 +57,10 @@ class Best:
         """Goes on from what `state` gave, unless that was by another value, or measured on other images."""
         if state.get("by") == [self.monitor, self.judge]:
             self.step, self.value, self.since = state["step"], state["value"], state["since"]
+        elif self.monitor and state.get("step"):
+            by = state["by"][0]
+            how = "on other images" if by == self.monitor else f"by {by}"
+            self.notes.append(f"the best so far, step {state['step']}, was found {how}, and is looked for anew")
 
 
 def _choice(measures: tuple[str, ...]) -> str:

@@ -164,7 +164,8 @@ def _going_on(run: Path, checkpoint: Path | None, best: Best, last: bool) -> lis
     """What there is to say of the checkpoint that a run goes on from. last: whether it is of the last step."""
     why = f", as {best.why()}" if best.ended else ""
     found = f"resumed from {checkpoint}" if checkpoint else "no checkpoint to resume from: starting at step 0"
-    return [*damaged_checkpoints(run), found + (f", the run's last: only exporting again{why}" if last else "")]
+    found += f", the run's last: only exporting again{why}" if last else ""
+    return [*damaged_checkpoints(run), found, *best.notes]
 
 
 def _loader(task: Task, schedule: Schedule, start: int) -> tuple[Loader, list[str]]:

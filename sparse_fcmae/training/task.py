@@ -28,7 +28,7 @@ class Task(ABC):
     what is trained, where and how, in a line. notes: what else the log says at the start, a line each. outputs: the
     names of the files and folders in the run's folder that the task makes, beside `exported`. step_type: how steps run.
     min_lr: the learning rate at the end of the cosine. measures: the names of the values that `evaluate` gives; it is
-    not called where there are none. judge: a digest of the images that they are measured on. evaluates_untrained:
+    not called where there are none. judge: a digest of the images that `monitor` is measured on. evaluates_untrained:
     whether `evaluate` is also called before the first step. flops: of an image's forward and backward pass, 0 where
     they are not known.
     """

@@ -47,12 +47,13 @@ def test_patience_is_counted_from_the_best_and_goes_on_after_a_checkpoint():
 def test_another_value_starts_anew():
     found = best()
     found.look(1, {"top1": 0.5})
-    other = best("loss")
-    other.load_state(found.state())
-    assert other.step is None
-    other = best(judge="others")
-    other.load_state(found.state())
-    assert other.step is None
+    for other, how in ((best("loss"), "by top1"), (best(judge="others"), "on other images")):
+        other.load_state(found.state())
+        assert other.step is None
+        assert other.notes == [f"the best so far, step 1, was found {how}, and is looked for anew"]
+    same = best()
+    same.load_state(found.state())
+    assert same.notes == []
 
 
 @pytest.mark.parametrize("monitor", [None, "top1"])
