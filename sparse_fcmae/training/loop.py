@@ -157,7 +157,9 @@ def _end(task: Task, checkpoints: Checkpoints, log: RunLog) -> None:
         log.say(checkpoints.go_back_to(best.step))
     task.export(run, log)
     if task.config.lr_range and task.ranks.main:
-        log.draw(lambda: log.say(what_it_showed(run)))
+        text, draw = what_it_showed(run)
+        log.say(text)
+        log.draw(draw)
 
 
 def _going_on(run: Path, checkpoint: Path | None, best: Best, last: bool) -> list[str]:

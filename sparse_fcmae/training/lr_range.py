@@ -5,6 +5,8 @@ After Smith (2017), section 3.3, with a rate that rises exponentially.
 
 import json
 import math
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -33,22 +35,25 @@ def rising_lr(step: int, steps: int, first: float, last: float) -> float:
     return first * (last / first) ** (step / max(1, steps - 1))
 
 
-def what_it_showed(run: Path) -> str:
-    """What a range test's metrics say of the rate, in a line; draws RUN/lr-range.png where matplotlib is there."""
+def what_it_showed(run: Path) -> tuple[str, Callable[[], None]]:
+    """What a range test's metrics say of the rate, in a line, and what draws RUN/lr-range.png, for which see `draw`."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     rates = np.array([row["lr"] for row in rows])
     losses = np.array([row["loss"] for row in rows], dtype=float)  # NaN for null
     known = np.isfinite(losses)
     rates, losses = rates[known], losses[known]
     if len(losses) < FEWEST:
-        return f"the range test has {len(losses)} steps with a finite loss, too few to tell: give `max_steps`"
+        few = f"the range test has {len(losses)} steps with a finite loss, too few to tell: give --max-steps"
+        return few, lambda: None
     smooth = smoothed(losses)
     least = int(smooth.argmin())
     falling = np.gradient(smooth, np.log(rates))[: least + 1]
     steepest = float(rates[int(falling.argmin())])
-    draw_lr_range(run / "lr-range.png", rates, losses, smooth, steepest)
+    draw = partial(draw_lr_range, run / "lr-range.png", rates, losses, smooth, steepest)
+    if not least:
+        return f"the loss never fell, from a rate of {rates[0]:.2g} on: give --lr-range a lower one to begin with", draw
     fell, was = f"{steepest:.2g}", f"{rates[least]:.2g}"
-    return f"the loss fell fastest at a rate of {fell} and was least at {was}: try --lr {fell}"
+    return f"the loss fell fastest at a rate of {fell} and was least at {was}: try --lr {fell}", draw
 
 
 def smoothed(losses: np.ndarray) -> np.ndarray:

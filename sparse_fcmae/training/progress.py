@@ -126,7 +126,8 @@ class Progress:
             finite = all(map(math.isfinite, values))
             self.nonfinite = 0 if finite else self.nonfinite + 1
             skipped += [] if finite else [step]
-            diverged = diverged or (step if self.nonfinite == self.config.max_nonfinite else None)
+            if self.nonfinite == self.config.max_nonfinite and not self.config.lr_range:  # which is to find out where
+                diverged = diverged or step
         self.skipped += len(skipped)
         if skipped:
             numbers = ", ".join(map(str, skipped[:NAMED])) + (", ..." if len(skipped) > NAMED else "")

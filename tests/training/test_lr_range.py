@@ -1,6 +1,7 @@
 """The learning-rate range test: rates, and what is seen in losses whose best rate is known."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -33,7 +34,8 @@ def test_the_steepest_descent_is_found(tmp_path):
     rows = [{"step": i + 1, "lr": lr, "loss": loss} for i, (lr, loss) in enumerate(zip(rates, losses, strict=True))]
     rows[50]["loss"] = None  # a step that was skipped
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    said = what_it_showed(tmp_path)
+    said, draw = what_it_showed(tmp_path)
+    draw()
     steepest = float(said.split("--lr ")[1])
     assert 5e-4 < steepest < 5e-3  # the average lags a little behind
     Image.open(tmp_path / "lr-range.png").verify()
@@ -41,13 +43,34 @@ def test_the_steepest_descent_is_found(tmp_path):
 
 def test_too_few_steps_are_said(tmp_path):
     (tmp_path / "metrics.jsonl").write_text(json.dumps({"lr": 1.0, "loss": None}) + "\n")
-    assert (
-        what_it_showed(tmp_path) == "the range test has 0 steps with a finite loss, too few to tell: give `max_steps`"
-    )
+    said, draw = what_it_showed(tmp_path)
+    draw()
+    assert said == "the range test has 0 steps with a finite loss, too few to tell: give --max-steps"
+
+
+def test_a_loss_that_only_rises_is_said(tmp_path):
+    rows = [json.dumps({"lr": 10.0 ** (step / 10 - 3), "loss": 1.0 + step}) for step in range(40)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(rows))
+    said, _ = what_it_showed(tmp_path)
+    assert said == "the loss never fell, from a rate of 0.001 on: give --lr-range a lower one to begin with"
+
+
+OPTIONS = {"image_size": 32, "stem_stride": 1, "batch_size": 10, "device": "cpu", "num_workers": 0}
+
+
+def test_a_test_that_goes_too_far_still_says_which_rate_to_try(pictures, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    options = OPTIONS | {"max_nonfinite": 3, "dtype": "fp32"}
+    pretrain(data=pictures, out=tmp_path / "run", lr_range="1e-6,1e6", max_steps=60, **options)
+    log = (tmp_path / "run" / "train.log").read_text()
+    assert "skipped, as loss or gradient were not finite" in log
+    assert "try --lr " in log
+    assert "no curve is drawn" in log
+    assert (tmp_path / "run" / "exported" / "model.safetensors").is_file()
 
 
 def test_a_run_says_which_rate_to_try(pictures, tmp_path):
-    options = {"image_size": 32, "stem_stride": 1, "batch_size": 10, "device": "cpu", "num_workers": 0}
+    options = OPTIONS
     pretrain(data=pictures, out=tmp_path / "run", lr_range="1e-5,10", max_steps=40, **options)
     assert "try --lr " in (tmp_path / "run" / "train.log").read_text()
     assert (tmp_path / "run" / "lr-range.png").is_file()

@@ -17,7 +17,7 @@ CPU = Ranks(0, 1, torch.device("cpu"))
 def progress(bad=None, ranks=CPU, allowed=0.1):
     said, recorded = [], []
     log = SimpleNamespace(say=said.append, steps=lambda *arguments: recorded.append(arguments[:7]))
-    config = SimpleNamespace(batch_size=4, max_bad_images=allowed, max_nonfinite=3, out="runs/x")
+    config = SimpleNamespace(batch_size=4, max_bad_images=allowed, max_nonfinite=3, lr_range=None, out="runs/x")
     made = Progress(
         config, SimpleNamespace(steps_per_epoch=5, peak_lr=0.2), range(20), log, ranks, {} if bad is None else bad, 0
     )
