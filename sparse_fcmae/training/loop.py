@@ -1,6 +1,7 @@
 """The training loop, one for every task, on one process or many."""
 
 import os
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
@@ -105,7 +106,13 @@ def train(task: Task) -> Path:
                 evaluating = task.measures and schedule.evaluates_after(done)
                 saving = stopping or checkpoints.asked_for(done) or (ranks.world == 1 and checkpoints.due(done))
                 if evaluating or saving or done % config.log_every == 0 or step == start:
-                    progress.flush(done, waiting.take_seconds())
+                    with checkpoints.withheld() if evaluating else nullcontext():
+                        progress.flush(done, waiting.take_seconds())
+                        if evaluating:
+                            with watch.rest():
+                                values = ranks.gather(task.evaluate(log))[0]
+                            log.evaluation(done, schedule.epoch(done), values)
+                            saving |= best.look(done, values) or best.ended
                     if runner.most < most:
                         most = runner.most
                         log.say(
@@ -113,10 +120,6 @@ def train(task: Task) -> Path:
                         )
                     if meter:
                         meter.read()
-                    if evaluating:
-                        with watch.rest(), checkpoints.withheld():
-                            log.evaluation(done, schedule.epoch(done), values := ranks.gather(task.evaluate(log))[0])
-                            saving |= best.look(done, values) or best.ended
                     if checkpoints.agreed(done) or saving:
                         checkpoints.save(done)
                 if stopping and done < schedule.steps:

@@ -191,6 +191,25 @@ def test_a_finished_run_is_only_exported_again(pictures, tmp_path):
     assert "step-00000008, the run's last: only exporting again" in (tmp_path / "run" / "train.log").read_text()
 
 
+def test_a_run_whose_export_failed_is_not_finished(pictures, tmp_path, monkeypatch):
+    """Not even where there is an export, of a shorter run."""
+    out = tmp_path / "run"
+    run(pictures, out, epochs=1)
+
+    def full(self, run, log):
+        raise UserError("No space left on device")
+
+    export = Colour.export
+    monkeypatch.setattr(Colour, "export", full)
+    with pytest.raises(UserError, match="No space left"):
+        run(pictures, out, resume="auto", epochs=2)
+    monkeypatch.setattr(Colour, "export", export)
+    assert run(pictures, out, resume="auto", epochs=2) == [("export", 8)]
+    last = load_file(out / "checkpoints" / "step-00000008" / "model.safetensors")
+    exported = load_file(out / "exported" / "model.safetensors")
+    assert all(torch.equal(exported[key], value) for key, value in last.items())
+
+
 def test_a_run_without_a_checkpoint_begins_again(pictures, whole, tmp_path):
     run(pictures, tmp_path / "run", stop_after=3)
     shutil.rmtree(tmp_path / "run" / "checkpoints")
@@ -618,6 +637,17 @@ def test_an_evaluation_that_failed_is_made_when_the_run_goes_on(pictures, tmp_pa
         assert rows(tmp_path / "run", name) == rows(tmp_path / "whole", name)
     one, other = (tmp_path / name / "exported" / "model.safetensors" for name in ("run", "whole"))
     assert one.read_bytes() == other.read_bytes()
+
+
+def test_what_ends_a_run_before_an_evaluation_leaves_that_to_the_run_that_goes_on(pictures, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(pictures, data)
+    sorted(data.rglob("*.png"))[0].write_text("no image")
+    given = {"data": str(data), "out": str(tmp_path / "run"), "num_workers": 0, "epochs": 1, "monitor": "score"}
+    with pytest.raises(UserError, match="are unreadable"):
+        train(Falling(configure(ColourConfig, given | {"max_bad_images": 0.0, "log_every": 100}), []))
+    train(Falling(configure(ColourConfig, given | {"resume": True, "max_bad_images": 0.5}), []))
+    assert [row["step"] for row in rows(tmp_path / "run", "evaluations")] == [0, 4]
 
 
 def test_a_checkpoint_that_could_not_be_written_ends_the_run_soon(tmp_path, monkeypatch):
