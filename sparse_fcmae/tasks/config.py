@@ -183,7 +183,9 @@ class FinetuneConfig(RunConfig):
 
     epochs: int | None = option(None, help="passes over the images [preset]", above=0, changes_run=True)
     batch_size: int = option(1024, help="images an optimiser step, over all ranks and micro-batches", above=0)
-    micro_batch_size: int = option(64, help="images a rank takes through the model at once", above=0)
+    micro_batch_size: int = option(
+        64, help="images a rank takes through the model, and mixes, at once", above=0, changes_run=True
+    )
     warmup_epochs: float | None = option(None, help="epochs of linear warm-up [preset]", at_least=0)
     base_lr: float | None = option(
         None, help="peak learning rate for each 256 images of `batch_size` [preset]", above=0, changes_run=True

@@ -53,8 +53,10 @@ class TrainStep:
         first of a step.
         """
         inputs = tuple(t.to(self.device, non_blocking=True) for t in inputs)
+        drawn = self._random_state() if self.divides else None
         while problem := self._added(inputs, last):
             self._halve(min(self.most, len(inputs[0])), problem)
+            self._random_state(drawn)
         self.begun = True
 
     def finish(self) -> StepResult:
@@ -81,13 +83,22 @@ class TrainStep:
             smaller = f"give `micro_batch_size={images // 2}`" if images > 1 else "give `grad_checkpointing=True`"
             raise UserError(
                 f"{images} images at once do not fit into the memory of {self.device}: {smaller}, and go on with "
-                f"`resume=auto`: {problem}"
+                f"`resume=True`: {problem}"
             )
         self.most = images // 2
-        self.optimizer.zero_grad()
+        self.optimizer.zero_grad(set_to_none=False)  # a graph may have been captured that adds to them
         self.loss.zero_()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+
+    def _random_state(self, state: tuple[Tensor, Tensor | None] | None = None) -> tuple[Tensor, Tensor | None]:
+        """The state of the random numbers that an objective draws; or sets it, so that they are drawn again."""
+        on_gpu = self.device.type == "cuda"
+        if state is not None:
+            torch.set_rng_state(state[0])
+            if on_gpu:
+                torch.cuda.set_rng_state(state[1], self.device)
+        return torch.get_rng_state(), torch.cuda.get_rng_state(self.device) if on_gpu else None
 
     def _run(self, *inputs: Tensor) -> None:
         self._differentiate(*inputs)

@@ -137,7 +137,7 @@ def test_a_batch_that_can_t_be_divided_is_named_with_what_may_help():
         step.add(torch.ones(6, 3), torch.ones(6, 2), last=True)
     assert str(error.value) == (
         "1 images at once do not fit into the memory of cpu: give `grad_checkpointing=True`, and go on with "
-        "`resume=auto`: CUDA out of memory. Tried to allocate 2 GiB."
+        "`resume=True`: CUDA out of memory. Tried to allocate 2 GiB."
     )
     step = TrainStep(greedy := Greedy(4), torch.optim.SGD(greedy.parameters()), images_per_rank=10, divides=True)
     step.add(torch.ones(4, 3), torch.ones(4, 2), last=False)
@@ -145,6 +145,27 @@ def test_a_batch_that_can_t_be_divided_is_named_with_what_may_help():
         UserError, match="6 images at once do not fit into the memory of cpu: give `micro_batch_size=3`"
     ):
         step.add(torch.ones(6, 3), torch.ones(6, 2), last=True)  # the gradients of the first would be lost
+
+
+class Noisy(Greedy):
+    """Draws at random, as an objective that augments images does."""
+
+    def forward(self, x, y):
+        return super().forward(x + torch.rand_like(x), y)
+
+
+def test_what_is_drawn_for_a_batch_that_is_divided_follows_from_the_seed():
+    """And not from how much was drawn before it was found not to fit: so a run goes on as if it had never stopped."""
+    x, y, losses = torch.randn(8, 3), torch.randn(8, 2), []
+    for divided in (False, True):
+        torch.manual_seed(1)
+        noisy = Noisy(4)
+        step = TrainStep(noisy, torch.optim.SGD(noisy.parameters(), lr=0.0), images_per_rank=8, divides=True)
+        for _ in range(2 if divided else 1):
+            torch.manual_seed(5)
+            step.add(x, y, last=True)
+            losses.append(step.finish().loss)
+    assert losses[0] == losses[1] == losses[2]  # the third step knew beforehand
 
 
 def test_unless_it_may_it_is_not_divided():
