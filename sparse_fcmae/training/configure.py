@@ -22,7 +22,8 @@ def configure(kind: type[Config], given: dict[str, Any]) -> Config:
     is a run in it, and else False. Raises UserError for values out of range, and for a folder that can't be used as
     asked.
     """
-    given = _of_file(kind, given) | {name: value for name, value in given.items() if name != "config"}
+    of_file, given = _of_file(kind, given), {name: value for name, value in given.items() if name != "config"}
+    given = {name: value for name, value in of_file.items() if name not in _displaced(given)} | given
     check_paths(kind, given)
     options = _written_out(kind, given)
     try:
@@ -74,6 +75,12 @@ def _of_file(kind: type[Config], given: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
+def _displaced(options: dict[str, Any]) -> list[str]:
+    """The options that mean nothing beside these, unless they are given with them."""
+    pairs = {"lr": "base_lr", "base_lr": "lr", "epochs": "max_steps"}
+    return [other for one, other in pairs.items() if one in options and other not in options]
+
+
 def _written_out(kind: type[Config], given: dict[str, Any]) -> dict[str, Any]:
     """The options in the form in which config.json has them: paths absolute, so that any folder can be resumed from."""
     options = dict(given)
@@ -97,10 +104,7 @@ def _resumed(kind: type[Config], options: dict[str, Any], run: RunFolder) -> Con
     saved = kind(**{name: value for name, value in (run.saved_options() or {}).items() if name in known})
     if options.get("dtype") == "auto":  # a run stays with the dtype it was started with
         options = {name: value for name, value in options.items() if name != "dtype"}
-    for one, other in (("lr", "base_lr"), ("base_lr", "lr"), ("epochs", "max_steps")):
-        if one in options and other not in options:
-            options = options | {other: None}
-    config = replace(saved, **options)
+    config = replace(saved, **dict.fromkeys(_displaced(options)) | options)
     for name in differences(config, saved):
         from_weights = "" if name in (*OF_WEIGHTS, "init") else f" from its weights with `init={config.out}`"
         here, there = ("none" if value is None else value for value in (getattr(config, name), getattr(saved, name)))

@@ -177,6 +177,15 @@ def test_options_of_a_file_count_less_than_those_given(tmp_path, kind):
     assert (config.hflip, list(config.channel_files), config.config) == (False, ["{name}"], None)
 
 
+def test_what_is_given_replaces_what_a_file_has_of_the_same_meaning(tmp_path):
+    (tmp_path / "x.json").write_text(json.dumps({"data": "/images", "max_steps": 1000, "lr": 1e-3, "epochs": 7}))
+    given = {"config": str(tmp_path / "x.json"), "out": str(tmp_path / "new")}
+    config = configure(PretrainConfig, given | {"epochs": 3, "base_lr": 1e-4})
+    assert (config.epochs, config.max_steps, config.lr, config.base_lr) == (3, None, None, 1e-4)
+    config = configure(PretrainConfig, given)
+    assert (config.epochs, config.max_steps, config.lr) == (7, 1000, 1e-3)
+
+
 def test_a_runs_config_starts_the_same_run_again(run, tmp_path):
     again = {"config": str(run / "config.json"), "out": str(tmp_path / "again")}
     config = configure(PretrainConfig, again)
