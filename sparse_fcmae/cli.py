@@ -64,7 +64,7 @@ COMMANDS = {
         "evaluation.config:EvaluateConfig",
         "evaluation.evaluate:evaluate",
     ),
-    "demo": Command("draw images and pretrain on them, in about two minutes on a CPU", "demo:DemoConfig", "demo:demo"),
+    "demo": Command("draw images and pretrain on them, in a few minutes on a CPU", "demo:DemoConfig", "demo:demo"),
     "bench report": Command(
         "the suite on this machine, as tables, plots and one HTML page",
         "benchmarks.config:ReportConfig",

@@ -9,6 +9,7 @@ import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from time import time
@@ -182,6 +183,8 @@ class Writers:
             try:
                 if kind != "tensorboard":
                     chosen[kind] = WRITERS[kind](run, name, options, step)
+                else:  # its files are begun with the run's
+                    import_module("torch.utils.tensorboard")
             except Exception as error:  # each has its own
                 raise UserError(f"`log_to` {kind} can't be used: {one_line(error)}") from None
         return cls(chosen, name, usual=names is None or "tensorboard" in names)

@@ -3,6 +3,7 @@
 import json
 import math
 import sqlite3
+import sys
 import zipfile
 
 import pytest
@@ -51,12 +52,24 @@ def test_mlflow_goes_on_with_its_run(offline):
     assert run.info.status == "FINISHED"
 
 
+def records(log):
+    """The contents of the records in a file of W&B: in blocks of 32 KiB, which may divide a word, as LevelDB's logs."""
+    at = 7  # the file's own header
+    while at + 7 <= len(log):
+        if at // 32768 < (at + 6) // 32768:  # too little is left of the block for a record's header
+            at = -(-at // 32768) * 32768
+            continue
+        length = int.from_bytes(log[at + 4 : at + 6], "little")
+        yield log[at + 7 : at + 7 + length]
+        at += 7 + length
+
+
 def test_wandb_writes_for_a_later_upload(offline):
     pytest.importorskip("wandb")
     track("wandb", offline)
     (folder,) = (offline / "wandb").glob("offline-run-*")
     (file,) = folder.glob("*.wandb")
-    content = file.read_bytes()
+    content = b"".join(records(file.read_bytes()))
     name = json.loads((offline / "trackers.json").read_text())["name"]
     assert name in folder.name
     assert all(part in content for part in (b"loss", b"0.5", b"atto"))
@@ -108,6 +121,15 @@ def test_one_that_can_t_be_reached_is_one_line(offline, monkeypatch):
     with pytest.raises(UserError, match="`log_to` wandb can't be used: no server"):
         track("wandb", offline)
     assert list(offline.iterdir()) == []
+
+
+def test_a_tensorboard_that_can_t_be_imported_is_refused_where_it_is_asked_for(offline, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(UserError, match="`log_to` tensorboard can't be used: "):
+        track("tensorboard", offline)
+    said = []
+    track(None, offline, said=said)
+    assert said == []
 
 
 def test_unknown_and_missing_ones_are_refused_before_a_run_begins(monkeypatch):
