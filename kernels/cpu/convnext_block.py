@@ -1,13 +1,11 @@
 """A ConvNeXt V2 block on the CPU: a few images at a time, so that the wide features stay in the caches.
 
 Between its layers a block holds several times its input, most of it 4 C channels wide. Memory of that size is far
-slower than a CPU's caches, and the operating system zeroes it at its first use. So both passes take the images in
-chunks whose wide features fit in the caches, and all chunks use the same scratch memory. The backward pass computes
-again what was not kept. An image larger than a chunk is a chunk of its own, and so is a batch that GRN pools over as a
-whole.
+slower than a CPU's caches. So both passes take the images in chunks whose wide features fit in the caches, and all
+chunks use the same scratch memory. The backward pass computes again what was not kept. An image larger than a chunk is
+a chunk of its own, and so is a batch that GRN pools over as a whole.
 """
 
-import threading
 from typing import NamedTuple
 
 import torch
@@ -18,10 +16,11 @@ from sparse_fcmae.kernels.cpu import zero_sums
 from sparse_fcmae.kernels.cpu.block_dwconv import block_dwconv, block_dwconv_weight
 from sparse_fcmae.kernels.cpu.gelu_grn import gelu_grn, gelu_grn_backward
 from sparse_fcmae.kernels.cpu.layer_norm import layer_norm_backward
+from sparse_fcmae.kernels.cpu.products import add_product
+from sparse_fcmae.kernels.cpu.scratch import buffer, cast
 from sparse_fcmae.kernels.parameters import BlockParameters, block_gradients
 
 CHUNK_BYTES = 4 << 20  # of wide features in a chunk; with fewer the matrix products get too small to be efficient
-SCRATCH_BYTES = 64 << 20  # of each piece of scratch memory that is held on to: a single image may need more
 KEEP_CHANNELS = 96  # from this width on, reading pwconv1's output again is faster than computing it again
 
 
@@ -46,8 +45,8 @@ def convnext_block(
     kept = x.new_empty(x.numel() // w.channels if keep else 0, w.hidden, dtype=dtype)
     for chunk in _chunks(x, image_offsets, w.hidden, dtype):
         features = x[chunk.patches]
-        y = _scratch("y", chunk.size, w.channels, dtype)
-        scratch = _scratch("hidden", chunk.size, w.hidden, dtype)
+        y = buffer("y", chunk.size, w.channels, dtype)
+        scratch = buffer("hidden", chunk.size, w.hidden, dtype)
         hidden = kept[chunk.positions] if keep else scratch
         maps = (patch_to_row, row_to_patch)
         block_dwconv(features, w.taps, w.dwconv_bias, *maps, y, first=chunk.patches.start, norm=w.norm)
@@ -81,17 +80,17 @@ def convnext_block_backward(
     for chunk in _chunks(x, image_offsets, w.hidden, dtype):
         size, features, first = chunk.size, x[chunk.patches], chunk.patches.start
         grad_out = grad[chunk.patches]
-        y = _scratch("y", size, w.channels, dtype)
-        hidden = _scratch("hidden", size, w.hidden, dtype)
-        grad_hidden = _scratch("grad_hidden", size, w.hidden, dtype)
-        scratch = _scratch("derivative", size, w.hidden, dtype)
-        z = _scratch("z", size, w.channels, torch.float32).view(features.shape)
+        y = buffer("y", size, w.channels, dtype)
+        hidden = buffer("hidden", size, w.hidden, dtype)
+        grad_hidden = buffer("grad_hidden", size, w.hidden, dtype)
+        scratch = buffer("derivative", size, w.hidden, dtype)
+        z = buffer("z", size, w.channels, torch.float32).view(features.shape)
 
         # the forward pass again, up to pwconv1
         block_dwconv(features, w.taps, w.dwconv_bias, *maps, y, first=first, norm=w.norm, convolved=z)
         before_gelu = kept[chunk.positions] if len(kept) else torch.mm(y, w.weight1.t(), out=scratch)
 
-        g = _cast("g", grad_out.view(size, w.channels), dtype)
+        g = cast("g", grad_out.view(size, w.channels), dtype)
         grad_bias2 += grad_out.sum((0, 1, 2), dtype=torch.float32)
         torch.mm(g, w.weight2, out=grad_hidden)
         gelu_grn_backward(
@@ -108,8 +107,8 @@ def convnext_block_backward(
             beta=w.beta,
         )
         if not frozen:
-            grad_weight2 = _add_product(grad_weight2, g, hidden)
-            grad_weight1 = _add_product(grad_weight1, grad_hidden, y)
+            grad_weight2 = add_product(grad_weight2, g, hidden)
+            grad_weight1 = add_product(grad_weight1, grad_hidden, y)
         torch.mm(grad_hidden, w.weight1, out=y)
         layer_norm_backward(z, y, w.norm[0], z, norm_sums)
         if not frozen:
@@ -122,7 +121,7 @@ def convnext_block_backward(
 
 
 def _in_dtype(parameters: list[Tensor], dtype: torch.dtype) -> BlockParameters:
-    matrices = (_cast(name, parameters[i], dtype) for name, i in (("weight1", 4), ("weight2", 8)))
+    matrices = (cast(name, parameters[i], dtype) for name, i in (("weight1", 4), ("weight2", 8)))
     return BlockParameters.of(parameters, *matrices)
 
 
@@ -153,37 +152,3 @@ def _chunks(x: Tensor, image_offsets: Tensor, hidden: int, dtype: torch.dtype) -
         chunks.append(_Chunk(slice(begin, end), slice(first, last), positions, offsets[begin : end + 1]))
         begin = end
     return chunks
-
-
-class _Memory(threading.local):
-    def __init__(self) -> None:
-        self.buffers: dict[str, Tensor] = {}
-
-
-_memory = _Memory()
-
-
-def _scratch(name: str, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-    """Uninitialised memory, which this thread's later calls get again: fresh memory costs more than its use."""
-    size = rows * columns * dtype.itemsize
-    if size > SCRATCH_BYTES:
-        return torch.empty(rows, columns, dtype=dtype)
-    if name not in _memory.buffers or _memory.buffers[name].numel() < size:
-        with torch.inference_mode(False):
-            _memory.buffers[name] = torch.empty(size, dtype=torch.uint8)
-    return _memory.buffers[name][:size].view(dtype).view(rows, columns)
-
-
-def _cast(name: str, matrix: Tensor, dtype: torch.dtype) -> Tensor:
-    """The matrix in `dtype`: itself, or else a copy in the scratch memory of that name."""
-    return matrix if matrix.dtype == dtype else _scratch(name, *matrix.shape, dtype).copy_(matrix)
-
-
-def _add_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
-    """total + a^T b, float32; the product itself has the dtype of a and b."""
-    if total is not None and a.dtype == total.dtype:
-        return total.addmm_(a.t(), b)
-    shape = (a.shape[1], b.shape[1])
-    product = a.new_empty(shape) if a.dtype == torch.float32 else _scratch("product", *shape, a.dtype)
-    torch.mm(a.t(), b, out=product)  # not out of place, which would heed autocast
-    return product.float() if total is None else total.add_(product)

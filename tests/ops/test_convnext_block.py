@@ -6,7 +6,8 @@ from helpers import masks, randomise, relative_error
 
 from sparse_fcmae.backends.patch_map import PatchMap
 from sparse_fcmae.backends.plain_torch import TorchPatches
-from sparse_fcmae.kernels.cpu.convnext_block import KEEP_CHANNELS, _memory
+from sparse_fcmae.kernels.cpu import scratch
+from sparse_fcmae.kernels.cpu.convnext_block import KEEP_CHANNELS
 from sparse_fcmae.model.convnext import Block
 from sparse_fcmae.ops import convnext_block
 
@@ -19,7 +20,7 @@ GRADIENT = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 @pytest.fixture(params=[3 << 20, 1], ids=["one chunk", "a chunk an image"])
 def chunks(request, monkeypatch):
     monkeypatch.setattr(MODULE, "CHUNK_BYTES", request.param)
-    _memory.buffers.clear()
+    scratch._memory.buffers.clear()
 
 
 def make(side, channels, mask, device="cpu"):
@@ -122,10 +123,10 @@ def test_scratch_memory_carries_nothing_over():
     arguments = make(2, 40, masks(3, 4)["ragged"])
     probe = torch.randn(arguments[0].shape)
     first = run(*arguments, probe)
-    for buffer in _memory.buffers.values():
+    for buffer in scratch._memory.buffers.values():
         buffer.fill_(255)  # NaN, in float32 and bfloat16
     with torch.inference_mode():
-        _memory.buffers.clear()
+        scratch._memory.buffers.clear()
         convnext_block(arguments[0].detach(), list(arguments[1].parameters()), *maps_of(arguments[2]))
     assert all(torch.equal(a, b) for a, b in zip(first, run(*arguments, probe), strict=True))
 
@@ -209,10 +210,10 @@ def test_undefined_gradient():
 
 
 def test_scratch_memory_is_bounded(monkeypatch):
-    monkeypatch.setattr(MODULE, "SCRATCH_BYTES", 1000)
-    _memory.buffers.clear()
+    monkeypatch.setattr(scratch, "SCRATCH_BYTES", 1000)
+    scratch._memory.buffers.clear()
     compare(*make(4, 24, masks(3, 4)["ragged"]), scope="batch")
-    assert all(buffer.numel() <= 1000 for buffer in _memory.buffers.values())
+    assert all(buffer.numel() <= 1000 for buffer in scratch._memory.buffers.values())
 
 
 def test_wrong_arguments():
