@@ -4,8 +4,8 @@ It imports nothing, so that setup.py and the Makefile can read it: `python kerne
 hand the facts to the C++ compiler.
 """
 
-ABI = 2  # the version of the C++ functions' signatures: raise it with every change of one
-EPS = 1e-6  # of LayerNorm, and of the mean that GRN divides by (ConvNeXt V2, official code)
+ABI = 3  # the version of the C++ functions' signatures: raise it with every change of one
+EPS = 1e-6  # of LayerNorm, of the mean that GRN divides by, of a target patch's variance (ConvNeXt V2, official code)
 SIDES = (8, 4, 2, 1)  # positions along a patch's side in the four stages
 WINDOW = 7  # positions along the side of the depthwise convolution's window
 HALO = WINDOW // 2  # positions that a window reaches beyond its centre; where a patch is one position, patches

@@ -7,6 +7,9 @@ from torch import Tensor
 
 from sparse_fcmae.kernels.constants import HALO, TAPS
 
+# that images' pixels are stored in; C++ knows them by their numbers here, see pixels.h
+PIXEL_DTYPES = (torch.uint8, torch.uint16, torch.int16, torch.int32, torch.float16, torch.float32)
+
 
 def taps_of(weight: Tensor) -> Tensor:
     """A depthwise convolution's weight [C, 1, 7, 7] as float32 [49, C], contiguous."""
@@ -16,6 +19,18 @@ def taps_of(weight: Tensor) -> Tensor:
 def weight_gradient_of(sums: Tensor, weight: Tensor) -> Tensor:
     """The gradient of `weight` [C, 1, 7, 7] from the gradients of taps and bias, [50, C]."""
     return sums[:TAPS].t().reshape(weight.shape).to(weight.dtype)
+
+
+def stem_matrix_of(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """The stem's weight [D, C, k, k] as the matrix [D, k * k * C] that windows are multiplied by."""
+    return weight.permute(0, 2, 3, 1).flatten(1).to(dtype)
+
+
+def stem_gradient_of(matrix: Tensor, weight: Tensor) -> Tensor:
+    """The gradient of the stem's weight from that of its matrix, of the weight's dtype, contiguous."""
+    outputs, channels, k, _ = weight.shape
+    gradient = matrix.view(outputs, k, k, channels).permute(0, 3, 1, 2)
+    return gradient.to(weight.dtype, copy=True, memory_format=torch.contiguous_format)
 
 
 def row_of(parameter: Tensor | None) -> Tensor | None:

@@ -20,6 +20,11 @@ def one_mask(patch_to_row: Tensor, row_to_patch: Tensor, image_offsets: Tensor |
     return bool(_one_mask(*maps, images, *grid, len(row_to_patch), offsets, count))
 
 
+def within(rows: Tensor, patches: int) -> bool:
+    """Whether all rows are numbers of so many patches."""
+    return not len(rows) or (rows.min().item() >= 0 and rows.max().item() < patches)
+
+
 def ascending(image_offsets: Tensor, patches: int) -> bool:
     """Whether offsets ascend from 0 to the number of patches."""
     ends = image_offsets.tolist()

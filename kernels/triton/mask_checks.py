@@ -8,6 +8,11 @@ def one_mask(patch_to_row: Tensor, row_to_patch: Tensor, image_offsets: Tensor |
     return True
 
 
+def within(rows: Tensor, patches: int) -> bool:
+    """Whether all rows are numbers of so many patches: not looked at."""
+    return True
+
+
 def ascending(image_offsets: Tensor, patches: int) -> bool:
     """Whether offsets ascend from 0 to the number of patches: not looked at."""
     return True

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from sparse_fcmae import kernels
 from sparse_fcmae.kernels.constants import HALO, SIDES, WINDOW
-from sparse_fcmae.kernels.parameters import grid_of
+from sparse_fcmae.kernels.parameters import PIXEL_DTYPES, grid_of
 
 
 def check_features(x: Tensor) -> None:
@@ -46,6 +46,31 @@ def check_patch_map(x: Tensor, patch_to_row: Tensor, row_to_patch: Tensor, image
         raise ValueError(f"row_to_patch must be int64 [{x.shape[0]}] on {x.device}")
     if not kernels.load("mask_checks", x.device).one_mask(patch_to_row, row_to_patch, image_offsets):
         raise ValueError("patch_to_row, row_to_patch and image_offsets are not of one mask")
+
+
+def check_pixels(pixels: Tensor, statistics: Tensor | None, side: int, device: torch.device) -> None:
+    """Pixels are [B, C, H, W], on the device, of a dtype that the kernels read, in patches of `side`.
+
+    statistics, if given, are float64 [2, C].
+    """
+    if pixels.device != device or pixels.dim() != 4 or pixels.dtype not in PIXEL_DTYPES:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in PIXEL_DTYPES)
+        raise ValueError(f"pixels must be [B, C, H, W] on {device}, of {names}, not {pixels.dtype} on {pixels.device}")
+    if any(length % side for length in pixels.shape[2:]):
+        raise ValueError(f"pixels of {pixels.shape[2]}x{pixels.shape[3]} are not patches of {side}x{side}")
+    if statistics is None:
+        return
+    if statistics.device != device or statistics.dtype != torch.float64 or statistics.shape != (2, pixels.shape[1]):
+        raise ValueError(f"statistics must be float64 [2, {pixels.shape[1]}] on {device}")
+
+
+def check_patches(rows: Tensor, pixels: Tensor, side: int) -> None:
+    """Rows are int64 [N], each a patch's flat position in [B, H / side, W / side]. On a GPU they are not looked at."""
+    if rows.device != pixels.device or rows.dtype != torch.int64 or rows.dim() != 1:
+        raise ValueError(f"rows must be int64 [N] on {pixels.device}")
+    batch, _, height, width = pixels.shape
+    if not kernels.load("mask_checks", pixels.device).within(rows, batch * (height // side) * (width // side)):
+        raise ValueError("rows must be patches of the images")
 
 
 def check_image_offsets(x: Tensor, image_offsets: Tensor) -> None:

@@ -24,6 +24,12 @@ void sparse_fcmae_gelu_grn(const void*, int, const float*, const float*, const f
 void sparse_fcmae_gelu_grn_backward(const void*, const void*, int, const float*, const float*, const float*,
                                     const int64_t*, const float*, int64_t, int64_t, void*, void*, void*, float*, float*,
                                     float*, int);
+void sparse_fcmae_patch_errors(const void*, int, const int64_t*, const double*, const int64_t*, int64_t, int,
+                               const void*, int, float*, int);
+void sparse_fcmae_patch_errors_backward(const float*, const void*, int, const int64_t*, const double*, const int64_t*,
+                                        int64_t, int, const void*, int, void*, int);
+void sparse_fcmae_patch_windows(const void*, int, const int64_t*, const double*, const int64_t*, int64_t, int64_t, void*,
+                                int, int);
 int sparse_fcmae_abi();
 int sparse_fcmae_one_mask(const int32_t*, const int64_t*, int64_t, int64_t, int64_t, int64_t, const int64_t*, int64_t, int);
 }
@@ -158,6 +164,37 @@ void run(int side, int64_t channels, int is_bf16, int threads) {
   require_numbers(wide_sums, "gelu_grn_backward's sums");
 }
 
+// Two images of 2 x 3 patches, 8 k pixels a side, in a type of so many bytes, of any bits, with channels last or first.
+void run_on_pixels(int type, int64_t k, int64_t channels, bool channels_last, int is_bf16, int threads) {
+  constexpr int64_t BYTES[] = {1, 2, 2, 4, 2, 4}, ROWS = 2, COLS = 3;
+  const int64_t side = 8 * k, height = ROWS * side, width = COLS * side, size = channels * height * width;
+  std::unique_ptr<char[]> pixels(new char[2 * size * BYTES[type]]);
+  for (int64_t i = 0; i < 2 * size * BYTES[type]; ++i) pixels[i] = std::rand();
+  std::vector<int64_t> layout{size, channels_last ? 1 : height * width, channels_last ? width * channels : width,
+                              channels_last ? channels : 1, channels, side, COLS, ROWS * COLS};
+  std::vector<double> statistics;
+  for (int64_t i = 0; i < 2 * channels; ++i) statistics.push_back(1e9 + i);
+  const std::vector<int64_t> rows{0, 2, 3, 11};
+  const int64_t patches = rows.size(), values = patches * side * side * channels;
+
+  auto windows = poisoned(values, is_bf16);
+  sparse_fcmae_patch_windows(pixels.get(), type, layout.data(), statistics.data(), rows.data(), patches, k, windows.data(),
+                             is_bf16, threads);
+  require_numbers(windows, "patch_windows");
+
+  auto prediction = random(values, is_bf16), grad = poisoned(values, is_bf16);
+  auto errors = poisoned(patches), grad_errors = random(patches);
+  for (int normalised : {0, 1}) {
+    sparse_fcmae_patch_errors(pixels.get(), type, layout.data(), statistics.data(), rows.data(), patches, normalised,
+                              prediction.data(), is_bf16, errors.floats(), threads);
+    sparse_fcmae_patch_errors_backward(grad_errors.floats(), pixels.get(), type, layout.data(), statistics.data(),
+                                       rows.data(), patches, normalised, prediction.data(), is_bf16, grad.data(), threads);
+    if (type == 5) continue;  // bits at random may be numbers whose square no float32 can hold
+    require_numbers(errors, "patch_errors");
+    require_numbers(grad, "patch_errors_backward");
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -166,5 +203,11 @@ int main() {
     for (int64_t channels : {1, 3, 4, 7, 16, 31, 40, 67, 130})
       for (int is_bf16 : {0, 1})
         for (int threads : {1, 2, 5}) run(side, channels, is_bf16, threads);
+  for (int type = 0; type < 6; ++type)
+    for (int64_t k : {1, 2, 4})
+      for (int64_t channels : {1, 3, 13})
+        for (bool channels_last : {true, false})
+          for (int is_bf16 : {0, 1})
+            for (int threads : {1, 5}) run_on_pixels(type, k, channels, channels_last, is_bf16, threads);
   std::puts("clean");
 }

@@ -13,14 +13,17 @@ import test_block_dwconv as dwconv
 import test_convnext_block as block
 import test_gelu_grn as grn
 import test_layer_norm as norm
+import test_patch_embed as embed
+import test_patch_errors as errors
 import torch
 from helpers import masks, relative_error
+from pixels import DTYPES, make_pixels, make_statistics
 
 from sparse_fcmae import kernels
 from sparse_fcmae.backends.patch_map import PatchMap
 from sparse_fcmae.benchmarks.gpu_kernels import time_kernels
 from sparse_fcmae.benchmarks.steps import Case
-from sparse_fcmae.ops import block_dwconv, convnext_block, gelu_grn
+from sparse_fcmae.ops import block_dwconv, convnext_block, gelu_grn, patch_embed, patch_errors
 
 pytest.importorskip("sparse_fcmae.kernels.triton", exc_type=ImportError)
 TILES = import_module("sparse_fcmae.kernels.triton.tuning").TILES
@@ -151,6 +154,42 @@ def test_a_value_that_is_not_finite_spoils_its_image_alone(value):
         assert torch.equal(a.isfinite(), b.isfinite())
 
 
+@pytest.mark.parametrize("channels_last", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.usefixtures("poisoned")
+def test_patch_errors(dtype, channels_last):
+    pixels = make_pixels(dtype, 3, 8, channels_last=channels_last, device=DEVICE)
+    for normalised in (True, False):
+        for precision in (F32, BF16, F16):
+            errors.compare(*errors.make(pixels, 8, precision), make_statistics(pixels), normalised=normalised)
+
+
+@pytest.mark.usefixtures("poisoned")
+def test_patch_errors_of_patches_wider_than_a_program():
+    for channels, side in ((13, 32), (1, 16)):
+        pixels = make_pixels(F32, channels, side, device=DEVICE)
+        errors.compare(*errors.make(pixels, side), make_statistics(pixels))
+        errors.compare(*errors.make(torch.randn_like(pixels), side))
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.usefixtures("poisoned")
+def test_patch_embed(dtype, channels_last):
+    for channels, kernel in ((3, 4), (5, 2), (1, 1)):
+        pixels = make_pixels(dtype, channels, 8 * kernel, channels_last=channels_last, device=DEVICE)
+        for precision in (F32, BF16, F16):
+            embed.compare(*embed.make(pixels, kernel), make_statistics(pixels), precision)
+
+
+def test_patch_ops_without_patches():
+    pixels = make_pixels(torch.uint8, 3, 8, device=DEVICE)
+    prediction, _, rows = errors.make(pixels, 8)
+    assert patch_errors(prediction[:0], pixels, rows[:0]).shape == (0,)
+    _, parameters, _ = embed.make(pixels, 1)
+    assert patch_embed(pixels, *parameters, rows[:0]).shape == (0, 8, 8, 40)
+
+
 def test_sums_are_the_same_again():
     x, module, visible = block.make(4, 24, masks(2, 3)["ragged"], DEVICE)
     first, again = (block.run(x, module, visible, torch.ones_like(x)) for _ in range(2))
@@ -177,13 +216,14 @@ def test_every_width_leaves_tiles_to_choose_from():
 
 
 def test_benchmark_times_every_kernel_that_a_step_launches():
-    case = Case("atto", (32, 32), 0, 1, False, torch.device(DEVICE))
+    case = Case("atto", (64, 32), 0.5, 1, False, torch.device(DEVICE))
     calls = {row["kernel"]: row["calls"] for row in time_kernels(case, 1, 1e9, 1e9)}
     assert calls["block_dwconv C=160 S=2 without residual convolved"] == 6
     assert calls["layer_norm_backward C=40 S=8 TILE=2"] == 1
-    # of a block: convolutions, GRN, its norm's gradient; norms of stem and downsampling, whose gradient in the stem has
-    # the shape of a block's
-    assert len(calls) == 4 * (4 + 6 + 1) + 4 + 3
+    assert calls["patch_windows C=3 SIDE=32 COLS=1 PATCHES=2 NORMALISES K=4"] == 2
+    # of a block, in four stages and the decoder: convolutions, GRN, its norm's gradient; norms of stem and
+    # downsampling, whose gradient in the stem has the shape of a block's; the stem's windows; the loss, its gradient
+    assert len(calls) == 5 * (4 + 6 + 1) + 4 + 3 + 1 + 2
 
 
 @pytest.mark.parametrize(("capability", "models"), [(90, ["atto", "huge"]), (80, ["base"])])
@@ -194,7 +234,7 @@ def test_kernels_compile_without_spilling_registers(capability, models):
     result = subprocess.run(command, cwd=Path(__file__).parent, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     rows = json.loads(result.stdout)
-    assert len({row["kernel"] for row in rows}) == 10
+    assert len({row["kernel"] for row in rows}) == 12
     assert not [row for row in rows if row["spilled"]]
 
 

@@ -1,0 +1,89 @@
+"""The stem on the CPU: a few patches at a time, so that their windows and features stay in the caches."""
+
+import torch
+from torch import Tensor
+
+from sparse_fcmae.kernels.constants import SIDES
+from sparse_fcmae.kernels.cpu import zero_sums
+from sparse_fcmae.kernels.cpu.layer_norm import layer_norm, layer_norm_backward
+from sparse_fcmae.kernels.cpu.library import LONG, POINTER, TENSOR, Kernel, bf16
+from sparse_fcmae.kernels.cpu.pixels import PIXELS, arguments_of
+from sparse_fcmae.kernels.cpu.products import add_product
+from sparse_fcmae.kernels.cpu.scratch import buffer
+from sparse_fcmae.kernels.parameters import row_of, stem_gradient_of, stem_matrix_of
+
+_windows = Kernel("patch_windows", PIXELS, POINTER, LONG, LONG, TENSOR)
+SIDE = SIDES[0]
+CHUNK_BYTES = 1 << 20  # of windows and features of a chunk
+
+
+def patch_windows(pixels: Tensor, rows: Tensor, statistics: Tensor | None, out: Tensor, *, kernel: int) -> Tensor:
+    """Writes the windows of the patches `rows` to `out` [T, 8, 8, k * k * C], k the kernel's side, and returns it.
+
+    out is float32 or bfloat16; a window's pixels are in (row, column, channel) order. statistics: float64.
+    """
+    images = arguments_of(pixels, statistics, SIDE * kernel)
+    _windows(*images, rows, len(rows), kernel, out, bf16(out))
+    return out
+
+
+def patch_embed(
+    pixels: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    rows: Tensor,
+    statistics: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The forward pass: see `ops.patch_embed`."""
+    matrix, norm = stem_matrix_of(weight, dtype), (row_of(norm_weight), row_of(norm_bias))
+    bias = bias.to(dtype)
+    out = norm_weight.new_empty(len(rows), SIDE, SIDE, len(weight))
+    for chunk in _chunks(rows, matrix):
+        z = _convolved(pixels, rows[chunk], statistics, matrix, bias, weight.shape[2])[1]
+        layer_norm(z.view(out[chunk].shape), *norm, out[chunk])
+    return out
+
+
+def patch_embed_backward(
+    grad: Tensor,
+    pixels: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    norm_weight: Tensor,
+    rows: Tensor,
+    statistics: Tensor | None,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of weight and bias, and of the norm's weight and bias, float32 [2, D]."""
+    matrix, scale = stem_matrix_of(weight, dtype), row_of(norm_weight)
+    in_dtype = bias.to(dtype)
+    norm_sums = zero_sums(2, len(weight), like=grad)
+    grad_bias = torch.zeros(len(weight), dtype=torch.float32)
+    grad_matrix = None
+    for chunk in _chunks(rows, matrix):
+        windows, z = _convolved(pixels, rows[chunk], statistics, matrix, in_dtype, weight.shape[2])
+        features = z.view(grad[chunk].shape)
+        layer_norm_backward(features, grad[chunk], scale, features, norm_sums)
+        grad_bias += z.sum(0, dtype=torch.float32)
+        grad_matrix = add_product(grad_matrix, z, windows)
+    grad_matrix = torch.zeros(matrix.shape, dtype=torch.float32) if grad_matrix is None else grad_matrix
+    return stem_gradient_of(grad_matrix, weight), grad_bias.to(bias.dtype), norm_sums.sum(0)
+
+
+def _chunks(rows: Tensor, matrix: Tensor) -> list[slice]:
+    patches = max(1, CHUNK_BYTES // (sum(matrix.shape) * matrix.itemsize * SIDE * SIDE))
+    return [slice(first, first + patches) for first in range(0, len(rows), patches)]
+
+
+def _convolved(
+    pixels: Tensor, rows: Tensor, statistics: Tensor | None, matrix: Tensor, bias: Tensor, kernel: int
+) -> tuple[Tensor, Tensor]:
+    """The windows of some patches and their convolution, [N, k * k * C] and [N, D] in scratch memory."""
+    outputs, inputs = matrix.shape
+    windows = buffer("windows", len(rows) * SIDE * SIDE, inputs, matrix.dtype)
+    patch_windows(pixels, rows, statistics, windows, kernel=kernel)
+    z = buffer("z", len(windows), outputs, matrix.dtype)
+    return windows, torch.addmm(bias, windows, matrix.t(), out=z)
