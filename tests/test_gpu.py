@@ -10,6 +10,7 @@ from sparse_fcmae import create_encoder, create_fcmae, pretrain, random_mask
 from sparse_fcmae.backends import available_backends
 from sparse_fcmae.backends.patch_map import PatchMap
 from sparse_fcmae.data.batches import Batch
+from sparse_fcmae.data.format import ImageFormat
 from sparse_fcmae.ops import gelu_grn, reference
 from sparse_fcmae.tasks.pretraining import PretrainingObjective
 from sparse_fcmae.training.optim import adamw, set_lr
@@ -28,8 +29,9 @@ def trained(kind, batches, steps, compiled=False):
     torch.manual_seed(0)
     model = create_fcmae("atto", image_size=64).to(GPU)
     optimizer = adamw(model, 0.05, (0.9, 0.95), capturable=kind is GraphedTrainStep)
-    call = torch.compile(model, fullgraph=True, dynamic=False) if compiled else model
-    objective = PretrainingObjective(call, model.num_visible((64, 64)))
+    objective = PretrainingObjective(model, ImageFormat.imagenet(), model.num_visible((64, 64)))
+    if compiled:
+        objective.compile(fullgraph=True, dynamic=False)
     work = kind(objective, optimizer, images_per_rank=sum(batches), clip_grad=1.0, bf16=True)
     generator, losses = torch.Generator(GPU).manual_seed(0), []
     for step in range(steps):

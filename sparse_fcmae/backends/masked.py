@@ -1,5 +1,6 @@
 """`masked`: dense convolution with the mask multiplied in, every position computed. The reference and the baseline."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -17,13 +18,11 @@ class MaskedPatches(Patches):
 
     def __init__(self, mask: Tensor, num_visible: int | None = None) -> None:
         super().__init__(mask, num_visible)
-        self.masks_nothing = num_visible == mask.shape[1] * mask.shape[2]
         self.masks: dict[int, Tensor] = {}  # by positions along a patch
 
-    def stem(self, images: Tensor, conv: nn.Conv2d, norm: nn.LayerNorm) -> Tensor:
-        return norm(_channels_last(conv, self._zero_masked(images.permute(0, 2, 3, 1).contiguous()))).to(
-            norm.weight.dtype
-        )
+    def stem(self, images: Tensor, conv: nn.Conv2d, norm: nn.LayerNorm, statistics: Tensor | None = None) -> Tensor:
+        images = reference.normalise(images, statistics, conv.weight.dtype).permute(0, 2, 3, 1).contiguous()
+        return norm(_channels_last(conv, self._zero_masked(images))).to(norm.weight.dtype)
 
     def downsample(self, x: Tensor, norm: nn.LayerNorm, conv: nn.Conv2d) -> Tensor:
         return _channels_last(conv, norm(x)).to(conv.weight.dtype)
@@ -40,7 +39,9 @@ class MaskedPatches(Patches):
     def gather(self, x: Tensor) -> Tensor:
         return self._zero_masked(x.permute(0, 2, 3, 1).contiguous())
 
-    def scatter(self, x: Tensor) -> Tensor:
+    def scatter(self, x: Tensor, fill: Tensor | None = None) -> Tensor:
+        if fill is not None:
+            return torch.where(self.mask[..., None], fill, x).permute(0, 3, 1, 2)
         return self._zero_masked(x).permute(0, 3, 1, 2)
 
     def _zero_masked(self, x: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from sparse_fcmae import kernels, ops
 from sparse_fcmae.backends.patches import product_dtype
 from sparse_fcmae.backends.plain_torch import TorchPatches, conv_of_windows
 from sparse_fcmae.kernels.constants import EPS
+from sparse_fcmae.kernels.parameters import PIXEL_DTYPES
 
 
 class NativePatches(TorchPatches):
@@ -18,10 +19,11 @@ class NativePatches(TorchPatches):
     def unusable(device: torch.device, dtype: torch.dtype = torch.float32) -> str | None:
         return kernels.unusable(device) or kernels.unfit(device, dtype)
 
-    def stem(self, images: Tensor, conv: nn.Conv2d, norm: nn.LayerNorm) -> Tensor:
-        if not is_plain(norm):
-            return super().stem(images, conv, norm)
-        return ops.layer_norm(self.embed(images, conv), norm.weight, norm.bias, dtype=norm.weight.dtype)
+    def stem(self, images: Tensor, conv: nn.Conv2d, norm: nn.LayerNorm, statistics: Tensor | None = None) -> Tensor:
+        if not is_plain(conv) or not is_plain(norm) or images.requires_grad:
+            return super().stem(images, conv, norm, statistics)
+        parameters = (conv.weight, conv.bias, norm.weight, norm.bias)
+        return ops.patch_embed(readable(images), *parameters, self.map.row_to_patch, statistics)
 
     def downsample(self, x: Tensor, norm: nn.LayerNorm, conv: nn.Conv2d) -> Tensor:
         if not is_plain(norm):
@@ -35,12 +37,24 @@ class NativePatches(TorchPatches):
     def gelu_grn(self, x: Tensor, gamma: Tensor, beta: Tensor, scope: str) -> Tensor:
         return ops.gelu_grn(x, gamma.flatten(), self.map.pooled(scope), beta.flatten())
 
+    def patch_errors(
+        self, prediction: Tensor, images: Tensor, rows: Tensor, statistics: Tensor | None, normalised: bool
+    ) -> Tensor:
+        if images.requires_grad:
+            return super().patch_errors(prediction, images, rows, statistics, normalised)
+        return ops.patch_errors(prediction, readable(images), rows, statistics, normalised=normalised)
+
     def fuses(self, *layers: nn.Module) -> bool:
         return all(is_plain(layer) for layer in layers)
 
     def fused_block(self, x: Tensor, parameters: list[Tensor], scope: str) -> Tensor:
         maps = (self.map.patch_to_row, self.map.row_to_patch, self.map.pooled(scope))
         return ops.convnext_block(x, parameters, *maps)
+
+
+def readable(images: Tensor) -> Tensor:
+    """The images in a dtype that the kernels read."""
+    return images if images.dtype in PIXEL_DTYPES else images.float()
 
 
 def is_plain(layer: nn.Module) -> bool:

@@ -35,18 +35,13 @@ class PatchMap:
         num_visible: how many patches of every image are visible. All shapes then follow from it, and nothing waits for
         a GPU. Without it images may have different numbers of visible patches, none included.
         """
-        masked, device = mask.flatten(1), mask.device
-        images, total = masked.shape
-        counts = (~masked).sum(1)
+        counts = (~mask).flatten(1).sum(1)
+        row_to_patch = flat_positions(~mask, num_visible)
         if num_visible is None:
-            row_to_patch = (~mask).flatten().nonzero()[:, 0]
             image_offsets = F.pad(counts.cumsum(0), (1, 0))
         else:
             torch._assert_async((counts == num_visible).all(), "not all masks have `num_visible` visible patches")
-            visible_first = masked.to(torch.uint8).argsort(dim=1, stable=True)
-            first_of_image = torch.arange(images, device=device)[:, None] * total
-            row_to_patch = (visible_first[:, :num_visible] + first_of_image).flatten()
-            image_offsets = torch.arange(images + 1, device=device) * num_visible
+            image_offsets = torch.arange(len(mask) + 1, device=mask.device) * num_visible
         number = (~mask).flatten().cumsum(0).view(mask.shape) - 1
         patch_to_row = F.pad(number.masked_fill(mask, -1).int(), (HALO, HALO, HALO, HALO), value=-1)
         return cls(mask, row_to_patch, patch_to_row, image_offsets)
@@ -60,3 +55,16 @@ class PatchMap:
         """Image, row and column of each visible patch, int64 [T] each."""
         _, rows, cols = self.mask.shape
         return self.row_to_patch // (rows * cols), self.row_to_patch // cols % rows, self.row_to_patch % cols
+
+
+def flat_positions(chosen: Tensor, of_image: int | None = None) -> Tensor:
+    """The flat positions of what is True in bool [B, rows, cols], ascending, int64.
+
+    of_image: how many there are of every image. The result's shape then follows from it, and nothing waits for a GPU.
+    """
+    if of_image is None:
+        return chosen.flatten().nonzero()[:, 0]
+    images, total = chosen.flatten(1).shape
+    chosen_first = (~chosen.flatten(1)).to(torch.uint8).argsort(dim=1, stable=True)
+    first_of_image = torch.arange(images, device=chosen.device)[:, None] * total
+    return (chosen_first[:, :of_image] + first_of_image).flatten()

@@ -6,6 +6,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from sparse_fcmae.ops import reference
+
 
 class Patches(ABC):
     """The visible patches of one batch: B images, each over a grid of rows x cols patches.
@@ -22,6 +24,7 @@ class Patches(ABC):
     def __init__(self, mask: Tensor, num_visible: int | None = None) -> None:
         """mask: bool [B, rows, cols], True = masked. num_visible: patches of every image, where that is known."""
         self.mask, self.num_visible = mask, num_visible
+        self.masks_nothing = num_visible == mask.shape[1] * mask.shape[2]  # for all that is known
 
     @staticmethod
     def unusable(device: torch.device, dtype: torch.dtype = torch.float32) -> str | None:
@@ -33,11 +36,11 @@ class Patches(ABC):
         return type(self)(self.mask[:count], self.num_visible)
 
     @abstractmethod
-    def stem(self, images: Tensor, conv: nn.Conv2d, norm: nn.LayerNorm) -> Tensor:
+    def stem(self, images: Tensor, conv: nn.Conv2d, norm: nn.LayerNorm, statistics: Tensor | None = None) -> Tensor:
         """norm(conv(images)) at the visible positions: [B, C, H, W] -> features of the first stage.
 
         The convolution's stride is its kernel size, so its windows tile the patches. The features have the dtype of the
-        parameters.
+        parameters. statistics: by which images are normalised first, as in `ops.patch_embed`.
         """
 
     @abstractmethod
@@ -57,8 +60,14 @@ class Patches(ABC):
         """[B, C, rows, cols] -> features [..., C] of the visible patches, one position a patch."""
 
     @abstractmethod
-    def scatter(self, x: Tensor) -> Tensor:
-        """Features of one position a patch -> [B, C, rows, cols], zeros where masked."""
+    def scatter(self, x: Tensor, fill: Tensor | None = None) -> Tensor:
+        """Features of one position a patch -> [B, C, rows, cols]; where masked `fill` [C], or zeros."""
+
+    def patch_errors(
+        self, prediction: Tensor, images: Tensor, rows: Tensor, statistics: Tensor | None, normalised: bool
+    ) -> Tensor:
+        """The mean squared error of the predictions of the patches `rows`: see `ops.patch_errors`."""
+        return reference.patch_errors(prediction, images, rows, statistics, normalised=normalised)
 
     def fuses(self, *layers: nn.Module) -> bool:
         """Whether a block of these layers runs as one op, `fused_block`."""

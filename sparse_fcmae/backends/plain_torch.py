@@ -1,6 +1,5 @@
 """`torch`: the visible patches as a list of small dense blocks [T, P, P, C], in plain PyTorch on any device."""
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -22,8 +21,10 @@ class TorchPatches(Patches):
         super().__init__(mask, num_visible)
         self.map = PatchMap.of(mask, num_visible)
 
-    def stem(self, images: Tensor, conv: nn.Conv2d, norm: nn.LayerNorm) -> Tensor:
-        return norm(self.embed(images, conv)).to(norm.weight.dtype)
+    def stem(self, images: Tensor, conv: nn.Conv2d, norm: nn.LayerNorm, statistics: Tensor | None = None) -> Tensor:
+        dtype = reference.accumulator(conv.weight)
+        windows = reference.patch_windows(images, self.map.row_to_patch, statistics, conv.kernel_size[0], dtype)
+        return norm(conv_of_windows(windows.to(product_dtype(conv)), conv)).to(norm.weight.dtype)
 
     def downsample(self, x: Tensor, norm: nn.LayerNorm, conv: nn.Conv2d) -> Tensor:
         return self.tile_conv(norm(x), conv).to(conv.weight.dtype)
@@ -35,31 +36,16 @@ class TorchPatches(Patches):
         return reference.gelu_grn(x, gamma.flatten(), self.map.pooled(scope), beta.flatten())
 
     def gather(self, x: Tensor) -> Tensor:
-        return x.permute(0, 2, 3, 1).flatten(0, 2)[self.map.row_to_patch][:, None, None]
+        x = x.permute(0, 2, 3, 1).flatten(0, 2)
+        return (x if self.masks_nothing else x[self.map.row_to_patch])[:, None, None]
 
-    def scatter(self, x: Tensor) -> Tensor:
+    def scatter(self, x: Tensor, fill: Tensor | None = None) -> Tensor:
         batch, rows, cols = self.mask.shape
-        canvas = x.new_zeros(batch * rows * cols, x.shape[-1]).index_copy(0, self.map.row_to_patch, x.flatten(0, 2))
-        return canvas.view(batch, rows, cols, x.shape[-1]).permute(0, 3, 1, 2)
-
-    def embed(self, images: Tensor, conv: nn.Conv2d) -> Tensor:
-        """The stem's convolution at the visible patches alone: [B, C, H, W] -> [T, P, P, D].
-
-        The patches' pixels are gathered line by line, as a line of a patch is contiguous in the images.
-        """
-        _, rows, cols = self.mask.shape
-        channels, height = images.shape[1:3]
-        side, k, device = height // rows, conv.kernel_size[0], images.device
-        image, row, col = self.map.coordinates
-        first_line = (image * channels * height + row * side) * cols + col
-        lines_below = (
-            torch.arange(channels, device=device)[:, None] * height + torch.arange(side, device=device)
-        ) * cols
-        lines = (first_line[:, None] + lines_below.flatten()).flatten()
-        pixels = images.reshape(-1, side).index_select(0, lines)
-        windows = pixels.view(-1, channels, side // k, k, side // k, k).permute(0, 2, 4, 1, 3, 5)
-        windows = windows.to(product_dtype(conv), memory_format=torch.contiguous_format).flatten(3)
-        return F.linear(windows, conv.weight.flatten(1), conv.bias)
+        x = x.flatten(0, 2)
+        if not self.masks_nothing:
+            fill = x.new_zeros(x.shape[-1]) if fill is None else fill
+            x = fill.repeat(batch * rows * cols, 1).index_copy(0, self.map.row_to_patch, x)
+        return x.view(batch, rows, cols, x.shape[-1]).permute(0, 3, 1, 2)
 
     def tile_conv(self, x: Tensor, conv: nn.Conv2d) -> Tensor:
         """A convolution whose windows tile the patches: [T, P, P, C] -> [T, P / k, P / k, D]."""

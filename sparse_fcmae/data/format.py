@@ -94,9 +94,9 @@ class ImageFormat:
             rows.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
         return rows.view(pixels.shape).permute(0, 3, 1, 2)
 
-    def recorded(self, pixels: Tensor) -> Tensor | None:
-        """Where [B, H, W, C] has values: bool [B, C, H, W], or None where none can be missing."""
-        return pixels.isfinite().permute(0, 3, 1, 2) if self.dtype in FLOATS else None
+    def statistics(self, device: torch.device) -> Tensor:
+        """What models normalise pixels of this format by, as `normalise` does: float64 [2, C], mean and deviation."""
+        return _statistics(self, device)
 
     def restore(self, images: Tensor) -> Tensor:
         """The inverse of `normalise`, but for the dtype: float32 [B, C, H, W] -> float32 [B, C, H, W]."""
@@ -110,19 +110,19 @@ def of_units(mean: Sequence[float], std: Sequence[float]) -> ImageFormat:
 
 
 @cache
-def _rows(form: ImageFormat, device: torch.device, width: int) -> tuple[Tensor, Tensor]:
-    """Mean and deviation of a row of pixels, [width * channels]. Made once, as making them waits for a GPU.
+def _statistics(form: ImageFormat, device: torch.device) -> Tensor:
+    """Mean and deviation, float64 [2, C]. Made once, as making them waits for a GPU.
 
-    They are float64 for int32 and else float32. Then the product is that of float32 numbers, as it always was: so runs
-    go on to the same bits.
+    But for int32 they are products of float32 numbers, as they always were: so runs go on to the same numbers.
     """
     if form.dtype == "int32":
-        mean, std = (
-            torch.tensor(values, dtype=torch.float64, device=device).repeat(width) for values in (form.mean, form.std)
-        )
-        return mean, std
-    mean, std = (
-        form.unit * torch.tensor([value / form.unit for value in values], device=device).repeat(width)
-        for values in (form.mean, form.std)
-    )
-    return mean, std
+        return torch.tensor((form.mean, form.std), dtype=torch.float64, device=device)
+    of_unit = [[value / form.unit for value in values] for values in (form.mean, form.std)]
+    return (form.unit * torch.tensor(of_unit, dtype=torch.float32)).to(device, torch.float64)
+
+
+@cache
+def _rows(form: ImageFormat, device: torch.device, width: int) -> Tensor:
+    """Mean and deviation of a row of pixels, [2, width * channels], float64 for int32 and else float32."""
+    dtype = torch.float64 if form.dtype == "int32" else torch.float32
+    return form.statistics(device).repeat(1, width).to(dtype)

@@ -34,15 +34,12 @@ class HeldOutLoss:
         return (sum(losses) / sum(counts)).item(), bad
 
     def _losses(self, model: nn.Module, images: Tensor, batch: Batch) -> Tensor:
-        """The loss of each image of a batch: float32 [B]."""
-        size = images.shape[2:]
+        """The loss of each image of a batch: float32 [B]. Of `images`, which are normalised, the size alone is used."""
+        size, form = images.shape[2:], self.images.view.form
         masks = torch.cat([self._mask(model, int(sample), size) for sample in batch.index]).to(images.device)
-        recorded = self.images.view.form.recorded(batch.pixels.to(images.device))
-        prediction = model(images, masks, num_visible=model.num_visible(size), recorded=recorded).prediction
-        parts = [range(i, i + 1) for i in range(len(images))]
-        return torch.stack(
-            [model.loss(*(None if t is None else t[i] for t in (images, prediction, masks, recorded))) for i in parts]
-        )
+        pixels = batch.pixels.to(images.device).permute(0, 3, 1, 2)
+        errors = model.errors(pixels, masks, model.num_visible(size), form.statistics(images.device))
+        return errors.view(len(images), -1).mean(1)
 
     def _mask(self, model: nn.Module, sample: int, size: tuple[int, int]) -> Tensor:
         """The mask of a sample, bool [1, rows, cols], by its image's number among all ranks' images, and its window."""

@@ -11,7 +11,8 @@ from sparse_fcmae.data.format import ImageFormat
 from sparse_fcmae.data.sources import ImageSource
 from sparse_fcmae.data.views import CentreView
 from sparse_fcmae.evaluation.pictures import rgb, sheet, shown
-from sparse_fcmae.model.fcmae import FCMAE, TARGET_EPS, patchify, unpatchify
+from sparse_fcmae.kernels.constants import EPS
+from sparse_fcmae.model.fcmae import FCMAE, patchify, unpatchify
 
 GREY = 0.5  # of masked pixels
 
@@ -39,12 +40,12 @@ def reconstruct(model: FCMAE, form: ImageFormat, pixels: Tensor, generator: torc
     learnt. Photographs are shown as they are, other images between quantiles of each channel.
     """
     images = form.normalise(pixels)
-    output = model(images, generator=generator)
+    output = model(pixels.permute(0, 3, 1, 2), generator=generator, statistics=form.statistics(pixels.device))
     patches = patchify(images, model.patch_size)
     predicted = output.prediction.float()
     if model.norm_pix_loss:
         variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
-        predicted = predicted * (variance + TARGET_EPS).sqrt() + mean
+        predicted = predicted * (variance + EPS).sqrt() + mean
     hidden = output.mask.flatten(1)[..., None]
     grid = output.mask.shape[1:]
     pasted = unpatchify(torch.where(hidden, predicted, patches), model.patch_size, grid)

@@ -158,23 +158,40 @@ class SparseEncoder(nn.Module):
         )
         self.apply(init_weights)
 
-    def forward(self, images: Tensor, mask: Tensor | None = None, num_visible: int | None = None) -> Tensor:
+    def forward(
+        self,
+        images: Tensor,
+        mask: Tensor | None = None,
+        num_visible: int | None = None,
+        statistics: Tensor | None = None,
+    ) -> Tensor:
         """The last stage's features, [B, D, H/P, W/P], zeros where masked.
 
-        images: floating [B, C, H, W]. mask: bool [B, H/P, W/P], True = masked, or None for no mask. num_visible: how
-        many patches of every image are visible, where all masks have equally many, as those of `random_mask` have. The
-        host then never waits for a GPU, and the whole can be compiled and captured in a CUDA graph. A wrong number is a
-        RuntimeError; on a GPU it is a failed assertion of the device, which the process can't use any more.
+        images: [B, C, H, W], floating and normalised, or with `statistics` as they are stored. statistics: float64
+        [2, C], mean and deviation of each channel of images of any dtype that images are stored in, which are
+        normalised where they are read; pixels that are not finite are missing and count as their channel's mean.
+
+        mask: bool [B, H/P, W/P], True = masked, or None for no mask. num_visible: how many patches of every image are
+        visible, where all masks have equally many, as those of `random_mask` have. The host then never waits for a GPU,
+        and the whole can be compiled and captured in a CUDA graph. A wrong number is a RuntimeError; on a GPU it is a
+        failed assertion of the device, which the process can't use any more.
 
         Honours autocast; the residual stream stays float32. Raises UserError for images or a mask of another shape.
         """
-        patches = self._patches(images, mask, num_visible)
-        x = patches.stem(images, *self.downsample_layers[0])
+        patches = self.patches(images, mask, num_visible)
+        return patches.scatter(self.visible_features(images, patches, statistics))
+
+    def visible_features(self, images: Tensor, patches: Patches, statistics: Tensor | None = None) -> Tensor:
+        """The last stage's features at the visible patches of the images, as `patches` holds them.
+
+        images, statistics: as in `forward`. patches: what `patches` makes of the images and their mask.
+        """
+        x = patches.stem(images, *self.downsample_layers[0], statistics)
         x = run_blocks(self.stages[0], x, patches)
         for downsample, stage in zip(self.downsample_layers[1:], self.stages[1:], strict=True):
             x = patches.downsample(x, *downsample)
             x = run_blocks(stage, x, patches)
-        return patches.scatter(x)
+        return x
 
     def with_backend(self, backend: str) -> "SparseEncoder":
         """The same layers and parameters, not copies, run by another backend."""
@@ -202,8 +219,8 @@ class SparseEncoder(nn.Module):
                 return f", or give a new model `stem_stride={stride}`, whose patch has {patch} pixels"
         return ""
 
-    def _patches(self, images: Tensor, mask: Tensor | None, num_visible: int | None) -> Patches:
-        """What the backend makes of the batch's mask."""
+    def patches(self, images: Tensor, mask: Tensor | None = None, num_visible: int | None = None) -> Patches:
+        """What the backend makes of the mask of a batch of images. The arguments and errors are those of `forward`."""
         if images.dim() != 4 or images.shape[1] != self.in_chans:
             raise UserError(f"images must be [B, {self.in_chans}, H, W], not {list(images.shape)}")
         batch, (rows, cols) = images.shape[0], self.grid(*images.shape[2:])

@@ -3,29 +3,45 @@
 ConvNeXt V2 (Woo et al., 2023), section 3.1. The state dict has the official names.
 """
 
+from collections.abc import Iterator
 from copy import copy
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparse_fcmae.backends import resolve_backend
-from sparse_fcmae.backends.patches import product_dtype
+from sparse_fcmae.backends.patch_map import flat_positions
+from sparse_fcmae.backends.patches import Patches, product_dtype
 from sparse_fcmae.model.convnext import Block, SparseEncoder, init_weights, run_blocks
 from sparse_fcmae.model.masking import num_visible_patches, random_mask
 from sparse_fcmae.runtime.errors import UserError
 
-TARGET_EPS = 1e-6  # added to the variance of a target patch
 
+class FCMAEOutput:
+    """What an FCMAE gives. `loss, prediction, mask = output` takes it apart.
 
-class FCMAEOutput(NamedTuple):
-    """loss: float32 scalar. prediction: [B, L, P * P * C], a patch's pixels in (row, column, channel) order. mask: bool
-    [B, H/P, W/P], True = masked."""
+    loss: float32 scalar. mask: bool [B, H/P, W/P], True = masked. prediction: [B, L, P * P * C], a patch's pixels in
+    (row, column, channel) order. The loss needs that of the masked patches alone. So where gradients are recorded, that
+    of all patches is computed when it is first read, and can't be read any more once the weights have changed.
+    """
 
-    loss: Tensor
-    prediction: Tensor
-    mask: Tensor
+    def __init__(self, loss: Tensor, mask: Tensor, prediction: Tensor | None, decoded: Tensor, pred: nn.Conv2d) -> None:
+        """prediction: [B * L, P * P * C], or None where it is to be computed from `decoded` [B * L, D] by `pred`."""
+        self.loss, self.mask, self._prediction, self._decoded, self._pred = loss, mask, prediction, decoded, pred
+        self._dtype, self._version = product_dtype(pred), pred.weight._version
+
+    @property
+    def prediction(self) -> Tensor:
+        if self._prediction is None:
+            if self._pred.weight._version != self._version:
+                raise RuntimeError("the weights have changed: read `prediction` before the optimiser's step")
+            weight, bias = self._pred.weight.flatten(1).to(self._dtype), self._pred.bias.to(self._dtype)
+            self._prediction = F.linear(self._decoded.to(self._dtype), weight, bias)
+        return self._prediction.unflatten(0, (len(self.mask), -1))
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter((self.loss, self.prediction, self.mask))
 
 
 class FCMAE(nn.Module):
@@ -78,9 +94,9 @@ class FCMAE(nn.Module):
         mask: Tensor | None = None,
         generator: torch.Generator | None = None,
         num_visible: int | None = None,
-        recorded: Tensor | None = None,
+        statistics: Tensor | None = None,
     ) -> FCMAEOutput:
-        """images: floating [B, C, H, W], normalised. recorded: as in `loss`.
+        """images, statistics: as in `SparseEncoder.forward`; with `statistics`, missing pixels are no targets.
 
         mask: bool [B, H/P, W/P], True = masked. Where it is None, one is drawn from `generator`, or without that on the
         images' device. num_visible: as in `SparseEncoder.forward`; it is known where the mask is drawn here.
@@ -90,53 +106,49 @@ class FCMAE(nn.Module):
             mask = self.draw_mask(len(images), images.shape[2:], generator=generator, device=device)
             num_visible = self.num_visible(images.shape[2:])
         mask = mask.to(images.device)
-        features = self.encoder(images, mask, num_visible)
-        prediction = self.decode(features, mask)
-        return FCMAEOutput(self.loss(images, prediction, mask, recorded), prediction, mask)
+        patches, decoded, masked = self._decoded(images, mask, num_visible, statistics)
+        prediction = None
+        if torch.is_grad_enabled():
+            of_masked = pointwise(decoded[masked], self.pred)
+        else:
+            prediction = pointwise(decoded, self.pred)
+            of_masked = prediction[masked]
+        errors = patches.patch_errors(of_masked, images, masked, statistics, self.norm_pix_loss)
+        return FCMAEOutput(errors.sum() / max(1, len(errors)), mask, prediction, decoded, self.pred)
+
+    def errors(
+        self, images: Tensor, mask: Tensor, num_visible: int | None = None, statistics: Tensor | None = None
+    ) -> Tensor:
+        """The error of each masked patch, float32 [M], image after image: their mean is the loss.
+
+        It is the mean squared error over a patch's pixels (section 3.1), see `ops.patch_errors`. The arguments are
+        those of `forward`.
+        """
+        patches, decoded, masked = self._decoded(images, mask.to(images.device), num_visible, statistics)
+        prediction = pointwise(decoded[masked], self.pred)
+        return patches.patch_errors(prediction, images, masked, statistics, self.norm_pix_loss)
 
     def encode(self, images: Tensor) -> Tensor:
         """Features [B, D, H/P, W/P] of images of which nothing is masked."""
         return self.encoder(images)
 
-    def decode(self, features: Tensor, mask: Tensor) -> Tensor:
-        """Features [B, D, H/P, W/P] of the visible patches -> prediction [B, L, P * P * C] of all patches."""
-        x = pointwise(features.permute(0, 2, 3, 1), self.proj).to(features.dtype)
-        x = torch.where(mask[..., None], self.mask_token.flatten().to(x.dtype), x)
+    def decode(self, x: Tensor, patches: Patches) -> Tensor:
+        """Features at the visible patches, as `patches` holds them -> features [B * L, decoder_dim] of all patches."""
+        x = pointwise(x, self.proj).to(x.dtype)
+        x = patches.scatter(x, fill=self.mask_token.flatten().to(x.dtype))
         backend = resolve_backend(self.encoder.backend, x.device.type, product_dtype(self), dense=True)
-        patches = backend(torch.zeros_like(mask), mask.shape[1] * mask.shape[2])
-        x = patches.gather(x.permute(0, 3, 1, 2))
-        x = run_blocks(self.decoder, x, patches)
-        return pointwise(patches.scatter(x).permute(0, 2, 3, 1).flatten(1, 2), self.pred)
+        everywhere = backend(torch.zeros_like(patches.mask), patches.mask.shape[1] * patches.mask.shape[2])
+        x = run_blocks(self.decoder, everywhere.gather(x), everywhere)
+        return everywhere.scatter(x).permute(0, 2, 3, 1).flatten(0, 2)
 
-    def loss(self, images: Tensor, prediction: Tensor, mask: Tensor, recorded: Tensor | None = None) -> Tensor:
-        """Mean squared error over the pixels of the masked patches, in float32.
-
-        recorded: bool [B, C, H, W], where the images have values, None for everywhere. The others count neither in the
-        targets nor in the error, and the error of a patch without any is 0. The mean is over all masked patches, whose
-        number is known, so that it is the same however a batch is divided.
-        """
-        target = patchify(images.float(), self.patch_size)
-        if recorded is not None:
-            return self._loss_of_recorded(target, prediction.float(), mask, patchify(recorded.float(), self.patch_size))
-        if self.norm_pix_loss:
-            variance, mean = torch.var_mean(target, dim=-1, keepdim=True)
-            target = (target - mean) / (variance + TARGET_EPS).sqrt()
-        error = F.mse_loss(prediction.float(), target, reduction="none").mean(-1)
-        masked = mask.flatten(1)
-        return error.masked_fill(~masked, 0).sum() / masked.sum().clamp_min(1)
-
-    def _loss_of_recorded(self, target: Tensor, prediction: Tensor, mask: Tensor, recorded: Tensor) -> Tensor:
-        """The loss over the values of the patches [B, L, P * P * C] that are recorded: 1 where one is, 0 elsewhere."""
-        count = recorded.sum(-1, keepdim=True)
-        if self.norm_pix_loss:
-            mean = (target * recorded).sum(-1, keepdim=True) / count.clamp_min(1)
-            deviation = (target - mean) * recorded
-            variance = deviation.square().sum(-1, keepdim=True) / (count - 1).clamp_min(1)
-            target = deviation / (variance + TARGET_EPS).sqrt()
-        squares = ((prediction - target) * recorded).square()
-        error = squares.sum(-1) / count.squeeze(-1).clamp_min(1)
-        masked = mask.flatten(1)
-        return error.masked_fill(~masked, 0).sum() / masked.sum().clamp_min(1)
+    def _decoded(
+        self, images: Tensor, mask: Tensor, num_visible: int | None, statistics: Tensor | None
+    ) -> tuple[Patches, Tensor, Tensor]:
+        """The visible patches, what `decode` gives, and the flat positions of the masked patches, int64 [M]."""
+        patches = self.encoder.patches(images, mask, num_visible)
+        decoded = self.decode(self.encoder.visible_features(images, patches, statistics), patches)
+        of_image = None if num_visible is None else mask.shape[1] * mask.shape[2] - num_visible
+        return patches, decoded, flat_positions(mask, of_image)
 
     def draw_mask(
         self,

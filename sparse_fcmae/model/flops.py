@@ -59,9 +59,10 @@ def count(
     as "encoder", with the head as "classifier".
 
     mask: bool [B, rows, cols], True = masked: the sparse MACs are the mean over these images, exactly. Without it they
-    are what to expect of uniformly random masks of `mask_ratio`. A stage has the downsampling before it. The decoder
-    computes all patches, and so does the classifier: of these two the sparse count is the dense one. Raises UserError
-    for a size that the model can't take, a mask of another, or a ratio that keeps or masks nothing (0 is allowed).
+    are what to expect of uniformly random masks of `mask_ratio`. A stage has the downsampling before it. Of the decoder
+    the sparse count is that of the loss: the visible patches are projected, the masked ones predicted. The classifier
+    computes all patches: its sparse count is the dense one. Raises UserError for a size that the model can't take, a
+    mask of another, or a ratio that keeps or masks nothing (0 is allowed).
     """
     options = {"image_size": image_size, "in_chans": in_chans, "stem_stride": stem_stride}
     with torch.device("meta"):
@@ -91,10 +92,12 @@ def count(
     parts["head"] = Part(parameters(model.norm) + parameters(model.head), head, head)
     whole = together((parts["encoder"], parts["head"]))
     parts["classifier"] = Part(whole.parameters, whole.dense, whole.dense)
-    products = decoder_products(name, decoder_dim, decoder_depth, in_chans, stem_stride)
-    cost = macs(products, patches) + decoder_depth * WINDOW**2 * decoder_dim * patches
-    around = sum(outputs * (inputs + 1) for _, inputs, outputs in (products[0], products[-1])) + decoder_dim
-    parts["decoder"] = Part(around + decoder_depth * parameters(block), cost, cost)
+    project, *blocks, predict = decoder_products(name, decoder_dim, decoder_depth, in_chans, stem_stride)
+    inside = macs(blocks, patches) + decoder_depth * WINDOW**2 * decoder_dim * patches
+    around = sum(outputs * (inputs + 1) for _, inputs, outputs in (project, predict)) + decoder_dim
+    dense = inside + macs([project, predict], patches)
+    sparse = inside + macs([project], visible) + macs([predict], patches - visible)
+    parts["decoder"] = Part(around + decoder_depth * parameters(block), dense, sparse)
     return parts
 
 

@@ -14,15 +14,16 @@ STATES = {"weights": 4, "gradients": 4, "moments": 8}  # bytes a parameter, floa
 
 @dataclass(frozen=True)
 class Kept:
-    """Bytes of one image: what encoder and decoder keep, and what the loss needs beside while it is computed."""
+    """Bytes of one image: what encoder, decoder and loss keep, and what the loss's backward pass needs beside."""
 
     encoder: float
     decoder: float
     loss: float
+    beside: float
 
     @property
     def together(self) -> float:
-        return self.encoder + self.decoder + self.loss
+        return self.encoder + self.decoder + self.loss + self.beside
 
 
 def kept(
@@ -37,11 +38,13 @@ def kept(
     bf16: bool = True,
     device: str = "cuda",
     checkpointed: bool = False,
+    pixel_bytes: int = 1,
 ) -> Kept:
     """What one image takes in a training step, in bytes.
 
     grid: rows and columns of its patches. visible: how many of them are. bf16: the matrix products' dtype; features
-    between blocks are float32. device: "cpu" or "cuda". checkpointed: blocks keep their inputs alone.
+    between blocks are float32. device: "cpu" or "cuda". checkpointed: blocks keep their inputs alone. pixel_bytes: of a
+    channel of a pixel, as images are stored.
     """
     depths, dims = size_of(name)
     product, patches, pixels = 2 if bf16 else 4, grid[0] * grid[1], (SIDES[0] * stem_stride) ** 2 * in_chans
@@ -52,12 +55,11 @@ def kept(
 
     encoder = 0.0
     for i, (side, depth, dim) in enumerate(zip(SIDES, depths, dims, strict=True)):
-        positions, inputs = visible * side**2, 4 * dims[i - 1] if i else in_chans * stem_stride**2
-        encoder += positions * inputs * product + blocks(positions, dim, depth)
-        # what the norm takes: of the stem what its convolution gave, later the last stage's features
-        encoder += positions * (dim * product if i == 0 else inputs * 4)
-    # its features as the projection takes them; what that gave and the blocks gave; what the prediction takes
-    decoder = patches * (dims[-1] + decoder_dim) * product + patches * decoder_dim * 4
-    decoder += blocks(patches, decoder_dim, decoder_depth)
-    # prediction and target are kept; the images and a gradient of the prediction are there at the same time
-    return Kept(encoder, decoder, 4 * patches * pixels * 4)
+        positions, inputs = visible * side**2, 4 * dims[i - 1]
+        # between stages what the norm takes, and what the convolution takes; the stem keeps the images alone
+        encoder += blocks(positions, dim, depth) + (positions * inputs * (4 + product) if i else 0)
+    masked = patches - visible
+    # what the projection takes, what the blocks keep, what the prediction takes
+    decoder = (visible * dims[-1] + masked * decoder_dim) * product + blocks(patches, decoder_dim, decoder_depth)
+    predicted = masked * pixels * product
+    return Kept(encoder, decoder, patches * pixels * pixel_bytes + predicted, predicted)

@@ -112,7 +112,7 @@ def training_flops(config: PretrainConfig | PlanConfig, model: FCMAE) -> float:
         decoder_dim=config.decoder_dim,
         decoder_depth=config.decoder_depth,
     )
-    return 6 * (parts["encoder"].sparse + parts["decoder"].dense)  # the backward pass is twice the forward
+    return 6 * (parts["encoder"].sparse + parts["decoder"].sparse)  # the backward pass is twice the forward
 
 
 def load_into(model: FCMAE, path: str) -> list[str]:

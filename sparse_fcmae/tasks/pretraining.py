@@ -85,12 +85,13 @@ class PretrainingObjective(nn.Module):
 
     def __init__(self, model: nn.Module, form: ImageFormat, num_visible: int) -> None:
         super().__init__()
-        self.model, self.form, self.num_visible = model, form, num_visible
+        self.model, self.num_visible = model, num_visible
+        self.statistics = form.statistics(next(model.parameters()).device)
 
     def forward(self, pixels: Tensor, mask: Tensor) -> Tensor:
         """pixels: [b, H, W, C] of the format's dtype. mask: bool [b, H/P, W/P], True = masked."""
-        images, recorded = self.form.normalise(pixels), self.form.recorded(pixels)
-        return self.model(images, mask, num_visible=self.num_visible, recorded=recorded).loss
+        images, statistics = pixels.permute(0, 3, 1, 2), self.statistics.to(pixels.device)
+        return self.model.errors(images, mask, self.num_visible, statistics).mean()
 
 
 class Pretraining(Task):
@@ -118,11 +119,12 @@ class Pretraining(Task):
         self.model, notes = build_fcmae(config, checkpoint is not None, device_of_new_model(config, ranks))
         self.ema = moving_average(self.model, config.ema_decay) if config.ema_decay else None
         for model in (self.model, self.ema.module) if self.ema else (self.model,):
-            place(model, config, ranks, methods=("encode",))
+            place(model, config, ranks, methods=("encode", "errors"))
         self.notes = [*recipe, *self.source.notes, *found, *notes]
 
-        trained = torch.compile(self.model, fullgraph=True, dynamic=False) if config.compile else self.model
-        self.objective = PretrainingObjective(trained, self.form, self.model.num_visible(self.size))
+        self.objective = PretrainingObjective(self.model, self.form, self.model.num_visible(self.size))
+        if config.compile:
+            self.objective.compile(fullgraph=True, dynamic=False)
         self.step_type = GraphedTrainStep if self.cuda_graphs else Task.step_type
         view = evaluation_view(config, self.size, self.form, ranks.device)
         self.monitor = KNNMonitor(config.knn, view, ranks, config) if config.knn else None

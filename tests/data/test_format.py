@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 import torch
 
-from sparse_fcmae.data.format import ImageFormat, of_units
+from sparse_fcmae.data.format import DTYPES, FLOATS, ImageFormat, of_units
+from sparse_fcmae.ops import reference
 
 
 def test_normalise_as_imagenet():
@@ -45,13 +46,20 @@ def test_large_integers_keep_their_resolution():
     np.testing.assert_allclose(out.permute(0, 2, 3, 1).numpy(), expected, rtol=1e-6, atol=1e-6)
 
 
-def test_missing_values_become_the_mean_and_are_known():
+def test_missing_values_become_the_mean():
     form = ImageFormat("float32", (3.0,), (2.0,))
     pixels = torch.tensor([[1.0, torch.nan], [5.0, 3.0]])[None, ..., None]
     assert form.normalise(pixels).flatten().tolist() == [-1, 0, 1, 0]
-    assert form.recorded(pixels).flatten().tolist() == [True, False, True, True]
-    assert form.recorded(pixels).shape == (1, 1, 2, 2)
-    assert ImageFormat.imagenet().recorded(torch.zeros(1, 2, 2, 3, dtype=torch.uint8)) is None
+
+
+@pytest.mark.parametrize("kind", DTYPES)
+def test_statistics_say_the_same_as_normalising_does(kind):
+    form = ImageFormat(kind, (103.3, 7.7, 50.1), (11.7, 3.3, 0.9))
+    pixels = torch.randint(256, (2, 5, 6, 3)).to(getattr(torch, kind))
+    if kind in FLOATS:
+        pixels[0, 0, 0] = torch.tensor([torch.nan, torch.inf, 1.0])
+    statistics = form.statistics(torch.device("cpu"))
+    assert torch.equal(reference.normalise(pixels.permute(0, 3, 1, 2), statistics), form.normalise(pixels))
 
 
 def test_json():

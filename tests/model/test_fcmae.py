@@ -6,6 +6,7 @@ import torch
 from helpers import randomise
 
 from sparse_fcmae import UserError, create_fcmae
+from sparse_fcmae.data.format import ImageFormat
 from sparse_fcmae.model.fcmae import patchify, unpatchify
 
 
@@ -117,34 +118,73 @@ def test_a_stem_stride_is_suggested_only_where_it_is_accepted(options, suggested
         create_fcmae("atto", **options | {"stem_stride": suggested})
 
 
-@pytest.mark.parametrize("norm_pix_loss", [True, False])
-def test_missing_values_count_neither_in_targets_nor_in_the_loss(norm_pix_loss):
-    model = randomise(create_fcmae("atto", image_size=64, in_chans=2, norm_pix_loss=norm_pix_loss)).double()
-    images = torch.randn(3, 2, 64, 96, dtype=torch.float64)
-    mask = torch.tensor([[1, 0, 1], [1, 1, 0]], dtype=torch.bool).expand(3, 2, 3)
-    recorded = torch.rand(3, 2, 64, 96) < 0.7
-    recorded[0, :, :32, :32] = False  # a masked patch without any value
-    recorded[1, :, :32, :32] = False
-    recorded[1, 0, 3, 4] = True  # and one with a single value
-    prediction = torch.randn(3, 6, 2048, dtype=torch.float64, requires_grad=True)
-    errors = []
-    for b, patch in mask.flatten(1).nonzero().tolist():
-        row, col = divmod(patch, 3)
-        place = (b, slice(None), slice(32 * row, 32 * row + 32), slice(32 * col, 32 * col + 32))
-        seen = recorded[place].permute(1, 2, 0).flatten()
-        target = images[place].float().permute(1, 2, 0).flatten()[seen]
-        if not len(target):
-            errors.append(torch.tensor(0.0))
-            continue
-        if norm_pix_loss:
-            variance = target.var() if len(target) > 1 else torch.tensor(0.0)
-            target = (target - target.mean()) / (variance + 1e-6).sqrt()
-        errors.append((prediction[b, patch].float()[seen] - target).square().mean())
-    expected = torch.stack(errors).mean()
-    ours = model.loss(images, prediction, mask, recorded)
-    torch.testing.assert_close(ours, expected)
-    gradients = [torch.autograd.grad(loss, prediction)[0] for loss in (ours, expected)]
-    torch.testing.assert_close(*gradients)
-    whole = torch.ones_like(recorded)
-    torch.testing.assert_close(model.loss(images, prediction, mask, whole), model.loss(images, prediction, mask))
-    assert model.loss(images, prediction, mask, torch.zeros_like(recorded)) == 0
+@pytest.mark.parametrize("backend", ["native", "torch", "masked"])
+@pytest.mark.parametrize("kind", ["uint8", "int32", "float32"])
+def test_stored_pixels_are_normalised_where_they_are_read(backend, kind):
+    form = ImageFormat(kind, (100.0, 90.0), (40.0, 50.0))
+    pixels = torch.randint(256, (2, 64, 96, 2)).to(getattr(torch, kind))
+    if kind == "float32":
+        pixels[0, :40, :40] = torch.nan
+    model = randomise(create_fcmae("atto", image_size=(64, 96), in_chans=2, backend=backend))
+    mask = torch.tensor([[1, 0, 1], [1, 1, 0]], dtype=torch.bool).expand(2, 2, 3)
+    statistics, images = form.statistics(torch.device("cpu")), pixels.permute(0, 3, 1, 2)
+    output = model(images, mask, statistics=statistics)
+    errors = model.errors(images, mask, 2, statistics)
+    assert output.loss.item() == pytest.approx(errors.mean().item())
+    normalised = model(form.normalise(pixels), mask)
+    torch.testing.assert_close(output.prediction, normalised.prediction, rtol=1e-4, atol=1e-5)
+    if kind == "float32":  # missing values are no targets
+        assert output.loss < normalised.loss
+    else:
+        torch.testing.assert_close(output.loss, normalised.loss)
+
+
+def test_errors_are_those_of_the_masked_patches_in_order():
+    model = randomise(create_fcmae("atto", image_size=64))
+    images = torch.randn(2, 3, 64, 64)
+    mask = torch.tensor([[[True, False], [False, True]], [[False, False], [True, False]]])
+    errors = model.errors(images, mask)
+    assert errors.shape == (3,)
+    for image, part in ((0, errors[:2]), (1, errors[2:])):
+        alone = model(images[image : image + 1], mask[image : image + 1]).loss
+        assert part.mean().item() == pytest.approx(alone.item(), rel=1e-5)
+
+
+def test_the_prediction_is_made_when_it_is_read():
+    model = randomise(create_fcmae("atto", image_size=64))
+    images, mask = torch.randn(2, 3, 64, 64), model.draw_mask(2, (64, 64))
+    output = model(images, mask)
+    with torch.no_grad():
+        evaluated = model(images, mask)
+    assert not evaluated.prediction.requires_grad
+    torch.testing.assert_close(output.prediction, evaluated.prediction)
+    assert output.prediction is not None
+    (output.prediction * torch.randn_like(evaluated.prediction)).sum().backward()
+    assert model.pred.weight.grad.abs().sum() > 0
+    assert model.encoder.stages[0][0].dwconv.weight.grad.abs().sum() > 0
+    with torch.autocast("cpu", torch.bfloat16):
+        half = model(images, mask)
+    assert half.prediction.dtype == torch.bfloat16
+    torch.testing.assert_close(half.prediction.float(), evaluated.prediction, rtol=0.1, atol=0.1)
+
+
+def test_a_prediction_is_not_of_later_weights():
+    model = create_fcmae("atto", image_size=64)
+    output = model(torch.randn(2, 3, 64, 64))
+    output.loss.backward()
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    with pytest.raises(RuntimeError, match="read `prediction` before the optimiser's step"):
+        _ = output.prediction
+
+
+@pytest.mark.parametrize("backend", ["native", "torch", "masked"])
+def test_images_may_have_a_gradient(backend):
+    model = randomise(create_fcmae("atto", image_size=64, backend=backend))
+    images = torch.randn(1, 3, 64, 64, requires_grad=True)
+    mask = torch.tensor([[[True, False], [False, True]]])
+    model(images, mask).loss.backward()
+    direction = torch.randn_like(images)
+    with torch.no_grad():
+        losses = [model(images + step * direction, mask).loss for step in (-1e-2, 1e-2)]
+    slope = (losses[1] - losses[0]).item() / 2e-2
+    assert (images.grad * direction).sum().item() == pytest.approx(slope, rel=2e-2)
