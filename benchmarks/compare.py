@@ -97,7 +97,7 @@ def finetuning(config: CompareConfig, size: tuple[int, int], device: torch.devic
 def pretraining(config: CompareConfig, size: tuple[int, int], device: torch.device) -> Iterator[Candidate]:
     """Masked autoencoders, each with its paper's mask ratio, its own encoder and its own decoder: ours, and a ViT's."""
     parts = count(config.model, image_size=size, mask_ratio=MASKED)
-    macs = parts["encoder"].sparse + parts["decoder"].dense
+    macs = parts["encoder"].sparse + parts["decoder"].sparse
     ramp = torch.linspace(0, 200, size[1])[:, None].expand(*size, 3)  # what can be learnt in a few steps
     pixels = (ramp + torch.randint(56, (config.batch_size, *size, 3))).to(device, torch.uint8)
     build = partial(training, config, (pixels,))

@@ -1,6 +1,7 @@
-"""Each Triton kernel that a training step of the encoder launches, alone and with cold caches.
+"""Each Triton kernel that a pretraining step launches, alone and with cold caches.
 
-Its bytes are those of the tensors that it is given, its rate is compared with that of a large copy in the same run.
+Its bytes are those of the tensors that it is given, of images too whose patches it reads in part. Its rate is compared
+with that of a large copy in the same run.
 """
 
 from collections import Counter
@@ -40,7 +41,7 @@ class Launch(NamedTuple):
 
 
 def time_kernels(case: Case, rounds: int, copied: float, flops: float) -> Iterator[Row]:
-    """A row for each Triton kernel and shape that a step of the encoder launches.
+    """A row for each Triton kernel and shape that a pretraining step launches.
 
     copied, flops: bytes that a large copy moves, and operations of a large product, in a second.
     """
@@ -50,7 +51,8 @@ def time_kernels(case: Case, rounds: int, copied: float, flops: float) -> Iterat
     def observe(run: Callable[..., None], kernel: Any, grid: Any, *arguments: Any, **sizes: Any) -> None:
         run(kernel, grid, *arguments, **sizes)
         name = getattr(kernel, "base_fn", kernel.fn).__name__.removesuffix("_kernel")
-        shape = " ".join(f"{key}={value}" for key, value in sizes.items() if key != "BLOCK_C")
+        shown = {key: value for key, value in sizes.items() if not (key.startswith("BLOCK") or value is False)}
+        shape = " ".join(key if value is True else f"{key}={value}" for key, value in shown.items())
         missing = [n for n, a in zip(kernel.arg_names, arguments, strict=False) if a is None]
         kind = f"{name} {shape}" + (f" without {' '.join(missing)}" if missing else "")
         if kind not in seen:
@@ -61,7 +63,7 @@ def time_kernels(case: Case, rounds: int, copied: float, flops: float) -> Iterat
         calls[kind] += 1
 
     def observed_step() -> Row:
-        step = run_of(case, "step", "native")
+        step = run_of(case, "pretrain", "native")
         step()  # times tiles too
         with observing(observe):
             step()

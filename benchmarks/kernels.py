@@ -16,7 +16,7 @@ from torch import Tensor
 from sparse_fcmae import kernels as package
 from sparse_fcmae import ops
 from sparse_fcmae.backends import choose_dtype
-from sparse_fcmae.backends.patch_map import PatchMap
+from sparse_fcmae.backends.patch_map import PatchMap, flat_positions
 from sparse_fcmae.backends.plain_torch import TorchPatches
 from sparse_fcmae.benchmarks.config import KernelsConfig
 from sparse_fcmae.benchmarks.engine import Candidate, Run, Turns, benchmark, take_turns
@@ -24,6 +24,7 @@ from sparse_fcmae.benchmarks.gates import OP_RESULTS, check_backends, greatest, 
 from sparse_fcmae.benchmarks.gpu_kernels import time_kernels
 from sparse_fcmae.benchmarks.results import Columns, Row
 from sparse_fcmae.benchmarks.steps import Case, move_parameters
+from sparse_fcmae.data.format import ImageFormat
 from sparse_fcmae.kernels.constants import SIDES
 from sparse_fcmae.model.convnext import SIZES, Block
 from sparse_fcmae.model.flops import visible_taps
@@ -33,7 +34,8 @@ from sparse_fcmae.runtime.errors import UserError
 COPIED = 1 << 26  # float32 numbers
 SIDE, SLOW_SIDE = 2048, 512  # rows and columns of the matrices that are multiplied
 GPU_SCALE = 4  # times as much on a GPU
-GELU_FLOPS, SLOPE_FLOPS, NORM_FLOPS = 46, 4, 8  # per element, a multiply-add counting two; GELU_FLOPS as approximated
+# per element, a multiply-add counting two; GELU_FLOPS as approximated, ERROR_FLOPS from reading to squaring
+GELU_FLOPS, SLOPE_FLOPS, NORM_FLOPS, ERROR_FLOPS = 46, 4, 8, 11
 PASSES = ("forward", "backward")
 Rates = dict[str | torch.dtype, float]
 COLUMNS: Columns = {
@@ -67,7 +69,7 @@ def kernels(config: KernelsConfig, device: torch.device) -> Iterator[list[Row]]:
         setting["kernels"] = package.of(device).instruction_set()
         setting["measured_matrix_flops_per_second"] = rates[case.dtype]
         rows = rows_of_ops(case, config.rounds, rates)
-    elif reason := check_backends(case, "step", ["native"])["native"].get("refused"):
+    elif reason := check_backends(case, "pretrain", ["native"])["native"].get("refused"):
         raise UserError(f"the kernels are not measured: {reason}")
     else:
         rows = time_kernels(case, config.rounds, copied, flops)
@@ -93,11 +95,12 @@ def measure_rates(device: torch.device, dtypes: Iterable[torch.dtype], rounds: i
 
 @dataclass(frozen=True)
 class Op:
-    """An op on features x with parameters, against its reference.
+    """An op on features or pixels x with parameters, against its reference.
 
-    call: computes it of x by the functions of `ops` or of `reference`, with parameters or results in a dtype.
-    flops: operations of the forward and of the backward pass beside matrix products. products: operations of the
-    forward pass's matrix products, of which the backward pass has twice as many.
+    call: computes it of x by the functions of `ops` or of `reference`, with parameters or results in a dtype. x and
+    parameters: gradients are taken of those that require them. flops: operations of the forward and of the backward
+    pass beside matrix products. products: operations of the forward pass's matrix products, of which the backward pass
+    has twice as many, or as many where x has no gradient. pixels: bytes that it reads of images beside x.
     """
 
     call: Callable[[Any, Tensor, torch.dtype], Tensor]
@@ -106,6 +109,7 @@ class Op:
     parameters: list[Tensor]
     flops: tuple[float, float]
     products: float = 0
+    pixels: float = 0
 
     def build(self, what: str, by: Any) -> Run:
         """What is timed of a pass."""
@@ -116,7 +120,8 @@ class Op:
 
     def gradients(self, result: Tensor, of_result: Tensor) -> tuple[Tensor, ...]:
         """The gradients of features and parameters, given that of the result."""
-        return torch.autograd.grad(result, [self.x, *self.parameters], of_result.to(result.dtype), retain_graph=True)
+        inputs = [tensor for tensor in (self.x, *self.parameters) if tensor.requires_grad]
+        return torch.autograd.grad(result, inputs, of_result.to(result.dtype), retain_graph=True)
 
     @cached_property
     def result(self) -> Tensor:
@@ -167,20 +172,50 @@ def ops_of(patch_map: PatchMap, side: int, channels: int, dtype: torch.dtype) ->
     ]
 
 
+def ops_on_pixels(case: Case, patch_map: PatchMap) -> list[Op]:
+    """The stem at the visible patches, and the loss of the masked ones, on photographs as they are stored."""
+    stem, norm = (move_parameters(layer) for layer in case.encoder.downsample_layers[0])
+    patch, visible = stem.weight[0].numel() * SIDES[0] ** 2, patch_map.row_to_patch
+    masked = flat_positions(patch_map.mask)
+    pixels, statistics = case.pixels.permute(0, 3, 1, 2), ImageFormat.imagenet().statistics(case.device)
+    parameters = [*stem.parameters(), *norm.parameters()]
+
+    def patch_embed(by: Any, x: Tensor, dtype: torch.dtype) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            return by.patch_embed(x, *parameters, visible, statistics)
+
+    def patch_errors(by: Any, x: Tensor, dtype: torch.dtype) -> Tensor:
+        return by.patch_errors(x, pixels, masked, statistics)
+
+    prediction = torch.randn(len(masked), patch).to(case.dtype).requires_grad_()
+    embedded = len(visible) * SIDES[0] ** 2 * len(stem.weight)
+    normed, read = NORM_FLOPS * embedded + 2 * len(visible) * patch, len(visible) * patch
+    products = 2 * stem.weight[0].numel() * embedded
+    errors = ERROR_FLOPS * prediction.numel()
+    return [
+        Op(patch_embed, case.dtype, pixels, parameters, (normed, 3 * normed), products, read),
+        Op(patch_errors, case.dtype, prediction, [], (errors, errors), pixels=prediction.numel()),
+    ]
+
+
 def rows_of_ops(case: Case, rounds: int, rates: Rates) -> Iterator[Row]:
-    """A row for each stage, op and pass."""
-    patch_map = PatchMap.of(case.masks())
-    for number, (side, channels) in enumerate(zip(SIDES, SIZES[case.model][1], strict=True), 1):
-        for op in ops_of(patch_map, side, channels, case.dtype):
-            row = {"stage": number, "features": f"{side}x{side}x{channels}", "op": op.call.__name__}
-            candidates = [
-                Candidate(key, partial(op.build, *key), row | {"pass": key[0]}, gate=lambda *_, op=op: op.checked)
-                for key in product(PASSES, (ops, reference))
-            ]
-            turns = take_turns(candidates, rounds, case.device)
-            for what in PASSES:
-                timed = (what, ops) in turns.seconds
-                yield turns.rows[what, ops] | (figures(turns, op, what, rates) if timed else {})
+    """A row for each stage, op and pass; then for the ops on pixels."""
+    patch_map, of_stages = PatchMap.of(case.masks()), zip(SIDES, SIZES[case.model][1], strict=True)
+    every = [
+        ({"stage": number, "features": f"{side}x{side}x{channels}"}, op)
+        for number, (side, channels) in enumerate(of_stages, 1)
+        for op in ops_of(patch_map, side, channels, case.dtype)
+    ]
+    for row, op in [*every, *(({"features": "pixels"}, op) for op in ops_on_pixels(case, patch_map))]:
+        row = row | {"op": op.call.__name__}
+        candidates = [
+            Candidate(key, partial(op.build, *key), row | {"pass": key[0]}, gate=lambda *_, op=op: op.checked)
+            for key in product(PASSES, (ops, reference))
+        ]
+        turns = take_turns(candidates, rounds, case.device)
+        for what in PASSES:
+            timed = (what, ops) in turns.seconds
+            yield turns.rows[what, ops] | (figures(turns, op, what, rates) if timed else {})
 
 
 def figures(turns: Turns, op: Op, what: str, rates: Rates) -> Row:
@@ -190,8 +225,10 @@ def figures(turns: Turns, op: Op, what: str, rates: Rates) -> Row:
     that of x.
     """
     backward, milliseconds = what == "backward", turns.speed((what, ops))["ms"]
-    moved = (2 if backward else 1) * op.x.nbytes + op.result.nbytes
-    products, others = (2 if backward else 1) * op.products, op.flops[backward]
+    of_x = op.x.nbytes if op.x.requires_grad else 0
+    twice = 2 if backward and of_x else 1
+    moved = twice * of_x + op.pixels + op.result.nbytes
+    products, others = twice * op.products, op.flops[backward]
     memory, arithmetic = moved / rates["bytes"], products / rates[op.dtype] + others / rates[torch.float32]
     return {
         "ms": milliseconds,

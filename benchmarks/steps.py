@@ -240,7 +240,9 @@ def matrix_products(case: Case, work: str) -> Run:
     visible, every = case.batch_size * case.num_visible, case.batch_size * case.grid[0] * case.grid[1]
     jobs = [(visible * side**2, i, o) for stage in range(4) for side, i, o in stage_products(case.model, stage)]
     if work == "pretrain":
-        jobs += [(every * side**2, i, o) for side, i, o in decoder_products(case.model)]
+        project, *blocks, predict = decoder_products(case.model)
+        rows = [visible, *[every] * len(blocks), every - visible]
+        jobs += [(n, i, o) for n, (_, i, o) in zip(rows, (project, *blocks, predict), strict=True)]
 
     def tensors(rows: int, inputs: int, outputs: int) -> list[Tensor]:
         shapes = ((rows, inputs), (outputs, inputs), (rows, outputs))
