@@ -36,20 +36,27 @@ def patch_embed(
     rows: Tensor,
     statistics: Tensor | None,
     dtype: torch.dtype,
-) -> Tensor:
+    keep: bool,
+) -> tuple[Tensor, Tensor]:
     """The forward pass: see `ops.patch_embed`."""
     matrix, norm = stem_matrix_of(weight, dtype), (row_of(norm_weight), row_of(norm_bias))
     bias = bias.to(dtype)
     out = norm_weight.new_empty(len(rows), SIDE, SIDE, len(weight))
+    kept = matrix.new_empty(len(rows) * SIDE**2 if keep else 0, matrix.shape[1])
     for chunk in _chunks(rows, matrix):
-        z = _convolved(pixels, rows[chunk], statistics, matrix, bias, weight.shape[2])[1]
+        windows = (
+            kept.view(len(rows), -1)[chunk].view(-1, matrix.shape[1]) if keep else _empty_windows(rows[chunk], matrix)
+        )
+        patch_windows(pixels, rows[chunk], statistics, windows, kernel=weight.shape[2])
+        z = _convolved(windows, matrix, bias)
         layer_norm(z.view(out[chunk].shape), *norm, out[chunk])
-    return out
+    return out, kept
 
 
 def patch_embed_backward(
     grad: Tensor,
-    pixels: Tensor,
+    pixels: Tensor | None,
+    kept: Tensor,
     weight: Tensor,
     bias: Tensor,
     norm_weight: Tensor,
@@ -64,7 +71,12 @@ def patch_embed_backward(
     grad_bias = torch.zeros(len(weight), dtype=torch.float32)
     grad_matrix = None
     for chunk in _chunks(rows, matrix):
-        windows, z = _convolved(pixels, rows[chunk], statistics, matrix, in_dtype, weight.shape[2])
+        if pixels is None:
+            windows = kept.view(len(rows), -1)[chunk].view(-1, matrix.shape[1])
+        else:
+            windows = _empty_windows(rows[chunk], matrix)
+            patch_windows(pixels, rows[chunk], statistics, windows, kernel=weight.shape[2])
+        z = _convolved(windows, matrix, in_dtype)
         features = z.view(grad[chunk].shape)
         layer_norm_backward(features, grad[chunk], scale, features, norm_sums)
         grad_bias += z.sum(0, dtype=torch.float32)
@@ -78,12 +90,11 @@ def _chunks(rows: Tensor, matrix: Tensor) -> list[slice]:
     return [slice(first, first + patches) for first in range(0, len(rows), patches)]
 
 
-def _convolved(
-    pixels: Tensor, rows: Tensor, statistics: Tensor | None, matrix: Tensor, bias: Tensor, kernel: int
-) -> tuple[Tensor, Tensor]:
-    """The windows of some patches and their convolution, [N, k * k * C] and [N, D] in scratch memory."""
-    outputs, inputs = matrix.shape
-    windows = buffer("windows", len(rows) * SIDE * SIDE, inputs, matrix.dtype)
-    patch_windows(pixels, rows, statistics, windows, kernel=kernel)
-    z = buffer("z", len(windows), outputs, matrix.dtype)
-    return windows, torch.addmm(bias, windows, matrix.t(), out=z)
+def _empty_windows(rows: Tensor, matrix: Tensor) -> Tensor:
+    """Scratch memory for the windows of some patches: [N, k * k * C]."""
+    return buffer("windows", len(rows) * SIDE * SIDE, matrix.shape[1], matrix.dtype)
+
+
+def _convolved(windows: Tensor, matrix: Tensor, bias: Tensor) -> Tensor:
+    """The convolution of windows, [N, D] in scratch memory."""
+    return torch.addmm(bias, windows, matrix.t(), out=buffer("z", len(windows), len(matrix), matrix.dtype))

@@ -70,16 +70,21 @@ def patch_embed(
     rows: Tensor,
     statistics: Tensor | None,
     dtype: torch.dtype,
-) -> Tensor:
+    keep: bool,
+) -> tuple[Tensor, Tensor]:
     """The forward pass: see `ops.patch_embed`."""
-    z = _convolved(pixels, rows, statistics, weight, bias, dtype)[1]
+    windows = _windows_of(pixels, rows, statistics, weight, dtype)
+    z = _convolved(windows, weight, bias)
     out = norm_weight.new_empty(z.shape)
-    return layer_norm(z, row_of(norm_weight), row_of(norm_bias), out)
+    return layer_norm(z, row_of(norm_weight), row_of(norm_bias), out), windows if keep else windows.new_empty(
+        0, windows.shape[1]
+    )
 
 
 def patch_embed_backward(
     grad: Tensor,
-    pixels: Tensor,
+    pixels: Tensor | None,
+    kept: Tensor,
     weight: Tensor,
     bias: Tensor,
     norm_weight: Tensor,
@@ -88,7 +93,8 @@ def patch_embed_backward(
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of weight and bias, and of the norm's weight and bias, float32 [2, D]."""
-    windows, z = _convolved(pixels, rows, statistics, weight, bias, dtype)
+    windows = kept if pixels is None else _windows_of(pixels, rows, statistics, weight, dtype)
+    z = _convolved(windows, weight, bias)
     sums = zero_sums(2, len(weight), like=grad)
     layer_norm_backward(z, grad, row_of(norm_weight), z, sums)
     z = z.flatten(0, 2)
@@ -96,13 +102,15 @@ def patch_embed_backward(
     return stem_gradient_of(matrix, weight), z.sum(0, dtype=torch.float32).to(bias.dtype), sums.sum(0)
 
 
-def _convolved(
-    pixels: Tensor, rows: Tensor, statistics: Tensor | None, weight: Tensor, bias: Tensor, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """The patches' windows [N, k * k * C], and their convolution [T, 8, 8, D]."""
-    matrix, kernel = stem_matrix_of(weight, dtype), weight.shape[2]
-    windows = matrix.new_empty(len(rows) * SIDE * SIDE, matrix.shape[1])
-    patch_windows(pixels, rows, statistics, windows, kernel=kernel)
-    z = matrix.new_empty(len(rows), SIDE, SIDE, len(weight))
-    torch.addmm(bias.to(dtype), windows, matrix.t(), out=z.view(-1, len(weight)))
-    return windows, z
+def _windows_of(pixels: Tensor, rows: Tensor, statistics: Tensor | None, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """The patches' windows: [T * 64, k * k * C]."""
+    windows = weight.new_empty(len(rows) * SIDE * SIDE, weight[0].numel(), dtype=dtype)
+    return patch_windows(pixels, rows, statistics, windows, kernel=weight.shape[2])
+
+
+def _convolved(windows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """The convolution of windows: [T, 8, 8, D]."""
+    matrix = stem_matrix_of(weight, windows.dtype)
+    z = matrix.new_empty(len(windows) // SIDE**2, SIDE, SIDE, len(weight))
+    torch.addmm(bias.to(windows.dtype), windows, matrix.t(), out=z.view(-1, len(weight)))
+    return z

@@ -28,13 +28,15 @@ def patch_embed(
     [B, H / 8 k, W / 8 k]. statistics: as in `patch_errors`; here a missing pixel counts as its channel's mean.
 
     The result has norm_weight's dtype. The matrix products are in autocast's dtype, or without autocast in weight's;
-    sums are float32. Kept for the backward pass are the pixels alone. Differentiable once in the four parameters, not
-    in the pixels. Raises ValueError for other shapes, dtypes or devices, and for rows out of range, which on a GPU are
-    not looked at.
+    sums are float32. Kept for the backward pass are the pixels, or without statistics, as normalised images are large
+    and seldom kept otherwise, the windows of the patches. Differentiable once in the four parameters, not in the
+    pixels. Raises ValueError for other shapes, dtypes or devices, and for rows out of range, which on a GPU are not
+    looked at.
     """
-    device = pixels.device.type
+    device, parameters = pixels.device.type, (weight, bias, norm_weight, norm_bias)
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-    return _patch_embed(pixels, weight, bias, norm_weight, norm_bias, rows, statistics, dtype)
+    keep = statistics is None and torch.is_grad_enabled() and any(p.requires_grad for p in parameters)
+    return _patch_embed(pixels, *parameters, rows, statistics, dtype, keep)[0]
 
 
 @torch.library.custom_op("sparse_fcmae::patch_embed", mutates_args=())
@@ -47,7 +49,9 @@ def _patch_embed(
     rows: Tensor,
     statistics: Tensor | None,
     dtype: torch.dtype,
-) -> Tensor:
+    keep: bool,
+) -> tuple[Tensor, Tensor]:
+    """The result; the windows [T * 64, k * k * C] of dtype where they are kept, else no rows."""
     kernels.check_dtype("patch_embed", pixels.device, dtype, norm_weight.dtype)
     if weight.dim() != 4 or weight.shape[2] != weight.shape[3] or weight.shape[1:2] != pixels.shape[1:2]:
         raise ValueError(f"weight must be [D, C, k, k] for pixels of C channels, not {list(weight.shape)}")
@@ -57,18 +61,21 @@ def _patch_embed(
         if row.shape != weight.shape[:1] or row.device != weight.device:
             raise ValueError(f"{name} must be [{len(weight)}] on {weight.device}, not {list(row.shape)}")
     run = kernels.load("patch_embed", pixels.device).patch_embed
-    return run(pixels, weight, bias, norm_weight, norm_bias, rows, statistics, dtype)
+    return run(pixels, weight, bias, norm_weight, norm_bias, rows, statistics, dtype, keep)
 
 
 @_patch_embed.register_fake
-def _(pixels, weight, bias, norm_weight, norm_bias, rows, statistics, dtype):
-    return norm_weight.new_empty(rows.shape[0], SIDES[0], SIDES[0], weight.shape[0])
+def _(pixels, weight, bias, norm_weight, norm_bias, rows, statistics, dtype, keep):
+    windows = rows.shape[0] * SIDES[0] ** 2 if keep else 0
+    kept = weight.new_empty(windows, weight[0].numel(), dtype=dtype)
+    return norm_weight.new_empty(rows.shape[0], SIDES[0], SIDES[0], weight.shape[0]), kept
 
 
 @torch.library.custom_op("sparse_fcmae::patch_embed_backward", mutates_args=())
 def _patch_embed_backward(
     grad: Tensor,
-    pixels: Tensor,
+    pixels: Tensor | None,
+    kept: Tensor,
     weight: Tensor,
     bias: Tensor,
     norm_weight: Tensor,
@@ -76,28 +83,35 @@ def _patch_embed_backward(
     statistics: Tensor | None,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of weight and bias, and of the norm's weight and bias, float32 [2, D]."""
-    run = kernels.load("patch_embed", pixels.device).patch_embed_backward
-    return run(grad.contiguous(), pixels, weight, bias, norm_weight, rows, statistics, dtype)
+    """The gradients of weight and bias, and of the norm's weight and bias, float32 [2, D].
+
+    pixels: None where the windows are kept.
+    """
+    run = kernels.load("patch_embed", grad.device).patch_embed_backward
+    return run(grad.contiguous(), pixels, kept, weight, bias, norm_weight, rows, statistics, dtype)
 
 
 @_patch_embed_backward.register_fake
-def _(grad, pixels, weight, bias, norm_weight, rows, statistics, dtype):
+def _(grad, pixels, kept, weight, bias, *_):
     like = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (weight, bias)]
     return *like, weight.new_empty(2, weight.shape[0], dtype=torch.float32)
 
 
 def _setup_context(ctx, inputs, output):
-    pixels, weight, bias, norm_weight, norm_bias, rows, statistics, ctx.dtype = inputs
-    ctx.save_for_backward(pixels, weight, bias, norm_weight, norm_bias, rows, statistics)
+    pixels, weight, bias, norm_weight, norm_bias, rows, statistics, ctx.dtype, keep = inputs
+    ctx.save_for_backward(None if keep else pixels, output[1], weight, bias, norm_weight, norm_bias, rows, statistics)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, grad):
-    pixels, weight, bias, norm_weight, norm_bias, rows, statistics = ctx.saved_tensors
-    others = (pixels, weight, bias, norm_weight, rows, statistics, ctx.dtype)
+def _backward(ctx, grad, _):
+    if grad is None:
+        return (None,) * 9
+    pixels, kept, weight, bias, norm_weight, norm_bias, rows, statistics = ctx.saved_tensors
+    others = (pixels, kept, weight, bias, norm_weight, rows, statistics, ctx.dtype)
     grad_weight, grad_bias, norm = _patch_embed_backward(grad, *others)
     of_norm = (norm[0].to(norm_weight.dtype), norm[1].to(norm_bias.dtype))
-    return None, grad_weight, grad_bias, *of_norm, None, None, None
+    return None, grad_weight, grad_bias, *of_norm, None, None, None, None
 
 
 _patch_embed.register_autograd(_backward, setup_context=_setup_context)

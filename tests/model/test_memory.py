@@ -10,7 +10,9 @@ from sparse_fcmae.model.memory import KEEPS_FROM, kept
 
 def kept_by_autograd(model, batch, size, bf16):
     """Bytes that the graph of a loss holds, without parameters."""
-    images, mask = torch.randn(batch, model.encoder.in_chans, *size), model.draw_mask(batch, size)
+    channels, mask = model.encoder.in_chans, model.draw_mask(batch, size)
+    images = torch.randint(256, (batch, channels, *size), dtype=torch.uint8)
+    statistics = torch.tensor([[100.0] * channels, [50.0] * channels], dtype=torch.float64)
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
     storages = {}
 
@@ -24,7 +26,7 @@ def kept_by_autograd(model, batch, size, bf16):
         torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
         torch.autocast("cpu", torch.bfloat16, enabled=bf16),
     ):
-        model(images, mask, num_visible=model.num_visible(size))
+        model.errors(images, mask, model.num_visible(size), statistics)
     return sum(tensor.untyped_storage().nbytes() for tensor in storages.values())
 
 
@@ -57,7 +59,6 @@ def test_it_is_what_autograd_keeps(name, options, bf16, checkpointed):
         bf16=bf16,
         device="cpu",
         checkpointed=checkpointed,
-        pixel_bytes=4,
         **{key: options[key] for key in ("in_chans", "stem_stride", "decoder_dim", "decoder_depth") if key in options},
     )
     assert found.encoder + found.decoder + found.loss == pytest.approx(of_image, rel=0.04)

@@ -90,7 +90,7 @@ def test_opcheck(statistics):
     pixels = make_pixels(torch.uint8 if statistics else F32, 3, 8, missing=False)
     for dtype in (F32, BF16):
         pixels, parameters, rows = make(pixels, 1)
-        arguments = (pixels, *parameters, rows, make_statistics(pixels) if statistics else None, dtype)
+        arguments = (pixels, *parameters, rows, make_statistics(pixels) if statistics else None, dtype, not statistics)
         torch.library.opcheck(torch.ops.sparse_fcmae.patch_embed.default, arguments)
 
 
