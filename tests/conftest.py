@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which deterministic algorithms may ask for
+os.environ.setdefault("SPARSE_FCMAE_PRODUCTS", "mm")  # or processes that measure at once may round differently
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported
 

@@ -16,7 +16,7 @@ from sparse_fcmae.kernels.cpu import zero_sums
 from sparse_fcmae.kernels.cpu.block_dwconv import block_dwconv, block_dwconv_weight
 from sparse_fcmae.kernels.cpu.gelu_grn import gelu_grn, gelu_grn_backward
 from sparse_fcmae.kernels.cpu.layer_norm import layer_norm_backward
-from sparse_fcmae.kernels.cpu.products import add_product
+from sparse_fcmae.kernels.cpu.products import add_weight_gradient, linear, linear_input_gradient
 from sparse_fcmae.kernels.cpu.scratch import buffer, cast
 from sparse_fcmae.kernels.parameters import BlockParameters, block_gradients
 
@@ -47,14 +47,15 @@ def convnext_block(
         features = x[chunk.patches]
         y = buffer("y", chunk.size, w.channels, dtype)
         scratch = buffer("hidden", chunk.size, w.hidden, dtype)
-        hidden = kept[chunk.positions] if keep else scratch
         maps = (patch_to_row, row_to_patch)
         block_dwconv(features, w.taps, w.dwconv_bias, *maps, y, first=chunk.patches.start, norm=w.norm)
-        torch.mm(y, w.weight1.t(), out=hidden)
+        hidden = linear(y, w.weight1, out=kept[chunk.positions] if keep else scratch)
+        if keep and hidden.data_ptr() != kept[chunk.positions].data_ptr():
+            kept[chunk.positions] = hidden
         norm = response[chunk.images]
         gelu_grn(hidden, w.gamma, chunk.offsets, scratch, norm, bias=w.bias1, beta=w.beta)
-        torch.addmm(w.bias2, scratch, w.weight2.t(), out=y)
-        torch.add(features, y.view(features.shape), out=out[chunk.patches])
+        added = linear(scratch, w.weight2, out=y, bias=w.bias2)
+        torch.add(features, added.view(features.shape), out=out[chunk.patches])
     return out, response, kept
 
 
@@ -82,17 +83,19 @@ def convnext_block_backward(
         grad_out = grad[chunk.patches]
         y = buffer("y", size, w.channels, dtype)
         hidden = buffer("hidden", size, w.hidden, dtype)
-        grad_hidden = buffer("grad_hidden", size, w.hidden, dtype)
         scratch = buffer("derivative", size, w.hidden, dtype)
         z = buffer("z", size, w.channels, torch.float32).view(features.shape)
 
         # the forward pass again, up to pwconv1
         block_dwconv(features, w.taps, w.dwconv_bias, *maps, y, first=first, norm=w.norm, convolved=z)
-        before_gelu = kept[chunk.positions] if len(kept) else torch.mm(y, w.weight1.t(), out=scratch)
+        if len(kept):
+            before_gelu = kept[chunk.positions]
+        else:
+            before_gelu = scratch = linear(y, w.weight1, out=scratch)
 
         g = cast("g", grad_out.view(size, w.channels), dtype)
         grad_bias2 += grad_out.sum((0, 1, 2), dtype=torch.float32)
-        torch.mm(g, w.weight2, out=grad_hidden)
+        grad_hidden = linear_input_gradient(g, w.weight2, out=buffer("grad_hidden", size, w.hidden, dtype))
         gelu_grn_backward(
             grad_hidden,
             before_gelu,
@@ -107,10 +110,10 @@ def convnext_block_backward(
             beta=w.beta,
         )
         if not frozen:
-            grad_weight2 = add_product(grad_weight2, g, hidden)
-            grad_weight1 = add_product(grad_weight1, grad_hidden, y)
-        torch.mm(grad_hidden, w.weight1, out=y)
-        layer_norm_backward(z, y, w.norm[0], z, norm_sums)
+            grad_weight2 = add_weight_gradient(grad_weight2, g, hidden)
+            grad_weight1 = add_weight_gradient(grad_weight1, grad_hidden, y)
+        grad_y = linear_input_gradient(grad_hidden, w.weight1, out=y)
+        layer_norm_backward(z, grad_y, w.norm[0], z, norm_sums)
         if not frozen:
             block_dwconv_weight(features, z, *maps, taps_sums, first=first)
         block_dwconv(z, reversed_taps, None, *maps, grad_x[chunk.patches], first=first, residual=grad_out)

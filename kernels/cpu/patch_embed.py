@@ -8,7 +8,7 @@ from sparse_fcmae.kernels.cpu import zero_sums
 from sparse_fcmae.kernels.cpu.layer_norm import layer_norm, layer_norm_backward
 from sparse_fcmae.kernels.cpu.library import LONG, POINTER, TENSOR, Kernel, bf16
 from sparse_fcmae.kernels.cpu.pixels import PIXELS, arguments_of
-from sparse_fcmae.kernels.cpu.products import add_product
+from sparse_fcmae.kernels.cpu.products import add_weight_gradient, linear
 from sparse_fcmae.kernels.cpu.scratch import buffer
 from sparse_fcmae.kernels.parameters import row_of, stem_gradient_of, stem_matrix_of
 
@@ -80,7 +80,7 @@ def patch_embed_backward(
         features = z.view(grad[chunk].shape)
         layer_norm_backward(features, grad[chunk], scale, features, norm_sums)
         grad_bias += z.sum(0, dtype=torch.float32)
-        grad_matrix = add_product(grad_matrix, z, windows)
+        grad_matrix = add_weight_gradient(grad_matrix, z, windows)
     grad_matrix = torch.zeros(matrix.shape, dtype=torch.float32) if grad_matrix is None else grad_matrix
     return stem_gradient_of(grad_matrix, weight), grad_bias.to(bias.dtype), norm_sums.sum(0)
 
@@ -97,4 +97,4 @@ def _empty_windows(rows: Tensor, matrix: Tensor) -> Tensor:
 
 def _convolved(windows: Tensor, matrix: Tensor, bias: Tensor) -> Tensor:
     """The convolution of windows, [N, D] in scratch memory."""
-    return torch.addmm(bias, windows, matrix.t(), out=buffer("z", len(windows), len(matrix), matrix.dtype))
+    return linear(windows, matrix, out=buffer("z", len(windows), len(matrix), matrix.dtype), bias=bias)

@@ -10,6 +10,7 @@ from shlex import quote
 
 import torch
 
+from sparse_fcmae.runtime import choices
 from sparse_fcmae.runtime.checkpoint_folder import META, damage, folder_of, newest_checkpoint
 from sparse_fcmae.runtime.errors import Interrupted, UserError
 from sparse_fcmae.runtime.files import one_line, read_json
@@ -122,7 +123,8 @@ class Checkpoints:
         if not (ranks.main or is_sharded(task.model)):
             return
         trainer = {"step": step, "optimizer": self.optimizer.state_dict(), "bad": self.unreadable}
-        trainer |= {"images": task.source.fingerprint, "best": self.best.state(), **task.state()}
+        trainer |= {"images": task.source.fingerprint, "best": self.best.state(), "choices": choices.made()}
+        trainer |= task.state()
         states = copied(task.model.state_dict()), copied(trainer)
         config, best = task.config, (self.best.step,) if self.best.step else ()
         what = (self.run.checkpoints, step, *states, Keep(config.keep_checkpoints, config.keep_every, best))
@@ -246,6 +248,7 @@ def restore(
     load_model(checkpoint, task.model, model)
     load_optimizer(optimizer, trainer["optimizer"])
     task.load_state(trainer)
+    choices.take_up(trainer.get("choices", {}))
     if best:
         best.load_state(trainer.get("best", {}))
     return trainer["step"], trainer["bad"]

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from sparse_fcmae.data.config import CACHE_GB
 from sparse_fcmae.data.decoders.image import MissingLibrary, library
-from sparse_fcmae.data.sources.index_cache import cache_folder
+from sparse_fcmae.runtime.cache import cache_folder
 from sparse_fcmae.runtime.errors import UserError
 from sparse_fcmae.runtime.files import one_line
 
@@ -90,7 +90,9 @@ def reach(address: str, ask: Callable[[Any, str], T]) -> T:
                     raise FileNotFoundError(errno.ENOENT, "no such file or folder", address) from None
                 error = cause
             if getattr(error, "errno", None) == errno.ENOSPC:
-                raise UserError(f"{address}: no space left in {cache_folder()}: XDG_CACHE_HOME names another") from None
+                raise UserError(
+                    f"{address}: no space left in {cache_folder('indexes')}: XDG_CACHE_HOME names another"
+                ) from None
             wait = next(waits, None)
             refused = 400 <= getattr(error, "status", 0) < 500 and error.status not in AGAIN
             if type(error).__name__ == "NoCredentialsError":
@@ -184,7 +186,7 @@ def on_disk(path: str) -> Iterator[str]:
         yield path
         return
     try:
-        folder = cache_folder()
+        folder = cache_folder("indexes")
         folder.mkdir(parents=True, exist_ok=True)
     except (OSError, RuntimeError) as error:
         raise UserError(f"no folder for a copy of {path}: {one_line(error)}: XDG_CACHE_HOME names another") from None
@@ -196,7 +198,7 @@ def on_disk(path: str) -> Iterator[str]:
 
 def _pieces() -> Path:
     """The folder that pieces are kept in."""
-    return cache_folder().parent / "pieces"
+    return cache_folder("pieces")
 
 
 class Pieces:

@@ -1,23 +1,18 @@
 """Indexes of large sources, kept in the user's cache so that they are made once."""
 
 import hashlib
-import os
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 
+from sparse_fcmae.runtime.cache import cache_folder
 from sparse_fcmae.runtime.errors import UserError
 from sparse_fcmae.runtime.files import write_atomic
 
 Index = dict[str, np.ndarray]
 VERSION = 3  # of what indexes hold
-
-
-def cache_folder() -> Path:
-    """Where indexes are kept: $XDG_CACHE_HOME/sparse-fcmae/indexes, or ~/.cache in its place."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sparse-fcmae" / "indexes"
 
 
 def remembered(
@@ -35,7 +30,7 @@ def remembered(
     """
     digest = hashlib.sha256(f"{VERSION} {kind} {key}".encode(errors="surrogateescape")).hexdigest()
     with suppress(Exception):  # there is none, or it is damaged
-        with np.load(cache_folder() / f"{digest}.npz", allow_pickle=False) as kept:
+        with np.load(cache_folder("indexes") / f"{digest}.npz", allow_pickle=False) as kept:
             index = dict(kept)
         if holds(index):
             return index, []
@@ -43,7 +38,7 @@ def remembered(
     if not worth(index):
         return index, []
     try:
-        path = cache_folder() / f"{digest}.npz"
+        path = cache_folder("indexes") / f"{digest}.npz"
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, lambda p: _save(p, index))
     except (OSError, RuntimeError, UserError) as error:  # RuntimeError: of a user without a home
