@@ -1,11 +1,12 @@
 """`native`: the visible patches as blocks [T, P, P, C], by this package's own kernels: C++ on CPUs, Triton on GPUs."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparse_fcmae import kernels, ops
 from sparse_fcmae.backends.patches import product_dtype
-from sparse_fcmae.backends.plain_torch import TorchPatches, conv_of_windows
+from sparse_fcmae.backends.plain_torch import TorchPatches
 from sparse_fcmae.kernels.constants import EPS
 from sparse_fcmae.kernels.parameters import PIXEL_DTYPES
 
@@ -29,13 +30,21 @@ class NativePatches(TorchPatches):
         if not is_plain(norm):
             return super().downsample(x, norm, conv)
         windows = ops.layer_norm(x, norm.weight, norm.bias, tile=conv.kernel_size[0], dtype=product_dtype(conv))
-        return conv_of_windows(windows, conv).to(conv.weight.dtype)
+        weight = conv.weight.permute(0, 2, 3, 1).flatten(1)
+        return self._linear(windows, weight, conv.bias).to(conv.weight.dtype)
 
     def dwconv(self, x: Tensor, conv: nn.Conv2d) -> Tensor:
         return ops.block_dwconv(x, conv.weight, conv.bias, self.map.patch_to_row, self.map.row_to_patch)
 
     def gelu_grn(self, x: Tensor, gamma: Tensor, beta: Tensor, scope: str) -> Tensor:
         return ops.gelu_grn(x, gamma.flatten(), self.map.pooled(scope), beta.flatten())
+
+    def linear(self, x: Tensor, layer: nn.Module) -> Tensor:
+        return self._linear(x, layer.weight.flatten(1), layer.bias)
+
+    def _linear(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        on_cpu = kernels.platform(x.device) == "cpu"  # where there is more than one way to compute it
+        return ops.linear(x, weight, bias) if on_cpu else F.linear(x, weight, bias)
 
     def patch_errors(
         self, prediction: Tensor, images: Tensor, rows: Tensor, statistics: Tensor | None, normalised: bool

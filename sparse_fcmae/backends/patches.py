@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparse_fcmae.ops import reference
@@ -62,6 +63,10 @@ class Patches(ABC):
     @abstractmethod
     def scatter(self, x: Tensor, fill: Tensor | None = None) -> Tensor:
         """Features of one position a patch -> [B, C, rows, cols]; where masked `fill` [C], or zeros."""
+
+    def linear(self, x: Tensor, layer: nn.Module) -> Tensor:
+        """A linear layer, or a convolution with windows of one position, of features [..., K]."""
+        return F.linear(x, layer.weight.flatten(1), layer.bias)
 
     def patch_errors(
         self, prediction: Tensor, images: Tensor, rows: Tensor, statistics: Tensor | None, normalised: bool

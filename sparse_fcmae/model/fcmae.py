@@ -109,9 +109,9 @@ class FCMAE(nn.Module):
         patches, decoded, masked = self._decoded(images, mask, num_visible, statistics)
         prediction = None
         if torch.is_grad_enabled():
-            of_masked = pointwise(decoded[masked], self.pred)
+            of_masked = patches.linear(decoded[masked], self.pred)
         else:
-            prediction = pointwise(decoded, self.pred)
+            prediction = patches.linear(decoded, self.pred)
             of_masked = prediction[masked]
         errors = patches.patch_errors(of_masked, images, masked, statistics, self.norm_pix_loss)
         return FCMAEOutput(errors.sum() / max(1, len(errors)), mask, prediction, decoded, self.pred)
@@ -125,7 +125,7 @@ class FCMAE(nn.Module):
         those of `forward`.
         """
         patches, decoded, masked = self._decoded(images, mask.to(images.device), num_visible, statistics)
-        prediction = pointwise(decoded[masked], self.pred)
+        prediction = patches.linear(decoded[masked], self.pred)
         return patches.patch_errors(prediction, images, masked, statistics, self.norm_pix_loss)
 
     def encode(self, images: Tensor) -> Tensor:
@@ -134,7 +134,7 @@ class FCMAE(nn.Module):
 
     def decode(self, x: Tensor, patches: Patches) -> Tensor:
         """Features at the visible patches, as `patches` holds them -> features [B * L, decoder_dim] of all patches."""
-        x = pointwise(x, self.proj).to(x.dtype)
+        x = patches.linear(x, self.proj).to(x.dtype)
         x = patches.scatter(x, fill=self.mask_token.flatten().to(x.dtype))
         backend = resolve_backend(self.encoder.backend, x.device.type, product_dtype(self), dense=True)
         everywhere = backend(torch.zeros_like(patches.mask), patches.mask.shape[1] * patches.mask.shape[2])
@@ -204,11 +204,6 @@ class FCMAE(nn.Module):
             f"does not tile the {height}x{width} image in whole patches of {self.patch_size} pixels: choose "
             f"{' or '.join(tiling)}{self.encoder.smaller_patch(mask_patch_size) if divides else ''}"
         )
-
-
-def pointwise(x: Tensor, conv: nn.Conv2d) -> Tensor:
-    """A 1x1 convolution of channels-last features, as the matrix product that it is."""
-    return F.linear(x, conv.weight.flatten(1), conv.bias)
 
 
 def patchify(images: Tensor, patch_size: int) -> Tensor:
