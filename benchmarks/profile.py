@@ -15,7 +15,14 @@ from sparse_fcmae.benchmarks.results import Columns, Row
 from sparse_fcmae.benchmarks.steps import Case, run_of
 from sparse_fcmae.kernels.observe import observing
 
-PRODUCTS = {"aten::mm": (0, 1), "aten::addmm": (1, 2), "aten::addmm_": (1, 2)}  # which of their inputs are multiplied
+# matrix products, in both ways of `kernels.cpu.products`: how many numbers they move, of the shapes of their inputs
+PRODUCTS: dict[str, Callable[[list[list[int]]], int]] = {
+    "aten::mm": lambda shapes: prod(shapes[0]) + prod(shapes[1]) + shapes[0][0] * shapes[1][1],
+    "aten::addmm": lambda shapes: prod(shapes[1]) + prod(shapes[2]) + shapes[1][0] * shapes[2][1],
+    "aten::addmm_": lambda shapes: prod(shapes[1]) + prod(shapes[2]) + shapes[1][0] * shapes[2][1],
+    "aten::mkldnn_convolution": lambda shapes: prod(shapes[0]) + prod(shapes[1]) + shapes[0][2] * shapes[1][0],
+    "aten::convolution_backward": lambda shapes: sum(map(prod, shapes[:3])),
+}
 SHOWN = 16
 COLUMNS: Columns = {
     "what": ("what", ""),
@@ -49,9 +56,7 @@ def profile_step(config: ProfileConfig, device: torch.device) -> Iterator[list[R
         calls[name] += event.count
         spent[name] += event.self_cpu_time_total / 1e3
         if event.key in PRODUCTS:
-            first, second = (event.input_shapes[i] for i in PRODUCTS[event.key])
-            numbers = prod(first) + prod(second) + first[0] * second[1]
-            moved[name] += case.dtype.itemsize * numbers * event.count
+            moved[name] += case.dtype.itemsize * PRODUCTS[event.key](event.input_shapes) * event.count
     total, rows = sum(spent.values()), []
     for name, ms in spent.most_common(SHOWN):
         moved_bytes = moved[name] / config.rounds
