@@ -10,7 +10,7 @@ def test_kernels_gates_and_writes_rows(capsys, tmp_path):
     for dtype in ("fp32", "bf16"):
         main(["bench", "kernels", *options, "--dtype", dtype, "--json", str(tmp_path / "rows.json"), "--device", "cpu"])
         rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
-        assert len(rows) == 4 * 4 * 2
+        assert len(rows) == (4 * 4 + 2) * 2
         assert all(row["of_bound"] > 0 and row["over_reference"] > 0 for row in rows)
     assert "refused" not in capsys.readouterr().out
 
