@@ -186,6 +186,10 @@ class SparseEncoder(nn.Module):
 
         images, statistics: as in `forward`. patches: what `patches` makes of the images and their mask.
         """
+        if statistics is None and not images.is_floating_point():
+            raise UserError(
+                f"images are {str(images.dtype).removeprefix('torch.')}: normalise them or give `statistics`"
+            )
         x = patches.stem(images, *self.downsample_layers[0], statistics)
         x = run_blocks(self.stages[0], x, patches)
         for downsample, stage in zip(self.downsample_layers[1:], self.stages[1:], strict=True):

@@ -238,6 +238,13 @@ def test_compiles_whole(backend, compiler):
         assert relative_error(compiled(images, other, num_visible=3), encoder(images, other)) < 1e-5
 
 
+@pytest.mark.parametrize("backend", ["native", "torch", "masked"])
+def test_stored_pixels_without_statistics_are_refused(backend):
+    encoder = create_encoder("atto", backend=backend)
+    with pytest.raises(UserError, match="images are uint8: normalise them or give `statistics`"):
+        encoder(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
+
+
 def test_available_backends():
     reasons = available_backends("cpu")
     assert reasons["native"] is reasons["torch"] is reasons["masked"] is None
