@@ -25,6 +25,7 @@ from sparse_fcmae.training.prefetch import prefetched
 from sparse_fcmae.training.progress import Progress
 from sparse_fcmae.training.schedule import Schedule
 from sparse_fcmae.training.signals import stop_signals
+from sparse_fcmae.training.step import TrainStep
 from sparse_fcmae.training.task import Task
 from sparse_fcmae.training.waiting import Waiting
 from sparse_fcmae.training.watch import Watch
@@ -71,14 +72,7 @@ def train(task: Task) -> Path:
     watch = Watch(ranks, waiting, config.hang_minutes, start, log.last_words)
     with log, waiting, watch, stop_signals(ranks, waiting, start) as stop:
         batches = prefetched(iter(loader), ranks.device)
-        runner = task.step_type(
-            averaging(task.objective, ranks),
-            optimizer,
-            images_per_rank=schedule.images_per_rank,
-            clip_grad=config.clip_grad,
-            bf16=config.dtype == "bf16",
-            divides=ranks.world == 1,
-        )
+        runner = _runner(task, optimizer, schedule)
         most = runner.most
         progress = Progress(config, schedule, task.source, log, ranks, unreadable, start, task.flops)
         checkpoints = Checkpoints(run, task, optimizer, schedule, log, unreadable, start, best)
@@ -97,9 +91,8 @@ def train(task: Task) -> Path:
                     progress.take(batch, images)
                     last = first + images == schedule.images_per_rank
                     runner.add(*task.inputs(batch, step, first), last=last)
-                result = runner.finish()
+                progress.step_done(runner.finish(), lr)
                 task.after_step()
-                progress.step_done(result, lr)
                 watch.step = done = step + 1
 
                 stopping = stop.agreed(done)
@@ -135,6 +128,18 @@ def train(task: Task) -> Path:
             log.say(progress.summary(meter))
             ranks.barrier()
     return run.path / "exported"
+
+
+def _runner(task: Task, optimizer: torch.optim.Optimizer, schedule: Schedule) -> TrainStep:
+    """What takes the steps of a task on this rank."""
+    return task.step_type(
+        averaging(task.objective, task.ranks),
+        optimizer,
+        images_per_rank=schedule.images_per_rank,
+        clip_grad=task.config.clip_grad,
+        bf16=task.config.dtype == "bf16",
+        divides=task.ranks.world == 1,
+    )
 
 
 def _begin(task: Task, run: RunFolder, start: int) -> tuple[Writers, list[str]]:
