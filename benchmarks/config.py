@@ -107,6 +107,16 @@ class DataConfig(OutputConfig, RoundsConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class PretrainingConfig(OutputConfig, DeviceConfig, MaskedStepConfig):
+    """Options of `sparse-fcmae bench pretrain`."""
+
+    data: str = option("", help="folder of images, flat or nested", path=True)
+    batch_size: int = option(64, help="images a step", above=0, at_most=MOST)
+    rounds: int = option(3, help="times that decoding, steps and a run take turns", above=0, at_most=MOST)
+    steps: int = option(30, help="steps of a run that are counted", above=0, at_most=MOST)
+
+
+@dataclass(frozen=True, kw_only=True)
 class CompareConfig(OutputConfig, DeviceConfig, StepConfig):
     """Options of `sparse-fcmae bench compare`."""
 

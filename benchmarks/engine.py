@@ -109,12 +109,19 @@ class Turns:
     seconds: dict[Hashable, list[float]]
     images: dict[Hashable, int]
 
-    def ratio(self, slower: Hashable, faster: Hashable) -> float | None:
-        """The median over the rounds of one's time for an image by the other's; None where one was not timed."""
-        if slower not in self.seconds or faster not in self.seconds:
+    def ratio(self, slower: Hashable, *faster: Hashable) -> float | None:
+        """The median over the rounds of one's time for an image by the least of the others' in the same round.
+
+        None where it, or all of the others, were not timed.
+        """
+        timed = [name for name in faster if name in self.seconds]
+        if slower not in self.seconds or not timed:
             return None
-        pairs = zip(self.seconds[slower], self.seconds[faster], strict=True)
-        return statistics.median(s / f for s, f in pairs) * self.images[faster] / self.images[slower]
+        least = (min(times) for times in zip(*map(self._seconds_an_image, timed), strict=True))
+        return statistics.median(s / f for s, f in zip(self._seconds_an_image(slower), least, strict=True))
+
+    def _seconds_an_image(self, name: Hashable) -> list[float]:
+        return [seconds / self.images[name] for seconds in self.seconds[name]]
 
     def table(self, figures: Callable[[Hashable], Row]) -> list[Row]:
         """All rows, those of the timed ones with their speed and further columns."""

@@ -65,6 +65,17 @@ def same_as(backend: str, case: Case) -> Gate:
     return gate
 
 
+def another_function(backend: str) -> Gate:
+    """No gate: what is known to compute something else has, as a column, how far that is from what the backend does."""
+
+    def gate(run: Run, passed: Mapping[Any, Run]) -> Row:
+        if backend not in passed:
+            return {"refused": f"there is no {backend} to compare it with"}
+        return {"difference": relative(*(flattened(candidate()) for candidate in (run, passed[backend])))}
+
+    return gate
+
+
 def same_training(seed: int) -> Gate:
     """The gate of a pretraining step that is launched in another way: it trains as the plain step does.
 

@@ -8,9 +8,11 @@ from itertools import product
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparse_fcmae.backends import BACKENDS
+from sparse_fcmae.backends.masked import MaskedPatches
 from sparse_fcmae.benchmarks.config import GflopsConfig, ThroughputConfig
 from sparse_fcmae.benchmarks.engine import Run, torch_threads
 from sparse_fcmae.benchmarks.results import Row
@@ -24,6 +26,8 @@ from sparse_fcmae.tasks.pretraining import BETAS, PretrainingObjective
 from sparse_fcmae.training.optim import adamw, set_lr
 from sparse_fcmae.training.step import WARMUP, GraphedTrainStep, TrainStep
 
+LIMITS = ("matrix products", "1x1 convolutions")
+ONCE = "once behind the stem"
 LR = 1e-5  # so small that the candidates, which share their weights, hardly change them
 # kinds of work, and the one by whose results backends are checked
 WORKS = {"forward": "step", "step": "step", "pretrain": "pretrain"}
@@ -133,6 +137,8 @@ def run_of(case: Case, work: str, backend: str, variant: str | None = None) -> R
         encoder = case.encoder.with_backend(backend)
         if variant == "compiled":
             encoder = compile_whole(encoder)
+        elif variant == ONCE:
+            encoder = MaskedOnce.of(encoder)
         run = partial(run_forward if work == "forward" else run_step, encoder, *case.inputs, case)
     if variant == "graph":
         run = graphed(run, case.device)
@@ -142,8 +148,10 @@ def run_of(case: Case, work: str, backend: str, variant: str | None = None) -> R
 def variants_of(case: Case, work: str, backend: str, compiled: bool) -> list[str]:
     """In which other ways a backend can do a kind of work, torch.compile among them if asked for."""
     graphs = {"step": ["graph"], "pretrain": ["graphs"]} if case.device.type == "cuda" and backend == "native" else {}
-    compilable = compiled and work != "pretrain" and BACKENDS[backend].compilable
-    return graphs.get(work, []) + (["compiled"] if compilable else [])
+    of_encoder = work != "pretrain"
+    compilable = compiled and of_encoder and BACKENDS[backend].compilable
+    once = of_encoder and backend == "masked" and case.mask_ratio
+    return graphs.get(work, []) + (["compiled"] if compilable else []) + ([ONCE] if once else [])
 
 
 def computed(model: Any, images: Tensor, mask: Tensor, case: Case) -> Tensor:
@@ -165,6 +173,32 @@ def run_step(encoder: Any, images: Tensor, mask: Tensor, case: Case) -> list[Ten
     gradients = [p.grad for p in encoder.parameters()]
     encoder.zero_grad()
     return gradients
+
+
+class MaskedOnce(SparseEncoder):
+    """An encoder that masks once, behind the stem, and is dense from there on. It computes another function.
+
+    The first block's convolution already spreads features into masked patches, and the response norms count them.
+    """
+
+    def patches(self, images: Tensor, mask: Tensor, num_visible: int) -> "MaskedBehindStem":
+        return MaskedBehindStem(mask, mask[0].numel())
+
+    @classmethod
+    def of(cls, encoder: SparseEncoder) -> "MaskedOnce":
+        """The same layers and parameters, not copies."""
+        other = cls(encoder.name, image_size=encoder.image_size)
+        other.downsample_layers, other.stages = encoder.downsample_layers, encoder.stages
+        return other
+
+
+class MaskedBehindStem(MaskedPatches):
+    """Takes all patches for visible, but for zeros where the stem gives features of masked ones."""
+
+    def stem(self, *arguments: Any) -> Tensor:
+        x = super().stem(*arguments)
+        side = x.shape[1] // self.mask.shape[1]
+        return x.masked_fill(self.mask.repeat_interleave(side, 1).repeat_interleave(side, 2)[..., None], 0)
 
 
 def compile_whole(encoder: SparseEncoder) -> Any:
@@ -232,10 +266,22 @@ def pretraining_step(case: Case, backend: str, kind: type[TrainStep]) -> Trainin
     return run
 
 
-def matrix_products(case: Case, work: str) -> Run:
+def limits_of(case: Case, work: str) -> dict[str, Callable[[], Run]]:
+    """What runs the matrix products of a kind of work alone, by the name of the way in which PyTorch does so.
+
+    On a CPU a product is also a convolution with windows of one position, which another library computes: oneDNN.
+    """
+    names = LIMITS if case.device.type == "cpu" else LIMITS[:1]
+    return {
+        name: partial(matrix_products, case, work, way)
+        for name, way in zip(names, (multiplied, convolved), strict=False)
+    }
+
+
+def matrix_products(case: Case, work: str, way: Callable[..., None]) -> Run:
     """The matrix products of the visible positions alone, and of the gradients where the work has them.
 
-    Nothing that leaves them to PyTorch can be faster. The images have no gradient.
+    Nothing that leaves them to PyTorch can be faster than the faster of its ways. The images have no gradient.
     """
     visible, every = case.batch_size * case.num_visible, case.batch_size * case.grid[0] * case.grid[1]
     jobs = [(visible * side**2, i, o) for stage in range(4) for side, i, o in stage_products(case.model, stage)]
@@ -249,15 +295,33 @@ def matrix_products(case: Case, work: str) -> Run:
         given = [torch.randn(*shape, device=case.device).to(case.dtype) for shape in shapes]
         return [*given, *map(torch.empty_like, given)]
 
-    buffers = {job: tensors(*job) for job in set(jobs)}
+    largest_first = sorted(set(jobs), key=lambda job: job[0] * max(job[1:]), reverse=True)  # too large is known at once
+    given = {job: tensors(*job) for job in largest_first}
 
     def run() -> None:
         for number, job in enumerate(jobs):
-            x, weight, gradient, x_gradient, weight_gradient, y = buffers[job]
-            torch.mm(x, weight.t(), out=y)
-            if work != "forward":
-                torch.mm(gradient.t(), x, out=weight_gradient)
-                if number:
-                    torch.mm(gradient, weight, out=x_gradient)
+            way(*given[job], backward=work != "forward", of_images=not number)
 
     return run
+
+
+def multiplied(x: Tensor, weight: Tensor, grad: Tensor, *results: Tensor, backward: bool, of_images: bool) -> None:
+    """The products of a layer: x [M, K] by weight [N, K], and with grad [M, N] those of the gradients of both."""
+    x_grad, weight_grad, y = results
+    torch.mm(x, weight.t(), out=y)
+    if backward:
+        torch.mm(grad.t(), x, out=weight_grad)
+        if not of_images:
+            torch.mm(grad, weight, out=x_grad)
+
+
+def convolved(x: Tensor, weight: Tensor, grad: Tensor, *_: Tensor, backward: bool, of_images: bool) -> None:
+    """What `multiplied` computes, as convolutions of one column of positions, channels last in memory."""
+    column, y_grad = (t[None, :, None].permute(0, 3, 1, 2) for t in (x, grad))
+    window = weight[:, :, None, None]
+    F.conv2d(column, window)
+    if backward:
+        wanted = (not of_images, True, False)
+        torch.ops.aten.convolution_backward(
+            y_grad, column, window, None, (1, 1), (0, 0), (1, 1), False, (0, 0), 1, wanted
+        )

@@ -14,11 +14,28 @@ from typing import Any
 import torch
 
 from sparse_fcmae.benchmarks.config import ThroughputConfig
-from sparse_fcmae.benchmarks.engine import CROWDED, Candidate, Run, Turns, benchmark, take_turns
-from sparse_fcmae.benchmarks.gates import BASELINE, check_backends, choose_backends, same_as, same_training
+from sparse_fcmae.benchmarks.engine import CROWDED, Candidate, Gate, Run, Turns, benchmark, take_turns
+from sparse_fcmae.benchmarks.gates import (
+    BASELINE,
+    another_function,
+    check_backends,
+    choose_backends,
+    same_as,
+    same_training,
+)
 from sparse_fcmae.benchmarks.memory import OUT_OF_MEMORY, kept_megabytes, peak_megabytes, within_memory
 from sparse_fcmae.benchmarks.results import Columns, Row
-from sparse_fcmae.benchmarks.steps import WORKS, Case, computed, listed_cases, matrix_products, run_of, variants_of
+from sparse_fcmae.benchmarks.steps import (
+    LIMITS,
+    ONCE,
+    WORKS,
+    Case,
+    computed,
+    limits_of,
+    listed_cases,
+    run_of,
+    variants_of,
+)
 from sparse_fcmae.runtime.errors import UserError
 from sparse_fcmae.runtime.options import listed
 
@@ -28,7 +45,6 @@ PEERS = {  # that can't be measured, and why
     "WarpConvNet": "runs on CUDA devices alone, and there is no backend of it here",
 }
 MAX_BATCH = 1 << 14  # where the search for the largest one ends
-LIMIT = "matrix products"
 COLUMNS: Columns = {
     "model": ("model", ""),
     "image_size": ("pixels", ">"),
@@ -44,6 +60,7 @@ COLUMNS: Columns = {
     "speedup": (f"over {BASELINE}", ".2f"),
     "over_minkowski": ("over minkowski", ".2f"),
     "over_limit": ("times the products", ".2f"),
+    "difference": ("result differs by", ".0e"),
     "peak_mb": ("peak MB", ".0f"),
     "kept_mb": ("kept MB", ".0f"),
     "forward_error": ("error of result", ".0e"),
@@ -56,7 +73,7 @@ def throughput(config: ThroughputConfig, device: torch.device) -> Iterator[list[
     """Prints and returns a row for each backend, kind of work and setting.
 
     ms and quantiles are of one step; speedup and over_limit are medians over the rounds of the ratio of images/s to
-    that of `masked`, and of that of the visible positions' matrix products alone to it.
+    that of `masked`, and of that of the visible positions' matrix products alone, by the faster way, to it.
     """
     works = listed("work", config.work, str, WORKS)
     dtypes = listed("dtype", config.dtype, str, ("fp32", "bf16"))
@@ -113,11 +130,17 @@ def candidates(
         yield Candidate(backend, build, row, size, gate)
         for variant in variants_of(sized, work, backend, config.compiled) if variants else ():
             row, build = row | {"candidate": f"{backend}, {variant}"}, partial(run_of, sized, work, backend, variant)
-            gate = same_training(config.seed) if work == "pretrain" else same_as(backend, case)
-            yield Candidate(row["candidate"], build, row, size, gate)
+            yield Candidate(row["candidate"], build, row, size, gate_of(variant, work, backend, case, config.seed))
     if least := min(filter(None, cases), default=0):
-        row = cases[least].setting | {"work": work, "candidate": LIMIT}
-        yield Candidate(LIMIT, partial(matrix_products, cases[least], work), row, least)
+        for name, build in limits_of(cases[least], work).items():
+            yield Candidate(name, build, cases[least].setting | {"work": work, "candidate": name}, least)
+
+
+def gate_of(variant: str, work: str, backend: str, case: Case, seed: int) -> Gate:
+    """The gate of a backend's variant. One that is known to compute something else has its error shown."""
+    if variant == ONCE:
+        return another_function(backend)
+    return same_training(seed) if work == "pretrain" else same_as(backend, case)
 
 
 def memory_of(work: str, device: torch.device, run: Run, passed: Mapping[Any, Run]) -> Row:
@@ -130,12 +153,12 @@ def memory_of(work: str, device: torch.device, run: Run, passed: Mapping[Any, Ru
 
 def figures(turns: Turns, name: str) -> Row:
     """What follows from the times of a candidate."""
-    if name == LIMIT:
+    if name in LIMITS:
         return turns.spread(name)
     return turns.spread(name) | {
         "speedup": turns.ratio(BASELINE, name),
         "over_minkowski": turns.ratio("minkowski", name),
-        "over_limit": turns.ratio(name, LIMIT),
+        "over_limit": turns.ratio(name, *LIMITS),
     }
 
 

@@ -91,6 +91,11 @@ COMMANDS = {
     "bench data": Command(
         "decoding and augmentation against torchvision's", "benchmarks.config:DataConfig", "benchmarks.data:data"
     ),
+    "bench pretrain": Command(
+        "pretrain itself, from files on, beside its step and decoding",
+        "benchmarks.config:PretrainingConfig",
+        "benchmarks.pretraining:pretraining",
+    ),
     "bench kernels": Command(
         "each kernel against its reference and against the machine's bounds",
         "benchmarks.config:KernelsConfig",

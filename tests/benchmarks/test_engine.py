@@ -35,6 +35,15 @@ def test_ratios_are_of_an_image():
     assert turns.ratio("a", "b") == 0.5
 
 
+def test_a_ratio_is_to_the_fastest_of_each_round():
+    turns = engine.Turns(
+        {}, {"a": [6.0, 6.0, 6.0], "b": [1.0, 3.0, 2.0], "c": [2.0, 2.0, 9.0]}, {"a": 1, "b": 1, "c": 1}
+    )
+    assert turns.ratio("a", "b", "c") == 3
+    assert turns.ratio("a", "absent", "c") == 3
+    assert turns.ratio("a", "absent") is turns.ratio("a") is None
+
+
 def test_who_is_not_timed_has_the_reason_and_the_others_go_on(monkeypatch):
     def absent():
         raise UserError("it is not installed")

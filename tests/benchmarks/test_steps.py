@@ -1,4 +1,6 @@
+import pytest
 import torch
+from helpers import relative_error
 from torch.utils.flop_counter import FlopCounterMode
 
 from sparse_fcmae.benchmarks import steps
@@ -7,10 +9,11 @@ from sparse_fcmae.model.flops import count, macs, stage_products
 CASE = steps.Case("atto", (64, 64), 0.5, 3, False, torch.device("cpu"))
 
 
-def test_matrix_products_are_those_of_a_step():
+@pytest.mark.parametrize("way", [steps.multiplied, steps.convolved])
+def test_matrix_products_are_those_of_a_step(way):
     found = {}
     for work in steps.WORKS:
-        run = steps.matrix_products(CASE, work)
+        run = steps.matrix_products(CASE, work, way)
         with FlopCounterMode(display=False) as counter:
             run()
         found[work] = counter.get_total_flops() / 2
@@ -27,3 +30,25 @@ def test_candidates_share_weights_and_inputs():
     assert (ours.backend, masked.backend) == ("native", "masked")
     assert next(ours.parameters()) is next(masked.parameters())
     assert all(a is b for a, b in zip(given[:2], others[:2], strict=True))
+
+
+def test_masking_once_is_what_a_plain_network_computes_of_a_masked_stem():
+    """The network is written out in PyTorch, as the shortcut is by those who take it."""
+    encoder, (images, mask) = CASE.encoder, CASE.inputs
+    keep = (~mask).repeat_interleave(8, 1).repeat_interleave(8, 2)[:, None]
+    stem, norm = encoder.downsample_layers[0]
+    x = norm(stem(images).permute(0, 2, 3, 1)).permute(0, 3, 1, 2) * keep
+    for number, stage in enumerate(encoder.stages):
+        if number:
+            norm, down = encoder.downsample_layers[number]
+            x = down(norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2))
+        for block in stage:
+            y = block.pwconv1(block.norm(block.dwconv(x).permute(0, 2, 3, 1)))
+            y = torch.nn.functional.gelu(y)
+            norms = y.norm(dim=(1, 2), keepdim=True)
+            y = block.grn.gamma * (y * norms / (norms.mean(-1, keepdim=True) + 1e-6)) + block.grn.beta + y
+            x = x + block.pwconv2(y).permute(0, 3, 1, 2)
+    (found,) = steps.run_of(CASE, "forward", "masked", steps.ONCE)()
+    assert relative_error(found, x) < 1e-5
+    (masked,) = steps.run_of(CASE, "forward", "masked")()
+    assert relative_error(found, masked) > 0.1
