@@ -12,7 +12,7 @@ SANITIZED := baseline native $(if $(filter x86_64,$(shell uname -m)),avx2)
 
 CACHE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/sparse-fcmae
 
-.PHONY: demo test test-slow test-faults test-gpu test-sanitize bench minkowski lint wheel clean
+.PHONY: demo test test-slow test-faults test-gpu gpu test-sanitize bench minkowski lint wheel clean
 
 demo: .venv/installed  ## draw images, pretrain on them, show what was learnt
 	$(BIN)/sparse-fcmae demo --out runs/demo --overwrite
@@ -29,6 +29,20 @@ test-faults: .venv/installed-for-tests  ## runs that are killed, starved of disk
 
 test-gpu: .venv/installed-for-tests  ## what needs a CUDA device
 	$(BIN)/python -m pytest -m gpu
+
+# by the environment here or else, as there may be neither network nor pip, by a Python that has torch; the kernels for CPUs
+# are not compiled then
+gpu: build/source  ## runs/gpu/summary.md: all there is to measure on a GPU, in 9 minutes; once more for the next parts
+	PYTHONPATH=$(CURDIR)/build/source $(if $(wildcard .venv/installed),$(BIN)/python,$(PYTHON)) -m sparse_fcmae bench gpu \
+		$(if $(MINUTES),--minutes $(MINUTES)) $(if $(DATA),--data '$(DATA)')
+
+# the package as it is installed: folders that lie beside it in a checkout are in it
+build/source: FORCE
+	rm -rf $@
+	mkdir -p $@/sparse_fcmae
+	ln -s $(filter-out %__pycache__,$(wildcard $(CURDIR)/sparse_fcmae/*)) $(CURDIR)/kernels $(CURDIR)/benchmarks $@/sparse_fcmae/
+
+FORCE:
 
 test-sanitize: $(SANITIZED:%=build/sanitize-%)  ## the C++ kernels under address and undefined-behaviour sanitizers
 	set -e; for program in $^; do $$program; done

@@ -129,6 +129,27 @@ class CompareConfig(OutputConfig, DeviceConfig, StepConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class GpuConfig:
+    """Options of `sparse-fcmae bench gpu`."""
+
+    out: str = option("runs/gpu", help="folder for rows, logs, summary and what is compiled; goes on there", path=True)
+    minutes: float = option(9.0, help="after which this call ends; the next one goes on", above=0)
+    parts: str | None = option(None, help="parts to measure again, with commas [all that are not done]")
+    data: str | None = option(None, help="folder of images, to pretrain from files too", path=True)
+    device: str = option("cuda", help="cuda, cuda:1, ...")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SummaryConfig:
+    """Options of `sparse-fcmae bench summary`."""
+
+    rows: str = option(
+        help="folder with rows of benchmarks, .json and .csv, or a pattern of such files", positional=True
+    )
+    into: str | None = option(None, help="file to put the table into, between its two marks", path=True)
+
+
+@dataclass(frozen=True, kw_only=True)
 class ReportConfig(DeviceConfig):
     """Options of `sparse-fcmae bench report`."""
 

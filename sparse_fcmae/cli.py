@@ -96,6 +96,14 @@ COMMANDS = {
         "benchmarks.config:PretrainingConfig",
         "benchmarks.pretraining:pretraining",
     ),
+    "bench gpu": Command(
+        "all there is to measure on a GPU, in parts, some minutes at a time",
+        "benchmarks.config:GpuConfig",
+        "benchmarks.gpu:gpu",
+    ),
+    "bench summary": Command(
+        "a table of measured rows, for a document", "benchmarks.config:SummaryConfig", "benchmarks.summary:summary"
+    ),
     "bench kernels": Command(
         "each kernel against its reference and against the machine's bounds",
         "benchmarks.config:KernelsConfig",

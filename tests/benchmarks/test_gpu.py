@@ -1,0 +1,113 @@
+"""The parts that are measured on a GPU: here their commands are read, and others run in their place."""
+
+import json
+import os
+import time
+
+import pytest
+
+from sparse_fcmae import UserError
+from sparse_fcmae.benchmarks import gpu as module
+from sparse_fcmae.benchmarks.config import GpuConfig
+from sparse_fcmae.benchmarks.gpu import CUT, Part, gpu, plan
+from sparse_fcmae.cli import load, main, parse
+from sparse_fcmae.runtime.options import check
+
+QUICK = "throughput --image-size 64 --batch-size 2 --mask-ratio 0.5 --rounds 1 --work step --backend native,masked"
+SLEEPS = """\
+import os, signal, time
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+print(os.getpid(), flush=True)
+time.sleep(600)
+"""
+PARENT = "import subprocess, sys; subprocess.run([sys.executable, *sys.argv[1:]])"
+
+
+def test_every_command_is_one():
+    commands = [c for part in plan(GpuConfig(data="images")).values() for c in part.commands if "pytest" not in c]
+    assert len(commands) > 20
+    for words in commands:
+        assert words[:3] == ["-m", "sparse_fcmae", "bench"]
+        command, options = parse([*words[2:], "--csv", "rows.csv"])
+        assert options["device"] == "cuda"
+        check(load(command.config)(**options))
+
+
+def test_without_a_gpu_it_is_one_line(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["bench", "gpu", "--device", "cpu", "--out", str(tmp_path / "gpu")])
+    assert stop.value.code == 2
+    assert "--device cpu is no GPU" in capsys.readouterr().err
+    assert not (tmp_path / "gpu").exists()
+
+
+@pytest.fixture
+def parts(monkeypatch):
+    """Parts that take their places, on the CPU."""
+    found = {}
+    monkeypatch.setattr(module, "plan", lambda config: found)
+    monkeypatch.setattr(module, "require_gpu", lambda device: None)
+    monkeypatch.setattr(module, "GRACE", 2)
+    return found
+
+
+def states(out):
+    return {name: row["state"] for name, row in json.loads((out / "parts.json").read_text()).items()}
+
+
+def test_parts_run_one_after_the_other_and_leave_rows(parts, tmp_path):
+    words = ["-m", "sparse_fcmae", "bench", *QUICK.split()]
+    parts |= {
+        "rows": Part(100, [words, [*words, "--dtype", "bf16"]]),
+        "fails": Part(100, [["-c", "print('a reason'); raise SystemExit(3)"]]),
+        "hangs": Part(2, [["-c", PARENT, "-c", SLEEPS]]),
+        "lacks": Part(0, [], "it needs images: give `data`"),
+    }
+    text = gpu(out=tmp_path, device="cpu")
+    assert states(tmp_path) == {
+        "rows": "done",
+        "fails": "failed, see fails.log",
+        "hangs": "took more than 2 s",
+        "lacks": "it needs images: give `data`",
+    }
+    assert (tmp_path / "fails.log").read_text() == "a reason\n"
+    assert "| atto, 2, fp32, 64 pixels, 50% masked | encoder, forward and backward |" in text
+    assert "| atto, 2, bf16, 64 pixels, 50% masked |" in text
+    said = [
+        "done: rows",
+        "fails: failed, see fails.log",
+        "hangs: took more than 2 s",
+        "lacks: it needs images: give `data`",
+    ]
+    assert text.splitlines()[-4:] == [f"- {line}" for line in said]
+    assert (tmp_path / "summary.md").read_text() == f"{text}\n"
+    with pytest.raises(ProcessLookupError):  # of the process that was started by the one that was
+        os.kill(int((tmp_path / "hangs.log").read_text().split()[0]), 0)
+    before = (tmp_path / "rows-1.csv").stat().st_mtime_ns
+    assert gpu(out=tmp_path, device="cpu") == text  # nothing is left to do
+    gpu(out=tmp_path, device="cpu", parts="rows")
+    assert (tmp_path / "rows-1.csv").stat().st_mtime_ns > before
+    assert (tmp_path / "rows-1.csv").read_text().count("matrix products") == 1
+
+
+def test_what_the_end_cuts_short_is_done_by_the_next_call(parts, tmp_path):
+    parts |= {"first": Part(12, [["-c", "import time; time.sleep(7)"]]), "second": Part(60, [["-c", ""]])}
+    start = time.monotonic()
+    text = gpu(out=tmp_path, device="cpu", minutes=0.12)
+    assert time.monotonic() - start < 12
+    assert states(tmp_path) == {"first": CUT}
+    assert "- second: not run yet" in text
+    gpu(out=tmp_path, device="cpu")
+    assert states(tmp_path) == {"first": "done", "second": "done"}
+    with pytest.raises(UserError, match=r"`minutes` 0\.1 are too few for second"):
+        gpu(out=tmp_path, device="cpu", minutes=0.1, parts="second")
+
+
+def test_another_machines_figures_are_not_mixed_in(parts, tmp_path):
+    gpu(out=tmp_path, device="cpu")
+    setting = json.loads((tmp_path / "environment.json").read_text())
+    (tmp_path / "environment.json").write_text(json.dumps(setting | {"device": "NVIDIA A100"}))
+    with pytest.raises(UserError, match="has figures of device NVIDIA A100: choose another folder"):
+        gpu(out=tmp_path, device="cpu")
+    with pytest.raises(UserError, match="unknown parts 'nothing'"):
+        gpu(out=tmp_path / "new", device="cpu", parts="nothing")

@@ -1,0 +1,76 @@
+import json
+
+import pytest
+
+from sparse_fcmae import UserError
+from sparse_fcmae.benchmarks.results import append_csv
+from sparse_fcmae.benchmarks.summary import MARKS, summary
+from sparse_fcmae.cli import main
+
+SETTING = {"device": "NVIDIA Fast", "torch": "2.13", "commit": "abc", "date": "2026-01-01", "triton": "3.7"}
+CASE = {"model": "tiny", "batch_size": 128, "dtype": "bf16", "image_size": "224", "mask_ratio": 0.6, "work": "step"}
+
+
+def row(candidate, speed, **others):
+    return CASE | {"candidate": candidate, "images_per_second": speed, "ms": 128e3 / speed} | others
+
+
+ROWS = [
+    row("native", 1000.0, peak_mb=10.0),
+    row("native, graph", 8000.0),
+    row("masked", 2000.0, peak_mb=80.0),
+    row("masked, compiled", 4000.0),
+    row("torch", 1600.0),
+    row("matrix products", 50000.0),
+    row("native", 500.0, work="pretrain"),
+    row("masked", 250.0, work="pretrain"),
+    {"candidate": "spconv", "refused": "not here"},
+    row("masked", 100.0, model="base"),
+]
+TABLE = """\
+NVIDIA Fast, torch 2.13, triton 3.7:
+
+| model, images, dtype | work | images/s | over `masked` | over `torch` | peak MB, `masked`'s | commit |
+| -------------------- | ---- | -------- | ------------- | ------------ | ------------------- | ------ |
+| tiny, 128, bf16 | encoder, forward and backward, graph | 8,000 | 4.0 | 5.0 | 10, 80 | abc |
+| tiny, 128, bf16 | whole pretraining step | 500 | 2.0 |  |  | abc |"""
+
+
+@pytest.mark.parametrize("kind", ["csv", "json"])
+def test_rows_become_a_table(tmp_path, capsys, kind):
+    if kind == "csv":
+        append_csv(tmp_path / "rows.csv", "throughput", SETTING, ROWS)
+    else:
+        whole = {"benchmark": "throughput", "environment": SETTING, "rows": ROWS}
+        (tmp_path / "rows.json").write_text(json.dumps(whole))
+    (tmp_path / "other.csv").write_text("a,b\n1,2\n")
+    (tmp_path / "other.json").write_text("[1]")
+    main(["bench", "summary", str(tmp_path)])
+    assert capsys.readouterr().out == f"{TABLE}\n"
+
+
+def test_it_goes_between_the_marks_of_a_document(tmp_path):
+    append_csv(tmp_path / "rows.csv", "throughput", SETTING, ROWS)
+    document = tmp_path / "README.md"
+    document.write_text(f"Before.\n\n{MARKS[0]}\nold\n{MARKS[1]}\n\nAfter.\n")
+    for _ in range(2):
+        summary(rows=str(tmp_path / "*.csv"), into=document)
+        assert document.read_text() == f"Before.\n\n{MARKS[0]}\n{TABLE}\n{MARKS[1]}\n\nAfter.\n"
+
+
+@pytest.mark.parametrize("text", ["no marks", MARKS[1] + MARKS[0], 2 * (MARKS[0] + MARKS[1]), None])
+def test_a_document_without_its_place_is_left_alone(tmp_path, text):
+    append_csv(tmp_path / "rows.csv", "throughput", SETTING, ROWS)
+    document = tmp_path / "README.md"
+    if text is not None:
+        document.write_text(text)
+    with pytest.raises(UserError, match="needs one line <!-- bench summary -->"):
+        summary(rows=str(tmp_path / "*.csv"), into=document)
+    assert text is None or document.read_text() == text
+
+
+def test_nothing_to_show(tmp_path):
+    with pytest.raises(UserError, match="there is nothing"):
+        summary(rows=str(tmp_path))
+    append_csv(tmp_path / "rows.csv", "throughput", SETTING, ROWS[2:6])
+    assert summary(rows=str(tmp_path)) == "Nothing was measured."
