@@ -19,11 +19,14 @@ import torch
 from helpers import masks, relative_error
 from pixels import DTYPES, make_pixels, make_statistics
 
-from sparse_fcmae import kernels
+from sparse_fcmae import create_fcmae, kernels
 from sparse_fcmae.backends.patch_map import PatchMap
 from sparse_fcmae.benchmarks.gpu_kernels import time_kernels
 from sparse_fcmae.benchmarks.steps import Case
+from sparse_fcmae.data.format import ImageFormat
+from sparse_fcmae.kernels.observe import observing
 from sparse_fcmae.ops import block_dwconv, convnext_block, gelu_grn, patch_embed, patch_errors
+from sparse_fcmae.tasks.pretraining import PretrainingObjective
 
 pytest.importorskip("sparse_fcmae.kernels.triton", exc_type=ImportError)
 TILES = import_module("sparse_fcmae.kernels.triton.tuning").TILES
@@ -272,3 +275,30 @@ def test_wrong_dtype():
     x, module, visible = block.make(1, 9, masks(2, 3)["ragged"], DEVICE)
     with pytest.raises(ValueError, match="kernels take float32 or bfloat16 or float16"):
         convnext_block(x.double(), list(module.parameters()), *block.maps_of(visible))
+
+
+def test_no_number_that_a_kernel_is_given_is_a_float():
+    """Under torch.compile too: inductor takes Python's floats for float64, in which a kernel would then compute."""
+    torch.manual_seed(0)
+    model = create_fcmae("2-1-1-1:8-16-24-32", image_size=64).to(DEVICE)
+    objective = PretrainingObjective(model, ImageFormat.imagenet(), model.num_visible((64, 64)))
+    pixels = torch.randint(256, (2, 64, 64, 3), dtype=torch.uint8, device=DEVICE)
+    mask = model.draw_mask(2, (64, 64), generator=torch.Generator(DEVICE).manual_seed(0))
+    given, losses = {}, []
+
+    def observe(run, kernel, grid, *arguments, **sizes):
+        name = getattr(kernel, "base_fn", kernel.fn).__name__
+        given.setdefault(name, set()).update(type(a) for a in (*arguments, *sizes.values()))
+        doubles = [a for a in arguments if isinstance(a, torch.Tensor) and a.dtype == torch.float64]
+        assert all(a.shape == (2, 3) for a in doubles), name  # the images' statistics
+        run(kernel, grid, *arguments, **sizes)
+
+    for step in (objective, torch.compile(objective, fullgraph=True, dynamic=False)):
+        with observing(observe):
+            loss = step(pixels, mask)
+            loss.backward()
+        losses.append(loss.item())
+        assert len(given) > 10
+        assert set().union(*given.values()) <= {torch.Tensor, torch.nn.Parameter, int, bool, type(None)}
+        given.clear()
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
