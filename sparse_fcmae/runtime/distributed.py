@@ -144,7 +144,9 @@ def _store_of_attempt(world: int) -> dist.Store | None:
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     if attempt == "0" or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return None
-    return new_store(world)
+    store = new_store(world)
+    store.set_timeout(PATIENCE)  # as PyTorch's own place has it
+    return store
 
 
 def new_store(world: int) -> dist.Store:

@@ -5,9 +5,10 @@ from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import torch
 
-from sparse_fcmae.data.batches import Loader, make_loader, micro_batches
+from sparse_fcmae.data.batches import Batch, Loader, make_loader, micro_batches
 from sparse_fcmae.data.sources.contents import contents_of, other_contents
 from sparse_fcmae.runtime.checkpoint_folder import damaged_checkpoints, is_exported, newest_checkpoint
 from sparse_fcmae.runtime.device import loader_processes
@@ -20,7 +21,7 @@ from sparse_fcmae.training.checkpoint import Checkpoints, check_images, restore,
 from sparse_fcmae.training.log import RunLog
 from sparse_fcmae.training.lr_range import what_it_showed
 from sparse_fcmae.training.optim import set_lr
-from sparse_fcmae.training.parallel import averaging, spread
+from sparse_fcmae.training.parallel import averaging, shards, spread
 from sparse_fcmae.training.prefetch import prefetched
 from sparse_fcmae.training.progress import Progress
 from sparse_fcmae.training.schedule import Schedule
@@ -132,6 +133,9 @@ def train(task: Task) -> Path:
 
 def _runner(task: Task, optimizer: torch.optim.Optimizer, schedule: Schedule) -> TrainStep:
     """What takes the steps of a task on this rank."""
+    several_gpus = task.ranks.world > 1 and task.ranks.device.type == "cuda"
+    if several_gpus and not shards(task.config, task.ranks):  # of which none can run by itself
+        task.ranks.main_first(lambda: _rehearse(task, optimizer, schedule))
     return task.step_type(
         averaging(task.objective, task.ranks),
         optimizer,
@@ -140,6 +144,19 @@ def _runner(task: Task, optimizer: torch.optim.Optimizer, schedule: Schedule) ->
         bf16=task.config.dtype == "bf16",
         divides=task.ranks.world == 1,
     )
+
+
+def _rehearse(task: Task, optimizer: torch.optim.Optimizer, schedule: Schedule) -> None:
+    """Runs a micro-batch of blank images, which changes nothing, so that kernels are compiled and their tiles timed.
+
+    They are kept on the disk. So one rank does it, and no rank makes the others wait for it in a collective.
+    """
+    view, images = task.dataset().view, min(schedule.micro_batch_size, schedule.images_per_rank)
+    pixels = torch.from_numpy(np.zeros((images, *view.size, view.reading.in_chans), view.reading.dtype))
+    inputs = task.inputs(Batch(pixels, torch.zeros(images, dtype=torch.int64), []), 0, 0)
+    step = TrainStep(task.objective, optimizer, images_per_rank=images, bf16=task.config.dtype == "bf16")
+    step.add(*inputs, last=True)
+    optimizer.zero_grad()
 
 
 def _begin(task: Task, run: RunFolder, start: int) -> tuple[Writers, list[str]]:

@@ -120,6 +120,12 @@ def test_two_ranks_give_one_ranks_losses(pictures, encoder, tmp_path, monkeypatc
             assert two == pytest.approx(one, rel=1e-4)
 
 
+@pytest.mark.usefixtures("rehearsed")
+def test_a_rehearsal_leaves_no_trace(pictures, encoder, whole, tmp_path):
+    finetune(data=pictures, out=tmp_path / "run", init=encoder, **SMALL)
+    assert rows(tmp_path / "run") == rows(whole)
+
+
 def test_the_best_is_exported_with_its_moving_average(pictures, encoder, tmp_path):
     run, options = tmp_path / "run", SMALL | {"monitor": "ema_loss", "patience": 1, "lr": 1.0, "epochs": 9}
     finetune(data=pictures, out=run, init=encoder, **options)

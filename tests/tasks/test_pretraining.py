@@ -210,6 +210,12 @@ def test_micro_batches_change_rounding_at_most(pictures, whole, tmp_path):
     assert losses(tmp_path / "run") == pytest.approx(losses(whole), rel=1e-4)
 
 
+@pytest.mark.usefixtures("rehearsed")
+def test_a_rehearsal_leaves_no_trace(pictures, whole, tmp_path):
+    pretrain(data=pictures, out=tmp_path / "run", **SMALL)
+    assert losses(tmp_path / "run") == losses(whole)
+
+
 @pytest.mark.parametrize("backend", ["torch", "minkowski"])
 def test_backends_train_alike(pictures, whole, tmp_path, backend):
     if reason := available_backends("cpu")[backend]:
