@@ -122,6 +122,13 @@ draw_bounds = partial(
 )
 
 
+def draw_parts(rows: list[Row]) -> "Figure | None":
+    """A run from files, beside its step and the ideal. Decoding alone is so fast that it would dwarf them."""
+    parts = [row for row in rows if row.get("part") != "decoding"]
+    name = "{model} {dtype}, {batch_size} images".format_map
+    return draw_bars(parts, "images_per_second", "images/s", group=name, bar=lambda row: row["part"])
+
+
 def draw_scaling(rows: list[Row]) -> "Figure | None":
     """Milliseconds an image over what varies, and the ideal lines."""
     rows = [row for row in rows if "ms" in row]

@@ -22,6 +22,7 @@ from sparse_fcmae.benchmarks.config import ReportConfig
 from sparse_fcmae.benchmarks.data import data
 from sparse_fcmae.benchmarks.gflops import gflops
 from sparse_fcmae.benchmarks.kernels import kernels
+from sparse_fcmae.benchmarks.pretraining import pretraining
 from sparse_fcmae.benchmarks.results import Columns, Row, append_csv, as_text, environment, filled
 from sparse_fcmae.benchmarks.scaling import scaling
 from sparse_fcmae.benchmarks.throughput import absent_peers, throughput
@@ -55,6 +56,7 @@ SECTIONS = {
     "autoencoders": Section(compare, {"autoencoders": plots.draw_speeds}),
     "kernels": Section(kernels, {"kernels": plots.draw_bounds}),
     "data": Section(data, {"data": plots.draw_speeds}),
+    "pretrain": Section(pretraining, {"pretrain": plots.draw_parts}),
 }
 WRITTEN = {PAGE, ROWS, TABLE, *(f"{file}.png" for section in SECTIONS.values() for file in section.plots)}
 
@@ -66,16 +68,20 @@ def plan(config: ReportConfig, models: list[str], device: torch.device) -> dict[
     def step_of(model: str, **others: Any) -> Options:
         return common | {"device": config.device, "model": model, "batch_size": scale * BATCHES[model]} | others
 
-    first, few, dtypes = models[0], min(3, config.rounds), "fp32,bf16" if fast_bf16(device) else "fp32"
+    first, few = models[0], min(3, config.rounds)
+    dtypes = ["fp32", "bf16"] if fast_bf16(device) else ["fp32"]
     return {
         "gflops": [{}],
-        "throughput": [step_of(model, dtype=dtypes, backend=",".join(BACKENDS)) for model in models],
+        "throughput": [step_of(model, dtype=",".join(dtypes), backend=",".join(BACKENDS)) for model in models],
         "mask ratio": [step_of(first, over="mask-ratio", batch_size=8, rounds=few)],
         "image size": [step_of(first, over="image-size", batch_size=2, rounds=few)],
         "compare": [step_of(model) for model in models],
         "autoencoders": [step_of("base", task="pretrain")],
         "kernels": [step_of(first)],
         "data": [common | {"data": config.data or ""}],
+        "pretrain": [
+            step_of(model, dtype=dtype, rounds=few, data=config.data or "") for model in models for dtype in dtypes
+        ],
     }
 
 
