@@ -10,8 +10,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -115,7 +115,7 @@ def gpu(options: dict[str, Any]) -> str:
     out = Path(config.out)
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
-    with lock_folder(out):
+    with lock_folder(out), interrupted_by_sigterm():
         states: dict[str, Row] = read_json(out / STATES) if (out / STATES).exists() else {}
         if not config.parts:
             chosen = [name for name in parts if states.get(name, {}).get("state", CUT) == CUT]
@@ -132,6 +132,16 @@ def gpu(options: dict[str, Any]) -> str:
             write_summary(out, parts, states)
             bar.write(f"{name}: {states[name]['state']}")
     return write_summary(out, parts, states)
+
+
+@contextmanager
+def interrupted_by_sigterm() -> Iterator[None]:
+    """Has SIGTERM raise KeyboardInterrupt, or it would leave the processes of a part at work on the GPU."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def require_gpu(device: str) -> None:

@@ -2,7 +2,9 @@
 
 import json
 import os
+import signal
 import time
+from threading import Thread
 
 import pytest
 
@@ -101,6 +103,24 @@ def test_what_the_end_cuts_short_is_done_by_the_next_call(parts, tmp_path):
     assert states(tmp_path) == {"first": "done", "second": "done"}
     with pytest.raises(UserError, match=r"`minutes` 0\.1 are too few for second"):
         gpu(out=tmp_path, device="cpu", minutes=0.1, parts="second")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_who_ends_it_ends_the_part_at_work(parts, tmp_path, number):
+    def end():
+        while not (tmp_path / "hangs.log").exists() or not (tmp_path / "hangs.log").read_text():
+            time.sleep(0.05)
+        os.kill(os.getpid(), number)
+
+    parts["hangs"] = Part(60, [["-c", SLEEPS]])
+    Thread(target=end).start()
+    with pytest.raises(KeyboardInterrupt):
+        gpu(out=tmp_path, device="cpu")
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "hangs.log").read_text()), 0)
+    parts["hangs"] = Part(60, [["-c", ""]])
+    gpu(out=tmp_path, device="cpu")
+    assert states(tmp_path) == {"hangs": "done"}
 
 
 def test_another_machines_figures_are_not_mixed_in(parts, tmp_path):
