@@ -110,6 +110,7 @@ def draw_gflops(rows: list[Row]) -> "Figure | None":
 # a figure of each backend
 draw_backends = partial(draw_bars, group=lambda row: f"{row['model']} {row['dtype']}\n{row['work']}")
 draw_speedups = partial(draw_backends, value="speedup", ylabel="images/s over masked")
+draw_limits = partial(draw_backends, value="over_limit", ylabel="time over that of the products", spec=".2f")
 draw_memory = partial(draw_backends, value="peak_mb", ylabel="peak memory, MB", spec=".0f")
 draw_speeds = partial(draw_bars, value="images_per_second", ylabel="images/s", group=lambda row: row.get("model", ""))
 draw_bounds = partial(

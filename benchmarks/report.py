@@ -49,7 +49,9 @@ class Section(NamedTuple):
 
 SECTIONS = {
     "gflops": Section(gflops, {"gflops": plots.draw_gflops}),
-    "throughput": Section(throughput, {"throughput": plots.draw_speedups, "memory": plots.draw_memory}),
+    "throughput": Section(
+        throughput, {"throughput": plots.draw_speedups, "limit": plots.draw_limits, "memory": plots.draw_memory}
+    ),
     "mask ratio": Section(scaling, {"scaling-mask-ratio": plots.draw_scaling}),
     "image size": Section(scaling, {"scaling-image-size": plots.draw_scaling}),
     "compare": Section(compare, {"compare": plots.draw_speeds}),

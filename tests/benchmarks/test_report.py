@@ -16,7 +16,7 @@ from sparse_fcmae.benchmarks.config import ReportConfig
 from sparse_fcmae.benchmarks.report import SECTIONS
 from sparse_fcmae.cli import main
 
-PLOTS = {"gflops.png", "throughput.png", "memory.png", "scaling-mask-ratio.png"}
+PLOTS = {"gflops.png", "throughput.png", "limit.png", "memory.png", "scaling-mask-ratio.png"}
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def test_report_is_one_page_with_plots_and_rows(small_report, tmp_path):
     out = tmp_path / "bench"
     main(["bench", "report", "--out", str(out), "--model", "atto"])
     page = (out / "report.html").read_text()
-    assert page.count("<svg") == page.count("</svg>") == 4
+    assert page.count("<svg") == page.count("</svg>") == 5
     ids = re.findall(r'\bid="([^"]+)"', page)
     assert len(ids) == len(set(ids))
     assert set(re.findall(r'href="#([^"]+)"', page)) <= set(ids)
