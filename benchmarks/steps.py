@@ -193,12 +193,15 @@ class MaskedOnce(SparseEncoder):
 
 
 class MaskedBehindStem(MaskedPatches):
-    """Takes all patches for visible, but for zeros where the stem gives features of masked ones."""
+    """Takes all patches for visible, but for zeros in place of masked ones behind the stem and in the result."""
 
     def stem(self, *arguments: Any) -> Tensor:
         x = super().stem(*arguments)
         side = x.shape[1] // self.mask.shape[1]
         return x.masked_fill(self.mask.repeat_interleave(side, 1).repeat_interleave(side, 2)[..., None], 0)
+
+    def scatter(self, x: Tensor, fill: Tensor | None = None) -> Tensor:
+        return super().scatter(x, fill).masked_fill(self.mask[:, None], 0)
 
 
 def compile_whole(encoder: SparseEncoder) -> Any:
