@@ -23,6 +23,7 @@ COLOURS = {  # Okabe and Ito's, told apart by the colour-blind too
     "native": "#0072b2",
     "torch": "#56b4e9",
     "masked": "#999999",
+    "masked, once behind the stem": "#cc79a7",
     "minkowski": "#e69f00",
     "dense": "#999999",
     "sparse": "#0072b2",
@@ -30,6 +31,7 @@ COLOURS = {  # Okabe and Ito's, told apart by the colour-blind too
     "matrix products": "#009e73",
 }
 SPARE_COLOURS = ("#d55e00", "#cc79a7", "#e69f00", "#009e73", "#56b4e9", "#f0e442", "#0072b2", "#999999")
+MOST_BARS = 24  # next to each other
 LABELS = {"mask-ratio": "fraction of the patches that is masked", "image-size": "side of the image, pixels"}
 
 
@@ -41,16 +43,17 @@ def require_matplotlib() -> None:
         raise UserError("pictures need matplotlib: pip install 'sparse-fcmae[plots]'") from None
 
 
-def new_figure(width: float = 7) -> tuple["Figure", "Axes"]:
-    """An empty figure, so many inches wide."""
+def new_figure(width: float = 7, lines: int = 1) -> tuple["Figure", list["Axes"]]:
+    """An empty figure, so many inches wide, of so many axes below each other that share the scale upwards."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, 3.6), layout="constrained")
-    axes = figure.subplots()
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", alpha=0.3)
-    axes.set_axisbelow(True)
-    return figure, axes
+    figure = Figure(figsize=(width, 3.6 * lines), layout="constrained")
+    all_axes = figure.subplots(lines, squeeze=False, sharey=True)[:, 0]
+    for axes in all_axes:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", alpha=0.3)
+        axes.set_axisbelow(True)
+    return figure, list(all_axes)
 
 
 def draw_bars(
@@ -63,7 +66,10 @@ def draw_bars(
     spec: str = ".1f",
     log: bool = False,
 ) -> "Figure | None":
-    """The rows that have a value as labelled bars, in groups. group, bar: the names of a row's."""
+    """The rows that have a value as labelled bars, in groups, not too many next to each other.
+
+    group, bar: the names of a row's.
+    """
     from matplotlib.patches import Patch
 
     rows = [row for row in rows if row.get(value) is not None]
@@ -71,27 +77,32 @@ def draw_bars(
         return None
     colours = colours_of(dict.fromkeys(map(bar, rows)))
     groups = list(dict.fromkeys(map(group, rows)))
-    figure, axes = new_figure(max(7, 1 + 0.42 * len(rows) + 0.4 * len(groups)))
-    left, ticks = 0.0, []
-    for name in groups:
-        own = {bar(row): row[value] for row in rows if group(row) == name}
-        places = [left + i for i in range(len(own))]
-        drawn = axes.bar(places, own.values(), width=0.9, color=[colours[label] for label in own])
-        axes.bar_label(drawn, fmt=lambda v: format(v, spec), fontsize=7, padding=1)
-        ticks.append(left + (len(own) - 1) / 2)
-        left += len(own) + 0.8
-    axes.set_xticks(ticks, groups, fontsize=8)
-    axes.set(ylabel=ylabel, yscale="log" if log else "linear")
+    lines = -(-len(rows) // MOST_BARS)
+    a_line = -(-len(groups) // lines)
+    figure, all_axes = new_figure(max(7, 1 + (0.42 * len(rows) + 0.4 * len(groups)) / lines), lines)
+    for axes, first in zip(all_axes, range(0, len(groups), a_line), strict=False):
+        left, ticks = 0.0, []
+        for name in groups[first : first + a_line]:
+            own = {bar(row): row[value] for row in rows if group(row) == name}
+            places = [left + i for i in range(len(own))]
+            drawn = axes.bar(places, own.values(), width=0.9, color=[colours[label] for label in own])
+            axes.bar_label(drawn, fmt=lambda v: format(v, spec), fontsize=7, padding=1)
+            ticks.append(left + (len(own) - 1) / 2)
+            left += len(own) + 0.8
+        axes.set_xticks(ticks, groups[first : first + a_line], fontsize=8)
+        axes.set(ylabel=ylabel, yscale="log" if log else "linear")
+        axes.margins(x=0.01, y=0.12)
+    for axes in all_axes[-(-len(groups) // a_line) :]:
+        axes.remove()
     handles = [Patch(color=colour, label=name) for name, colour in colours.items()]
     figure.legend(handles=handles, loc="outside upper left", fontsize=8, frameon=False, ncols=5)
-    axes.margins(x=0.01, y=0.12)
     return figure
 
 
 def colours_of(names: Iterable[str]) -> dict[str, str]:
     """A colour for each candidate, in which a backend's variants are as the backend."""
     spare = cycle(SPARE_COLOURS)
-    return {name: COLOURS.get(name.split(", ")[0]) or next(spare) for name in names}
+    return {name: COLOURS.get(name) or COLOURS.get(name.split(", ")[0]) or next(spare) for name in names}
 
 
 def draw_gflops(rows: list[Row]) -> "Figure | None":
@@ -112,7 +123,12 @@ draw_backends = partial(draw_bars, group=lambda row: f"{row['model']} {row['dtyp
 draw_speedups = partial(draw_backends, value="speedup", ylabel="images/s over masked")
 draw_limits = partial(draw_backends, value="over_limit", ylabel="time over that of the products", spec=".2f")
 draw_memory = partial(draw_backends, value="peak_mb", ylabel="peak memory, MB", spec=".0f")
-draw_speeds = partial(draw_bars, value="images_per_second", ylabel="images/s", group=lambda row: row.get("model", ""))
+draw_speeds = partial(
+    draw_bars,
+    value="images_per_second",
+    ylabel="images/s",
+    group=lambda row: f"{row.get('model', '')} {row.get('dtype', '')}".strip(),
+)
 draw_bounds = partial(
     draw_bars,
     value="of_bound",
@@ -135,7 +151,7 @@ def draw_scaling(rows: list[Row]) -> "Figure | None":
     rows = [row for row in rows if "ms" in row]
     if not rows:
         return None
-    over, (figure, axes) = rows[0]["over"], new_figure()
+    over, (figure, (axes,)) = rows[0]["over"], new_figure()
     values = list(dict.fromkeys(str(row["value"]) for row in rows))
     numeric = over != "model" and not any("x" in value for value in values)
     for name, colour in colours_of(dict.fromkeys(row["candidate"] for row in rows)).items():

@@ -81,7 +81,8 @@ def line_of(rows: list[Row]) -> str | None:
         f"{best['model']}, {best['batch_size']}, {best['dtype']}{size}{share}",
         WORDS[best["work"]] + (f", {how}" if how else ""),
         f"{_speed(best):,.0f}",
-        *(f"{_speed(best) / _speed(others[name]):.1f}" if name in others else "" for name in (BASELINE, GATHER)),
+        f"{float(best['speedup']):.1f}" if best.get("speedup") else "",
+        f"{_speed(best) / _speed(others[GATHER]):.1f}" if GATHER in others else "",
         ", ".join(f"{float(peak):,.0f}" for peak in peaks if peak),
         best["commit"],
     ]
