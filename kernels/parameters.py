@@ -99,5 +99,6 @@ def block_gradients(parameters: list[Tensor], taps: Tensor, norm: Tensor, *other
 def _as_gradient(total: Tensor | None, parameter: Tensor) -> Tensor:
     if total is None:
         return torch.zeros_like(parameter)
-    total = total if total._base is None else total.clone(memory_format=torch.contiguous_format)
+    if not (total.is_contiguous() and total.untyped_storage().nbytes() == total.nbytes):  # part of others' sums
+        total = total.clone(memory_format=torch.contiguous_format)
     return total.to(parameter.dtype).view(parameter.shape)

@@ -1,11 +1,13 @@
 import re
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
 import torch
 from helpers import randomise
+from torch.utils.flop_counter import FlopCounterMode
 
-from sparse_fcmae import UserError, create_fcmae
+from sparse_fcmae import UserError, available_backends, create_fcmae
 from sparse_fcmae.data.format import ImageFormat
 from sparse_fcmae.model.fcmae import patchify, unpatchify
 
@@ -188,3 +190,20 @@ def test_images_may_have_a_gradient(backend):
         losses = [model(images + step * direction, mask).loss for step in (-1e-2, 1e-2)]
     slope = (losses[1] - losses[0]).item() / 2e-2
     assert (images.grad * direction).sum().item() == pytest.approx(slope, rel=2e-2)
+
+
+@pytest.mark.parametrize("backend", ["native", "torch", "masked"])
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_dispatch_mode_sees_a_step_as_it_is(backend, bf16):
+    """Such as torch's counter of operations. Below one, a view does not know what it is a view of."""
+    if reason := available_backends("cpu")[backend]:
+        pytest.skip(reason)
+    model, images = create_fcmae("atto", image_size=64, backend=backend), torch.randn(2, 3, 64, 64)
+    found = []
+    for mode in (nullcontext(), FlopCounterMode(display=False)):
+        model.zero_grad()
+        with mode, torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            loss = model(images, generator=torch.Generator().manual_seed(0)).loss
+            loss.backward()
+        found.append([loss.detach(), *(p.grad for p in model.parameters())])
+    assert all(map(torch.equal, *found))
