@@ -17,12 +17,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from sparse_fcmae.backends import available_backends
 from sparse_fcmae.benchmarks.config import GpuConfig
 from sparse_fcmae.benchmarks.results import Row, environment
 from sparse_fcmae.benchmarks.summary import read_rows, summarise
+from sparse_fcmae.data.sources.folder import ImageFolder
 from sparse_fcmae.runtime.device import choose_device
 from sparse_fcmae.runtime.errors import UserError
 from sparse_fcmae.runtime.files import read_json, write_atomic, write_json, writing
@@ -111,6 +113,8 @@ def gpu(options: dict[str, Any]) -> str:
     check(config)
     parts = plan(config)
     chosen = listed("parts", config.parts, str, parts) if config.parts else list(parts)
+    if config.data:
+        ImageFolder(config.data)  # raises where there are no images, not when their turn comes
     require_gpu(config.device)
     out = Path(config.out)
     with writing(out):
@@ -118,7 +122,7 @@ def gpu(options: dict[str, Any]) -> str:
     with lock_folder(out), interrupted_by_sigterm():
         states: dict[str, Row] = read_json(out / STATES) if (out / STATES).exists() else {}
         if not config.parts:
-            chosen = [name for name in parts if states.get(name, {}).get("state", CUT) == CUT]
+            chosen = [name for name in parts if not states.get(name, {}).get("ended")]
         begin(out, environment("gpu", config, choose_device(config.device)))
         for number, name in enumerate(bar := tqdm(chosen, unit="part")):
             bar.set_description(name)
@@ -146,6 +150,8 @@ def interrupted_by_sigterm() -> Iterator[None]:
 
 def require_gpu(device: str) -> None:
     """Raises UserError unless the native kernels serve a GPU of this name."""
+    if not torch.cuda.is_available():
+        raise UserError(f"this needs a GPU that PyTorch can use, and PyTorch {torch.__version__} finds none")
     found = choose_device(device)
     if found.type != "cuda":
         raise UserError(f"`device` {device} is no GPU")
@@ -163,9 +169,12 @@ def begin(out: Path, setting: Row) -> None:
 
 
 def run_part(name: str, part: Part, out: Path, left: float) -> Row:
-    """Runs a part's commands. left: seconds until the call ends. Returns what there is to say of it."""
+    """Runs a part's commands. left: seconds until the call ends.
+
+    Returns what there is to say of it, and as "ended" whether the next call leaves it out.
+    """
     if part.refused:
-        return {"state": part.refused}
+        return {"state": part.refused, "ended": False}
     start, limit = time.monotonic(), min(part.seconds, left - GRACE)
     processes, logs = [], []
     try:
@@ -191,11 +200,13 @@ def run_part(name: str, part: Part, out: Path, left: float) -> Row:
     finally:
         end(processes)
     seconds = round(time.monotonic() - start, 1)
+    if late and limit < part.seconds:
+        return {"state": CUT, "ended": False, "seconds": seconds}
     if late:
-        return {"state": CUT if limit < part.seconds else f"took more than {part.seconds} s", "seconds": seconds}
+        return {"state": f"took more than {part.seconds} s", "ended": True, "seconds": seconds}
     codes = [process.returncode for process in processes]
     failed = [log.name for log, code in zip(logs, codes, strict=True) if code]
-    return {"state": f"failed, see {', '.join(failed)}" if failed else "done", "seconds": seconds}
+    return {"state": f"failed, see {', '.join(failed)}" if failed else "done", "ended": True, "seconds": seconds}
 
 
 def places(name: str, commands: int) -> Iterable[str]:

@@ -16,10 +16,11 @@ from sparse_fcmae.runtime.options import check, keywords_of
 
 MARKS = ("<!-- bench summary -->", "<!-- end of bench summary -->")
 WORDS = {"step": "encoder, forward and backward", "pretrain": "whole pretraining step"}
+NOTHING = "Nothing was measured."
 OURS, GATHER = "native", "torch"
 TITLES = ("model, images, dtype", "work", "images/s", "over `masked`", "over `torch`", "peak MB, `masked`'s", "commit")
-MACHINE = ("device", "torch", "triton")
-CASE = ("model", "batch_size", "dtype", "image_size", "mask_ratio")
+MACHINE = ("device", "cpu", "torch", "triton")
+CASE = ("model", "batch_size", "dtype", "image_size", "mask_ratio", "commit", "date", "command")  # of one run
 
 
 @keywords_of(SummaryConfig)
@@ -28,6 +29,8 @@ def summary(options: dict[str, Any]) -> str:
     config = SummaryConfig(**options)
     check(config)
     text = summarise(read_rows(config.rows))
+    if text == NOTHING:
+        raise UserError(f"{config.rows} has no rows of `bench throughput` with times of {' or '.join(WORDS)}")
     if config.into:
         put_between_marks(text, Path(config.into))
     return text
@@ -37,7 +40,7 @@ def read_rows(place: str) -> list[Row]:
     """The rows, each with its environment, of the .json and .csv files that benchmarks wrote to a folder or pattern."""
     paths = sorted(Path(place).glob("*.*")) if Path(place).is_dir() else sorted(map(Path, glob(place)))
     if not paths:
-        raise UserError(f"`rows` {place}: there is nothing")
+        raise UserError(f"there is nothing at {place}")
     rows: list[Row] = []
     for path in paths:
         if path.suffix == ".json":
@@ -52,7 +55,7 @@ def read_rows(place: str) -> list[Row]:
 
 def summarise(rows: list[Row]) -> str:
     """A table in Markdown for each machine."""
-    timed = [row for row in rows if row["benchmark"] == "throughput" and row.get("ms") and row.get("work") in WORDS]
+    timed = [row for row in rows if row.get("ms") and row.get("work") in WORDS]
     tables = []
     for machine, group in _grouped(timed, MACHINE):
         lines = [" | ".join(TITLES), " | ".join("-" * len(title) for title in TITLES)]
@@ -60,10 +63,10 @@ def summarise(rows: list[Row]) -> str:
             case = list(of_case)
             lines += [line for work in WORDS if (line := line_of([row for row in case if row["work"] == work]))]
         if len(lines) > 2:
-            device, *others = machine
-            known = [f"{name} {value}" for name, value in zip(MACHINE[1:], others, strict=True) if value]
-            tables.append(f"{device}, {', '.join(known)}:\n\n" + "\n".join(f"| {line} |" for line in lines))
-    return "\n\n".join(tables) or "Nothing was measured."
+            device, cpu, torch, triton = machine
+            known = [cpu, f"torch {torch}"] if device == "cpu" else [device, f"torch {torch}", f"triton {triton}"]
+            tables.append(f"{', '.join(known)}:\n\n" + "\n".join(f"| {line} |" for line in lines))
+    return "\n\n".join(tables) or NOTHING
 
 
 def line_of(rows: list[Row]) -> str | None:
@@ -94,7 +97,7 @@ def put_between_marks(text: str, path: Path) -> None:
     try:
         before, rest = path.read_text(encoding="utf-8").split(MARKS[0])
         _, after = rest.split(MARKS[1])
-    except (OSError, ValueError):
+    except ValueError:
         raise UserError(f"`into` {path} needs one line {MARKS[0]} and after it one line {MARKS[1]}") from None
     whole = f"{before}{MARKS[0]}\n{text}\n{MARKS[1]}{after}"
     write_atomic(path, lambda temporary: temporary.write_text(whole, encoding="utf-8"))

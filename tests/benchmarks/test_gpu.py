@@ -39,7 +39,9 @@ def test_without_a_gpu_it_is_one_line(tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         main(["bench", "gpu", "--device", "cpu", "--out", str(tmp_path / "gpu")])
     assert stop.value.code == 2
-    assert "--device cpu is no GPU" in capsys.readouterr().err
+    assert "this needs a GPU that PyTorch can use" in capsys.readouterr().err
+    with pytest.raises(UserError, match="no such folder"):
+        gpu(out=tmp_path / "gpu", data="/nowhere")
     assert not (tmp_path / "gpu").exists()
 
 
@@ -57,7 +59,7 @@ def states(out):
     return {name: row["state"] for name, row in json.loads((out / "parts.json").read_text()).items()}
 
 
-def test_parts_run_one_after_the_other_and_leave_rows(parts, tmp_path):
+def test_parts_run_one_after_the_other_and_leave_rows(parts, pictures, tmp_path):
     words = ["-m", "sparse_fcmae", "bench", *QUICK.split()]
     parts |= {
         "rows": Part(100, [words, [*words, "--dtype", "bf16"]]),
@@ -65,7 +67,7 @@ def test_parts_run_one_after_the_other_and_leave_rows(parts, tmp_path):
         "hangs": Part(2, [["-c", PARENT, "-c", SLEEPS]]),
         "lacks": Part(0, [], "it needs images: give `data`"),
     }
-    text = gpu(out=tmp_path, device="cpu")
+    text = gpu(out=tmp_path, device="cpu", data=pictures)
     assert states(tmp_path) == {
         "rows": "done",
         "fails": "failed, see fails.log",
@@ -86,7 +88,9 @@ def test_parts_run_one_after_the_other_and_leave_rows(parts, tmp_path):
     with pytest.raises(ProcessLookupError):  # of the process that was started by the one that was
         os.kill(int((tmp_path / "hangs.log").read_text().split()[0]), 0)
     before = (tmp_path / "rows-1.csv").stat().st_mtime_ns
-    assert gpu(out=tmp_path, device="cpu") == text  # nothing is left to do
+    assert gpu(out=tmp_path, device="cpu") == text  # nothing is left to do but what was refused
+    parts["lacks"] = Part(60, [["-c", ""]])
+    assert "- done: rows, lacks\n" in gpu(out=tmp_path, device="cpu")
     gpu(out=tmp_path, device="cpu", parts="rows")
     assert (tmp_path / "rows-1.csv").stat().st_mtime_ns > before
     assert (tmp_path / "rows-1.csv").read_text().count("matrix products") == 1

@@ -58,19 +58,33 @@ def test_it_goes_between_the_marks_of_a_document(tmp_path):
         assert document.read_text() == f"Before.\n\n{MARKS[0]}\n{TABLE}\n{MARKS[1]}\n\nAfter.\n"
 
 
-@pytest.mark.parametrize("text", ["no marks", MARKS[1] + MARKS[0], 2 * (MARKS[0] + MARKS[1]), None])
+@pytest.mark.parametrize("text", ["no marks", MARKS[1] + MARKS[0], 2 * (MARKS[0] + MARKS[1])])
 def test_a_document_without_its_place_is_left_alone(tmp_path, text):
     append_csv(tmp_path / "rows.csv", "throughput", SETTING, ROWS)
     document = tmp_path / "README.md"
-    if text is not None:
-        document.write_text(text)
+    document.write_text(text)
     with pytest.raises(UserError, match="needs one line <!-- bench summary -->"):
         summary(rows=str(tmp_path / "*.csv"), into=document)
-    assert text is None or document.read_text() == text
+    assert document.read_text() == text
 
 
 def test_nothing_to_show(tmp_path):
     with pytest.raises(UserError, match="there is nothing"):
         summary(rows=str(tmp_path))
     append_csv(tmp_path / "rows.csv", "throughput", SETTING, ROWS[2:6])
-    assert summary(rows=str(tmp_path)) == "Nothing was measured."
+    document = tmp_path / "README.md"
+    document.write_text(before := f"{MARKS[0]}\na table\n{MARKS[1]}\n")
+    with pytest.raises(UserError, match="has no rows of `bench throughput`"):
+        summary(rows=str(tmp_path), into=document)
+    assert document.read_text() == before
+
+
+def test_a_line_is_of_one_run_and_a_table_of_one_machine(tmp_path):
+    append_csv(tmp_path / "a.csv", "throughput", SETTING | {"device": "cpu", "cpu": "Slow", "command": "a"}, ROWS)
+    faster = [row | {"images_per_second": 9 * row["images_per_second"]} for row in ROWS if "ms" in row]
+    append_csv(tmp_path / "b.csv", "throughput", SETTING | {"device": "cpu", "cpu": "Fast", "command": "a"}, faster)
+    append_csv(tmp_path / "c.csv", "report", SETTING | {"device": "cpu", "cpu": "Slow", "command": "b"}, faster[:1])
+    tables = summary(rows=str(tmp_path)).split("\n\n")
+    assert [text.split(",")[0] for text in tables[::2]] == ["Slow", "Fast"]
+    assert tables[1].count(" | 8,000 | 4.2 | 5.0 | 10, 80 |") == tables[1].count(" | 9,000 |  |  | 10 |") == 1
+    assert tables[3].count(" | 72,000 | 4.2 | 5.0 | 10, 80 |") == 1
