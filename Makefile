@@ -32,16 +32,16 @@ test-gpu: .venv/installed-for-tests  ## what needs a CUDA device
 
 # by the environment here or else, as there may be neither network nor pip, by a Python that has torch; the kernels for CPUs
 # are not compiled then
+GPU_PYTHON = $(if $(or $(findstring command,$(origin PYTHON)),$(if $(wildcard .venv/installed),,1)),$(abspath $(shell command -v $(PYTHON))),$(CURDIR)/$(BIN)/python)
 gpu: build/source  ## runs/gpu/summary.md: all there is to measure on a GPU, in 9 minutes; once more for the next parts
-	$(if $(DATA),data="$$(realpath '$(DATA)')" && )cd build/source && $(if $(findstring command,$(origin PYTHON)),$(PYTHON),$(if $(wildcard .venv/installed),$(CURDIR)/$(BIN)/python,$(PYTHON))) \
+	$(if $(DATA),data="$$(realpath '$(DATA)')" && )cd build/source && $(GPU_PYTHON) \
 		-m sparse_fcmae bench gpu \
 		--out '$(CURDIR)/runs/gpu' $(if $(MINUTES),--minutes $(MINUTES)) $(if $(DATA),--data "$$data")
 
 # the package as it is installed: folders that lie beside it in a checkout are in it
 build/source: FORCE
-	rm -rf $@
-	mkdir -p $@/sparse_fcmae
-	@ln -s $(filter-out %__pycache__,$(wildcard $(CURDIR)/sparse_fcmae/*)) $(CURDIR)/kernels $(CURDIR)/benchmarks $@/sparse_fcmae/
+	@mkdir -p $@/sparse_fcmae
+	@ln -sfn $(filter-out %__pycache__,$(wildcard $(CURDIR)/sparse_fcmae/*)) $(CURDIR)/kernels $(CURDIR)/benchmarks $@/sparse_fcmae/
 
 FORCE:
 

@@ -1,7 +1,7 @@
 """All that there is to measure on a GPU, in parts, for a machine that is there for some minutes only.
 
-Each part is a command in a process of its own that may take so long and no longer. What a part has measured is on disk
-at once, and a call goes on with the parts that the one before has not done. The first part checks every backend's
+Each part is a command in a process of its own that may take so long and no longer. A part's table is on disk once it is
+complete, and a call goes on with the parts that the one before has not done. The first part checks every backend's
 results, and compiles the Triton kernels into a cache in the same folder, which later parts and calls use.
 """
 
@@ -30,6 +30,7 @@ from sparse_fcmae.runtime.errors import UserError
 from sparse_fcmae.runtime.files import read_json, write_atomic, write_json, writing
 from sparse_fcmae.runtime.lock import lock_folder
 from sparse_fcmae.runtime.options import check, keywords_of, listed
+from sparse_fcmae.runtime.signals import STOPPING
 
 MODELS = {"atto": 256, "tiny": 128, "base": 64, "large": 32}  # images a step
 BACKENDS = "native,masked,torch"
@@ -109,8 +110,9 @@ def gpu(options: dict[str, Any]) -> str:
 
     Raises UserError for wrong options and where there is no GPU that the kernels can serve.
     """
-    end = time.monotonic() + 60 * (config := GpuConfig(**options)).minutes
+    config = GpuConfig(**options)
     check(config)
+    end = time.monotonic() + 60 * config.minutes
     parts = plan(config)
     chosen = listed("parts", config.parts, str, parts) if config.parts else list(parts)
     if config.data:
@@ -119,7 +121,7 @@ def gpu(options: dict[str, Any]) -> str:
     out = Path(config.out)
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
-    with lock_folder(out), interrupted_by_sigterm():
+    with lock_folder(out), interrupted_by_signals():
         states: dict[str, Row] = read_json(out / STATES) if (out / STATES).exists() else {}
         if not config.parts:
             chosen = [name for name in parts if not states.get(name, {}).get("ended")]
@@ -131,6 +133,8 @@ def gpu(options: dict[str, Any]) -> str:
                 if not number:
                     raise UserError(f"`minutes` {config.minutes:g} are too few for {name}, of {part.seconds} seconds")
                 break
+            states[name] = {"state": CUT, "ended": False}  # until it has come to its end
+            write_json(out / STATES, states)
             states[name] = run_part(name, part, out, left)
             write_json(out / STATES, states)
             write_summary(out, parts, states)
@@ -139,13 +143,15 @@ def gpu(options: dict[str, Any]) -> str:
 
 
 @contextmanager
-def interrupted_by_sigterm() -> Iterator[None]:
-    """Has SIGTERM raise KeyboardInterrupt, or it would leave the processes of a part at work on the GPU."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+def interrupted_by_signals() -> Iterator[None]:
+    """Has what ends this process raise KeyboardInterrupt, or the processes of a part would stay at work on the GPU."""
+    numbers = [n for n in STOPPING if signal.getsignal(n) is not signal.SIG_IGN]  # as nohup has it
+    before = {number: signal.signal(number, signal.default_int_handler) for number in numbers}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def require_gpu(device: str) -> None:
@@ -180,6 +186,7 @@ def run_part(name: str, part: Part, out: Path, left: float) -> Row:
     try:
         for place, command in zip(places(name, len(part.commands)), part.commands, strict=True):
             rows = out / f"{place}.csv"
+            rows.parent.mkdir(exist_ok=True)
             rows.unlink(missing_ok=True)
             words = [*command, "--csv", str(rows)] if "sparse_fcmae" in command else command
             logs.append(out / f"{place}.log")
@@ -205,13 +212,25 @@ def run_part(name: str, part: Part, out: Path, left: float) -> Row:
     if late:
         return {"state": f"took more than {part.seconds} s", "ended": True, "seconds": seconds}
     codes = [process.returncode for process in processes]
-    failed = [log.name for log, code in zip(logs, codes, strict=True) if code]
-    return {"state": f"failed, see {', '.join(failed)}" if failed else "done", "ended": True, "seconds": seconds}
+    failed = [str(log.relative_to(out)) for log, code in zip(logs, codes, strict=True) if code]
+    state = f"failed, see {', '.join(failed)}" if failed else refused(logs) or "done"
+    return {"state": state, "ended": True, "seconds": seconds}
+
+
+def refused(logs: list[Path]) -> str:
+    """What the rows beside these logs say was not measured, and why; nothing where all was."""
+    rows = [row for log in logs if log.with_suffix(".csv").exists() for row in read_rows(str(log.with_suffix(".csv")))]
+    what = ("model", "batch_size", "dtype", "work", "candidate", "refused")
+    reasons = [" ".join(row[key] for key in what if row.get(key)) for row in rows if row.get("refused")]
+    return f"not measured: {'; '.join(dict.fromkeys(reasons))}" if reasons else ""
 
 
 def places(name: str, commands: int) -> Iterable[str]:
-    """How the files of a part's commands are called."""
-    return [name] if commands == 1 else [f"{name}-{number}" for number in range(1, commands + 1)]
+    """How the files of a part's commands are called.
+
+    Those of commands that ran at the same time are in a folder of their own, as their times are worth nothing.
+    """
+    return [name] if commands == 1 else [f"{name}/{number}" for number in range(1, commands + 1)]
 
 
 def with_caches(out: Path) -> dict[str, str]:
@@ -221,7 +240,7 @@ def with_caches(out: Path) -> dict[str, str]:
 
 
 def end(processes: list[subprocess.Popen]) -> None:
-    """Ends processes with those that they have started: first by an interrupt, upon which they write what they have."""
+    """Ends processes with those that they have started: first by an interrupt, which they may answer."""
     for process in processes:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGINT)

@@ -77,7 +77,7 @@ def draw_bars(
         return None
     colours = colours_of(dict.fromkeys(map(bar, rows)))
     groups = list(dict.fromkeys(map(group, rows)))
-    lines = -(-len(rows) // MOST_BARS)
+    lines = min(-(-len(rows) // MOST_BARS), len(groups))
     a_line = -(-len(groups) // lines)
     figure, all_axes = new_figure(max(7, 1 + (0.42 * len(rows) + 0.4 * len(groups)) / lines), lines)
     for axes, first in zip(all_axes, range(0, len(groups), a_line), strict=False):

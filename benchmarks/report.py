@@ -156,7 +156,8 @@ def make_page(saved: dict[str, Any], folder: Path) -> None:
             if figure := draw(rows):
                 plots.save_png(figure, folder / f"{file}.png")
                 parts.append(f"<figure>{plots.as_svg(figure, file)}</figure>")
-        shown = [row for row in rows if row.get("part", "whole") == "whole"]  # not each stage of a model
+        # of the counts not each stage of a model
+        shown = [row for row in rows if name != "gflops" or row.get("part", "whole") == "whole"]
         bodies[name.replace(" ", "_")] = "\n".join([*parts, make_table(shown, section.benchmark.columns)])
     template = Template(files("sparse_fcmae.benchmarks").joinpath(PAGE).read_text(encoding="utf-8"))
     page = template.substitute(

@@ -42,7 +42,7 @@ def read_rows(place: str) -> list[Row]:
     if not paths:
         raise UserError(f"there is nothing at {place}")
     rows: list[Row] = []
-    for path in paths:
+    for path in filter(Path.is_file, paths):
         if path.suffix == ".json":
             found = read_json(path)
             if isinstance(found, dict) and {"benchmark", "environment", "rows"} <= found.keys():
@@ -86,7 +86,7 @@ def line_of(rows: list[Row]) -> str | None:
         f"{_speed(best):,.0f}",
         f"{float(best['speedup']):.1f}" if best.get("speedup") else "",
         f"{_speed(best) / _speed(others[GATHER]):.1f}" if GATHER in others else "",
-        ", ".join(f"{float(peak):,.0f}" for peak in peaks if peak),
+        ", ".join(f"{float(peak):,.0f}" if peak else "-" for peak in peaks) if any(peaks) else "",
         best["commit"],
     ]
     return " | ".join(cells)

@@ -71,6 +71,16 @@ def test_a_page_can_be_made_again_from_the_saved_rows(small_report, tmp_path):
     assert {path.name for path in again.iterdir()} == {"report.html", "rows.csv", *PLOTS}
 
 
+def test_parts_of_a_run_are_in_its_table(tmp_path):
+    """Those of a model are left out, of the counts alone."""
+    setting = {"device": "cpu", "cpu": "Fast", "date": "2026-01-01"}
+    row = {"model": "atto", "dtype": "fp32", "batch_size": 8, "part": "ideal", "images_per_second": 12345.6}
+    module.make_page({"environment": setting, "sections": {"pretrain": [row]}}, tmp_path)
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("<table>") == 1
+    assert ">12345.6</td>" in page
+
+
 def test_every_section_has_options_that_its_benchmark_takes_and_a_place_on_the_page():
     runs = module.plan(ReportConfig(), ["atto", "tiny"], torch.device("cpu"))
     assert set(runs) == set(SECTIONS)

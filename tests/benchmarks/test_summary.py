@@ -86,5 +86,5 @@ def test_a_line_is_of_one_run_and_a_table_of_one_machine(tmp_path):
     append_csv(tmp_path / "c.csv", "report", SETTING | {"device": "cpu", "cpu": "Slow", "command": "b"}, faster[:1])
     tables = summary(rows=str(tmp_path)).split("\n\n")
     assert [text.split(",")[0] for text in tables[::2]] == ["Slow", "Fast"]
-    assert tables[1].count(" | 8,000 | 4.2 | 5.0 | 10, 80 |") == tables[1].count(" | 9,000 |  |  | 10 |") == 1
+    assert tables[1].count(" | 8,000 | 4.2 | 5.0 | 10, 80 |") == tables[1].count(" | 9,000 |  |  | 10, - |") == 1
     assert tables[3].count(" | 72,000 | 4.2 | 5.0 | 10, 80 |") == 1
