@@ -32,7 +32,7 @@ test-gpu: .venv/installed-for-tests  ## what needs a CUDA device
 
 # by the environment here or else, as there may be neither network nor pip, by a Python that has torch; the kernels for CPUs
 # are not compiled then
-GPU_PYTHON = $(if $(or $(findstring command,$(origin PYTHON)),$(if $(wildcard .venv/installed),,1)),$(abspath $(shell command -v $(PYTHON))),$(CURDIR)/$(BIN)/python)
+GPU_PYTHON = $(if $(or $(findstring command,$(origin PYTHON)),$(if $(wildcard .venv/installed),,1)),$(or $(abspath $(shell command -v $(PYTHON))),$(PYTHON)),$(CURDIR)/$(BIN)/python)
 gpu: build/source  ## runs/gpu/summary.md: all there is to measure on a GPU, in 9 minutes; once more for the next parts
 	$(if $(DATA),data="$$(realpath '$(DATA)')" && )cd build/source && $(GPU_PYTHON) \
 		-m sparse_fcmae bench gpu \

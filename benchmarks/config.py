@@ -134,7 +134,7 @@ class GpuConfig:
 
     out: str = option("runs/gpu", help="folder for rows, logs, summary and what is compiled; goes on there", path=True)
     minutes: float = option(9.0, help="after which this call ends; the next one goes on", above=0)
-    parts: str | None = option(None, help="parts to measure again, with commas [all that are not done]")
+    parts: str | None = option(None, help="parts to measure again, such as tests,memory [all not done]")
     data: str | None = option(None, help="folder of images, to pretrain from files too", path=True)
     device: str = option("cuda", help="cuda, cuda:1, ...")
 

@@ -55,9 +55,9 @@ class Part:
 def plan(config: GpuConfig) -> dict[str, Part]:
     """The parts by name, the most important first."""
 
-    def bench(seconds: int, *commands: str, refused: str | None = None) -> Part:
+    def bench(seconds: int, *commands: str) -> Part:
         start = ["-m", "sparse_fcmae", "bench"]
-        return Part(seconds, [[*start, *command.split(), "--device", config.device] for command in commands], refused)
+        return Part(seconds, [[*start, *command.split(), "--device", config.device] for command in commands])
 
     step = f"throughput --dtype bf16 --backend {BACKENDS} --model"
     works = "--work step,pretrain,forward --rounds 20"

@@ -274,11 +274,9 @@ def limits_of(case: Case, work: str) -> dict[str, Callable[[], Run]]:
 
     On a CPU a product is also a convolution with windows of one position, which another library computes: oneDNN.
     """
-    names = LIMITS if case.device.type == "cpu" else LIMITS[:1]
-    return {
-        name: partial(matrix_products, case, work, way)
-        for name, way in zip(names, (multiplied, convolved), strict=False)
-    }
+    mm, conv = LIMITS
+    ways = {mm: multiplied} | ({conv: convolved} if case.device.type == "cpu" else {})
+    return {name: partial(matrix_products, case, work, way) for name, way in ways.items()}
 
 
 def matrix_products(case: Case, work: str, way: Callable[..., None]) -> Run:
