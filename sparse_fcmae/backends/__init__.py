@@ -14,6 +14,7 @@ from sparse_fcmae.backends.minkowski import MinkowskiPatches
 from sparse_fcmae.backends.native import NativePatches
 from sparse_fcmae.backends.patches import Patches
 from sparse_fcmae.backends.plain_torch import TorchPatches
+from sparse_fcmae.ops.context import transformed
 from sparse_fcmae.runtime.device import default_device
 from sparse_fcmae.runtime.errors import UserError
 
@@ -61,24 +62,41 @@ def resolve_backend(
 
     dense: to run layers that are dense by design, as the decoder's are, whose patches are all visible. Raises UserError
     where a backend asked for by name can't run there.
+
+    `masked` runs whatever the name says where kernels can't: on the meta device, which has no values, and under
+    transforms of `torch.func` and differentiation in forward mode, which is said once.
     """
-    backend = _resolve(name, device_type, dtype)
+    return _resolve(name, device_type, dtype, dense, transformed())
+
+
+def _resolve(name: str, device_type: str, dtype: torch.dtype, dense: bool, under_transforms: bool) -> type[Patches]:
+    backend = _usable(name, device_type, dtype)
+    if under_transforms and backend is not MaskedPatches:
+        _say_once("using the slower masked backend under torch.func and in forward mode")
+        return MaskedPatches
     return BACKENDS[backend.dense_backend] if dense and backend.dense_backend else backend
 
 
 # torch.compile takes the result as a constant: what it depends on can't be traced, and does not change. This is what
 # torch.compiler.assume_constant_result does, which takes more than a second to import the compiler.
-resolve_backend._dynamo_marked_constant = True
+_resolve._dynamo_marked_constant = True
 
 
 @cache
-def _resolve(name: str, device_type: str, dtype: torch.dtype) -> type[Patches]:
+def _usable(name: str, device_type: str, dtype: torch.dtype) -> type[Patches]:
     check_backend(name)
+    if device_type == "meta":
+        return MaskedPatches
     backend = BACKENDS["native" if name == "auto" else name]
     reason = backend.unusable(torch.device(device_type), dtype)
     if reason and name != "auto":
         raise UserError(f"`backend` {name} can't be used: {reason}; choose another or `backend=auto`")
     if reason:
-        logging.getLogger("sparse_fcmae").warning("sparse-fcmae: using the slower torch backend: %s", reason)
+        _say_once(f"using the slower torch backend: {reason}")
         return TorchPatches
     return backend
+
+
+@cache
+def _say_once(line: str) -> None:
+    logging.getLogger("sparse_fcmae").warning("sparse-fcmae: %s", line)

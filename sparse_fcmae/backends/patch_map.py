@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparse_fcmae.kernels.constants import HALO
+from sparse_fcmae.runtime.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,8 @@ def flat_positions(chosen: Tensor, of_image: int | None = None) -> Tensor:
     of_image: how many there are of every image. The result's shape then follows from it, and nothing waits for a GPU.
     """
     if of_image is None:
+        if chosen.is_meta:
+            raise UserError("a mask on the meta device does not say what is visible: give `num_visible`")
         return chosen.flatten().nonzero()[:, 0]
     images, total = chosen.flatten(1).shape
     chosen_first = (~chosen.flatten(1)).to(torch.uint8).argsort(dim=1, stable=True)

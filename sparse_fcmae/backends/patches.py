@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparse_fcmae.ops import reference
+from sparse_fcmae.ops import context, reference
 
 
 class Patches(ABC):
@@ -84,8 +84,5 @@ class Patches(ABC):
 
 
 def product_dtype(module: nn.Module) -> torch.dtype:
-    """The dtype of a module's matrix products: autocast's where that is on, else its parameters'."""
-    weight = next(module.parameters())
-    if torch.is_autocast_enabled(weight.device.type):
-        return torch.get_autocast_dtype(weight.device.type)
-    return weight.dtype
+    """The dtype of a module's matrix products, as its first parameter has them: see `ops.context`."""
+    return context.product_dtype(next(module.parameters()))

@@ -241,7 +241,7 @@ def run_blocks(stage: nn.Sequential, x: Tensor, patches: Patches) -> Tensor:
     """The blocks of a stage, one after the other; in training some images skip some of them."""
     for block in stage:
         run = partial(checkpoint, block, use_reentrant=False, preserve_rng_state=False) if block.checkpointed else block
-        skipping = block.training and block.drop_path
+        skipping = block.training and block.drop_path and len(patches.mask)
         x = stochastic_depth(run, block.drop_path, x, patches) if skipping else run(x, patches)
     return x
 

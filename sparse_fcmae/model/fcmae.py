@@ -38,7 +38,7 @@ class FCMAEOutput:
                 raise RuntimeError("the weights have changed: read `prediction` before the optimiser's step")
             weight, bias = self._pred.weight.flatten(1).to(self._dtype), self._pred.bias.to(self._dtype)
             self._prediction = F.linear(self._decoded.to(self._dtype), weight, bias)
-        return self._prediction.unflatten(0, (len(self.mask), -1))
+        return self._prediction.unflatten(0, (len(self.mask), self.mask.shape[1] * self.mask.shape[2]))
 
     def __iter__(self) -> Iterator[Tensor]:
         return iter((self.loss, self.prediction, self.mask))

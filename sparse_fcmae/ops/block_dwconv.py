@@ -6,7 +6,15 @@ from torch import Tensor
 from sparse_fcmae import kernels
 from sparse_fcmae.kernels.constants import TAPS
 from sparse_fcmae.kernels.parameters import row_of, taps_of, weight_gradient_of
-from sparse_fcmae.ops.checks import check_depthwise_weight, check_features, check_patch_map, check_row
+from sparse_fcmae.ops.checks import (
+    check_depthwise_weight,
+    check_differentiation,
+    check_features,
+    check_patch_map,
+    check_row,
+    differentiable_once,
+)
+from sparse_fcmae.ops.context import product_dtype
 
 
 def block_dwconv(
@@ -32,8 +40,8 @@ def block_dwconv(
     once in x and all parameters. Raises ValueError for other shapes, dtypes or devices. On a GPU it is not checked that
     the two maps are of one mask, as the host would have to wait for their values.
     """
-    if torch.is_autocast_enabled(x.device.type):
-        x = x.to(torch.get_autocast_dtype(x.device.type))
+    check_differentiation("block_dwconv")
+    x = x.to(product_dtype(x))
     return _block_dwconv(x, weight, bias, patch_to_row, row_to_patch, norm_weight, norm_bias)
 
 
@@ -116,3 +124,4 @@ def _backward(ctx, grad):
 
 
 _block_dwconv.register_autograd(_backward, setup_context=_setup_context)
+differentiable_once(_block_dwconv_backward)

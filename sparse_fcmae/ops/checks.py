@@ -1,4 +1,4 @@
-"""Whether the tensors given to an op are what it takes. Every function raises ValueError where they are not."""
+"""Whether the tensors given to an op are what it takes. Most functions raise ValueError where they are not."""
 
 import torch
 from torch import Tensor
@@ -6,6 +6,22 @@ from torch import Tensor
 from sparse_fcmae import kernels
 from sparse_fcmae.kernels.constants import HALO, SIDES, WINDOW
 from sparse_fcmae.kernels.parameters import PIXEL_DTYPES, grid_of
+from sparse_fcmae.ops.context import transformed
+
+
+def check_differentiation(op: str) -> None:
+    """No kernel computes a tangent or knows a transform. Raises RuntimeError, as PyTorch does where it can't do so."""
+    if transformed():
+        raise RuntimeError(f"{op} can't be transformed by torch.func or differentiated forward: see `ops.reference`")
+
+
+def differentiable_once(backward: torch.library.CustomOpDef) -> None:
+    """Has an op that computes gradients say so where these are differentiated again."""
+
+    def refuse(ctx, *grads):
+        raise RuntimeError("the native kernels are differentiable once: give `backend=masked` for second derivatives")
+
+    backward.register_autograd(refuse)
 
 
 def check_features(x: Tensor) -> None:

@@ -10,11 +10,14 @@ from torch import Tensor
 from sparse_fcmae import kernels
 from sparse_fcmae.ops.checks import (
     check_depthwise_weight,
+    check_differentiation,
     check_features,
     check_image_offsets,
     check_patch_map,
     check_row,
+    differentiable_once,
 )
+from sparse_fcmae.ops.context import product_dtype
 
 
 def convnext_block(
@@ -34,8 +37,8 @@ def convnext_block(
     computing it again, pwconv1's output. Differentiable once in x and parameters. Raises ValueError for other shapes,
     dtypes or devices. On a GPU it is not checked that the maps are of one mask, as the host would have to wait.
     """
-    device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else parameters[4].dtype
+    check_differentiation("convnext_block")
+    dtype = product_dtype(parameters[4])
     differentiated = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *parameters))
     return _convnext_block(x, parameters, patch_to_row, row_to_patch, image_offsets, dtype, differentiated)[0]
 
@@ -115,6 +118,7 @@ def _backward(ctx, grad, *_):
 
 
 _convnext_block.register_autograd(_backward, setup_context=_setup_context)
+differentiable_once(_convnext_block_backward)
 
 
 def _keeps_hidden(x: Tensor, differentiated: bool) -> bool:

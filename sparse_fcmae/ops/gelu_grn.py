@@ -5,7 +5,13 @@ from torch import Tensor
 
 from sparse_fcmae import kernels
 from sparse_fcmae.kernels.parameters import row_of
-from sparse_fcmae.ops.checks import check_features, check_image_offsets, check_row
+from sparse_fcmae.ops.checks import (
+    check_differentiation,
+    check_features,
+    check_image_offsets,
+    check_row,
+    differentiable_once,
+)
 
 
 def gelu_grn(x: Tensor, gamma: Tensor, image_offsets: Tensor, beta: Tensor | None = None) -> Tensor:
@@ -20,6 +26,7 @@ def gelu_grn(x: Tensor, gamma: Tensor, image_offsets: Tensor, beta: Tensor | Non
     Returns [T, S, S, H] of x's dtype; sums are float32. Differentiable once in x, gamma and beta. Raises ValueError for
     other shapes, dtypes or devices. On a GPU the values of image_offsets are not checked.
     """
+    check_differentiation("gelu_grn")
     return _gelu_grn(x, gamma, image_offsets, beta)[0]
 
 
@@ -77,6 +84,7 @@ def _backward(ctx, grad, _):
 
 
 _gelu_grn.register_autograd(_backward, setup_context=_setup_context)
+differentiable_once(_gelu_grn_backward)
 
 
 def _in_positions(image_offsets: Tensor, x: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from sparse_fcmae import kernels
 from sparse_fcmae.kernels.parameters import row_of
-from sparse_fcmae.ops.checks import check_row
+from sparse_fcmae.ops.checks import check_differentiation, check_row, differentiable_once
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, *, tile: int = 1, dtype: torch.dtype | None = None) -> Tensor:
@@ -17,6 +17,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, *, tile: int = 1, dtype:
     order. Sums are float32; x is kept for the backward pass. Differentiable once in x, weight and bias. Raises
     ValueError for other shapes, dtypes or devices.
     """
+    check_differentiation("layer_norm")
     return _layer_norm(x, weight, bias, tile, dtype or x.dtype)
 
 
@@ -62,6 +63,7 @@ def _backward(ctx, grad):
 
 
 _layer_norm.register_autograd(_backward, setup_context=_setup_context)
+differentiable_once(_layer_norm_backward)
 
 
 def _empty_windows(x: Tensor, tile: int, dtype: torch.dtype) -> Tensor:

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 from sparse_fcmae import kernels
+from sparse_fcmae.ops.checks import check_differentiation, differentiable_once
+from sparse_fcmae.ops.context import product_dtype
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -15,9 +17,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     bias: [N]. The result, and the products, have autocast's dtype, or without autocast that of all three. x in that
     dtype is kept for the backward pass. Differentiable once. Raises ValueError for other shapes or dtypes.
     """
-    device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-    return _linear(x.to(dtype), weight, bias)
+    check_differentiation("linear")
+    return _linear(x.to(product_dtype(weight)), weight, bias)
 
 
 @torch.library.custom_op("sparse_fcmae::linear", mutates_args=())
@@ -69,6 +70,7 @@ def _backward(ctx, grad):
 
 
 _linear.register_autograd(_backward, setup_context=_setup_context)
+differentiable_once(_linear_backward)
 
 
 def _products(x: Tensor) -> ModuleType:

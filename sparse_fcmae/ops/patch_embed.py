@@ -9,7 +9,8 @@ from torch import Tensor
 
 from sparse_fcmae import kernels
 from sparse_fcmae.kernels.constants import SIDES
-from sparse_fcmae.ops.checks import check_patches, check_pixels
+from sparse_fcmae.ops.checks import check_differentiation, check_patches, check_pixels, differentiable_once
+from sparse_fcmae.ops.context import product_dtype
 
 
 def patch_embed(
@@ -33,10 +34,10 @@ def patch_embed(
     pixels. Raises ValueError for other shapes, dtypes or devices, and for rows out of range, which on a GPU are not
     looked at.
     """
-    device, parameters = pixels.device.type, (weight, bias, norm_weight, norm_bias)
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+    check_differentiation("patch_embed")
+    parameters = (weight, bias, norm_weight, norm_bias)
     keep = statistics is None and torch.is_grad_enabled() and any(p.requires_grad for p in parameters)
-    return _patch_embed(pixels, *parameters, rows, statistics, dtype, keep)[0]
+    return _patch_embed(pixels, *parameters, rows, statistics, product_dtype(weight), keep)[0]
 
 
 @torch.library.custom_op("sparse_fcmae::patch_embed", mutates_args=())
@@ -115,3 +116,4 @@ def _backward(ctx, grad, _):
 
 
 _patch_embed.register_autograd(_backward, setup_context=_setup_context)
+differentiable_once(_patch_embed_backward)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from sparse_fcmae import kernels
-from sparse_fcmae.ops.checks import check_patches, check_pixels
+from sparse_fcmae.ops.checks import check_differentiation, check_patches, check_pixels, differentiable_once
 
 
 def patch_errors(
@@ -25,6 +25,7 @@ def patch_errors(
     prediction. Raises ValueError for other shapes, dtypes or devices, and for rows out of range, which on a GPU are not
     looked at.
     """
+    check_differentiation("patch_errors")
     return _patch_errors(prediction, pixels, rows, statistics, normalised)
 
 
@@ -72,6 +73,7 @@ def _backward(ctx, grad):
 
 
 _patch_errors.register_autograd(_backward, setup_context=_setup_context)
+differentiable_once(_patch_errors_backward)
 
 
 def _side(prediction: Tensor, pixels: Tensor) -> int:

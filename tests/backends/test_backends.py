@@ -21,14 +21,14 @@ def test_backends_that_can_not_run_say_why(monkeypatch):
 
 def test_auto_falls_back_to_plain_pytorch_and_says_so_once(monkeypatch, caplog):
     monkeypatch.setattr(BACKENDS["native"], "unusable", staticmethod(lambda *_: "no kernels"))
-    backends._resolve.cache_clear()
+    backends._usable.cache_clear()
     try:
         with caplog.at_level(logging.WARNING):
             for _ in range(3):
                 assert resolve_backend("auto", "cpu") is TorchPatches
         assert [record.getMessage().count("no kernels") for record in caplog.records] == [1]
     finally:
-        backends._resolve.cache_clear()
+        backends._usable.cache_clear()
 
 
 def test_the_decoder_of_a_backend_without_dense_layers_is_dense():
@@ -47,7 +47,7 @@ def test_the_mark_of_constants_is_the_one_that_the_compiler_sets():
     """It is set by hand, as asking the compiler for it would import the compiler."""
     marked = torch.compiler.assume_constant_result(lambda: None)
     marks = {name for name in vars(marked) if "constant" in name}
-    assert marks == {name for name in vars(resolve_backend) if "constant" in name}
+    assert marks == {name for name in vars(backends._resolve) if "constant" in name}
 
 
 @pytest.mark.parametrize(
@@ -88,10 +88,10 @@ def test_a_backend_without_bfloat16_computes_in_float32_unless_it_is_asked_not_t
 
     monkeypatch.setattr(TorchPatches, "unusable", staticmethod(unusable))
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
-    backends._resolve.cache_clear()
+    backends._usable.cache_clear()
     try:
         assert choose_dtype("auto", torch.device("cpu"), "torch") == torch.float32
         with pytest.raises(UserError, match="`backend` torch can't be used: this one takes float32"):
             choose_dtype("bf16", torch.device("cpu"), "torch")
     finally:
-        backends._resolve.cache_clear()
+        backends._usable.cache_clear()

@@ -129,9 +129,10 @@ def test_products_are_in_the_dtype_of_autocast_or_of_the_parameters():
     assert product_dtype(layer) == torch.float32
     assert product_dtype(layer.double()) == torch.float64
     with torch.autocast("cpu", torch.bfloat16):
-        assert product_dtype(layer) == torch.bfloat16
+        assert product_dtype(layer) == torch.float64
+        assert product_dtype(layer.float()) == torch.bfloat16
         with torch.autocast("cpu", enabled=False):
-            assert product_dtype(layer) == torch.float64
+            assert product_dtype(layer) == torch.float32
 
 
 @pytest.mark.parametrize("name", [name for name in USABLE if name != "native"])
