@@ -4,7 +4,6 @@ A backend is a subclass of `patches.Patches` in a file of its own, and one entry
 the same for all of them.
 """
 
-import logging
 from functools import cache
 
 import torch
@@ -17,6 +16,7 @@ from sparse_fcmae.backends.plain_torch import TorchPatches
 from sparse_fcmae.ops.context import transformed
 from sparse_fcmae.runtime.device import default_device
 from sparse_fcmae.runtime.errors import UserError
+from sparse_fcmae.runtime.notices import say_once
 
 BACKENDS: dict[str, type[Patches]] = {
     "native": NativePatches,
@@ -72,7 +72,7 @@ def resolve_backend(
 def _resolve(name: str, device_type: str, dtype: torch.dtype, dense: bool, under_transforms: bool) -> type[Patches]:
     backend = _usable(name, device_type, dtype)
     if under_transforms and backend is not MaskedPatches:
-        _say_once("using the slower masked backend under torch.func and in forward mode")
+        say_once("using the slower masked backend under torch.func and in forward mode")
         return MaskedPatches
     return BACKENDS[backend.dense_backend] if dense and backend.dense_backend else backend
 
@@ -92,11 +92,6 @@ def _usable(name: str, device_type: str, dtype: torch.dtype) -> type[Patches]:
     if reason and name != "auto":
         raise UserError(f"`backend` {name} can't be used: {reason}; choose another or `backend=auto`")
     if reason:
-        _say_once(f"using the slower torch backend: {reason}")
+        say_once(f"using the slower torch backend: {reason}")
         return TorchPatches
     return backend
-
-
-@cache
-def _say_once(line: str) -> None:
-    logging.getLogger("sparse_fcmae").warning("sparse-fcmae: %s", line)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from sparse_fcmae.backends.layers import is_depthwise
 from sparse_fcmae.backends.plain_torch import TorchPatches
 from sparse_fcmae.kernels.constants import SIDES
 from sparse_fcmae.runtime.files import one_line
@@ -56,7 +57,8 @@ class MinkowskiPatches(TorchPatches):
         return None
 
     def dwconv(self, x: Tensor, conv: nn.Conv2d) -> Tensor:
-        return self._convolve(x, conv, x.shape[1]) if self.manager else super().dwconv(x, conv)
+        by_engine = self.manager and is_depthwise(conv)
+        return self._convolve(x, conv, x.shape[1]) if by_engine else super().dwconv(x, conv)
 
     def tile_conv(self, x: Tensor, conv: nn.Conv2d) -> Tensor:
         return self._convolve(x, conv, x.shape[1] // conv.stride[0]) if self.manager else super().tile_conv(x, conv)

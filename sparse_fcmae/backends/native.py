@@ -5,9 +5,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparse_fcmae import kernels, ops
+from sparse_fcmae.backends.layers import is_depthwise, is_linear, is_norm, is_tiling, is_unhooked, say_called
 from sparse_fcmae.backends.patches import product_dtype
 from sparse_fcmae.backends.plain_torch import TorchPatches
-from sparse_fcmae.kernels.constants import EPS
 from sparse_fcmae.kernels.parameters import PIXEL_DTYPES
 
 
@@ -21,25 +21,27 @@ class NativePatches(TorchPatches):
         return kernels.unusable(device) or kernels.unfit(device, dtype)
 
     def stem(self, images: Tensor, conv: nn.Conv2d, norm: nn.LayerNorm, statistics: Tensor | None = None) -> Tensor:
-        if not is_plain(conv) or not is_plain(norm) or images.requires_grad:
+        if not is_tiling(conv) or not is_norm(norm) or images.requires_grad:
             return super().stem(images, conv, norm, statistics)
         parameters = (conv.weight, conv.bias, norm.weight, norm.bias)
         return ops.patch_embed(readable(images), *parameters, self.map.row_to_patch, statistics)
 
     def downsample(self, x: Tensor, norm: nn.LayerNorm, conv: nn.Conv2d) -> Tensor:
-        if not is_plain(norm):
+        if not is_norm(norm) or not is_tiling(conv, 2):
             return super().downsample(x, norm, conv)
-        windows = ops.layer_norm(x, norm.weight, norm.bias, tile=conv.kernel_size[0], dtype=product_dtype(conv))
+        windows = ops.layer_norm(x, norm.weight, norm.bias, tile=2, dtype=product_dtype(conv))
         weight = conv.weight.permute(0, 2, 3, 1).flatten(1)
-        return self._linear(windows, weight, conv.bias).to(conv.weight.dtype)
+        return self._linear(windows, weight, conv.bias).to(x.dtype)
 
     def dwconv(self, x: Tensor, conv: nn.Conv2d) -> Tensor:
+        if not is_depthwise(conv):
+            return super().dwconv(x, conv)
         return ops.block_dwconv(x, conv.weight, conv.bias, self.map.patch_to_row, self.map.row_to_patch)
 
     def gelu_grn(self, x: Tensor, gamma: Tensor, beta: Tensor, scope: str) -> Tensor:
         return ops.gelu_grn(x, gamma.flatten(), self.map.pooled(scope), beta.flatten())
 
-    def linear(self, x: Tensor, layer: nn.Module) -> Tensor:
+    def pointwise(self, x: Tensor, layer: nn.Conv2d) -> Tensor:
         return self._linear(x, layer.weight.flatten(1), layer.bias)
 
     def _linear(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -53,8 +55,18 @@ class NativePatches(TorchPatches):
             return super().patch_errors(prediction, images, rows, statistics, normalised)
         return ops.patch_errors(prediction, readable(images), rows, statistics, normalised=normalised)
 
-    def fuses(self, *layers: nn.Module) -> bool:
-        return all(is_plain(layer) for layer in layers)
+    def fuses(self, dwconv: nn.Module, norm: nn.Module, pwconv1: nn.Module, grn: nn.Module, pwconv2: nn.Module) -> bool:
+        plain = {
+            dwconv: is_depthwise(dwconv),
+            norm: is_norm(norm),
+            pwconv1: is_linear(pwconv1),
+            grn: is_unhooked(grn),
+            pwconv2: is_linear(pwconv2),
+        }
+        for layer, as_usual in plain.items():
+            if not as_usual:
+                say_called(layer)
+        return all(plain.values())
 
     def fused_block(self, x: Tensor, parameters: list[Tensor], scope: str) -> Tensor:
         maps = (self.map.patch_to_row, self.map.row_to_patch, self.map.pooled(scope))
@@ -64,10 +76,3 @@ class NativePatches(TorchPatches):
 def readable(images: Tensor) -> Tensor:
     """The images in a dtype that the kernels read."""
     return images if images.dtype in PIXEL_DTYPES else images.float()
-
-
-def is_plain(layer: nn.Module) -> bool:
-    """Whether a kernel may read the layer's parameters in its stead: not replaced, not hooked, of the usual epsilon."""
-    hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
-    known = type(layer) in (nn.Conv2d, nn.Linear) or (type(layer) is nn.LayerNorm and layer.eps == EPS)
-    return known and not any(hooks)

@@ -57,12 +57,16 @@ def name_of(depths: tuple[int, ...], dims: tuple[int, ...]) -> str:
 
 
 class GRN(nn.Module):
-    """The parameters of global response normalisation over `dim` channels."""
+    """GELU, then global response normalisation over `dim` channels: one layer, as the kernels compute both at once."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.gamma = nn.Parameter(torch.zeros(1, 1, 1, dim))
         self.beta = nn.Parameter(torch.zeros(1, 1, 1, dim))
+
+    def forward(self, x: Tensor, patches: Patches, scope: str) -> Tensor:
+        """Features [..., dim] of the patches -> features of the same shape and dtype. scope: as in `Block`."""
+        return patches.gelu_grn(x, self.gamma, self.beta, scope)
 
 
 class Block(nn.Module):
@@ -73,7 +77,7 @@ class Block(nn.Module):
     h * (1 + gamma * G / (mean of G over the channels + eps)) + beta. eps is 1e-6, in LN and in GRN. Only dwconv7x7
     looks at other positions, and only at visible ones (submanifold convolution).
 
-    `drop_path` and `checkpointed` are applied by `run_blocks`. A block that is called by itself heeds neither.
+    `drop_path` and `checkpointed` are applied by `Stage`. A block that is called by itself heeds neither.
     """
 
     def __init__(self, dim: int, grn_scope: str = "image") -> None:
@@ -89,12 +93,13 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, patches: Patches) -> Tensor:
         """Features [..., dim] of the patches -> features of the same shape and dtype."""
-        if patches.fuses(self.dwconv, self.norm, self.pwconv1, self.pwconv2):
+        layers = (self.dwconv, self.norm, self.pwconv1, self.grn, self.pwconv2)
+        if type(self.grn) is GRN and patches.fuses(*layers):
             return patches.fused_block(x, self.ten_parameters(), self.grn_scope)
         y = patches.dwconv(x, self.dwconv)
         y = self.norm(y)
         y = self.pwconv1(y)
-        y = patches.gelu_grn(y, self.grn.gamma, self.grn.beta, self.grn_scope)
+        y = self.grn(y, patches, self.grn_scope)
         y = self.pwconv2(y)
         return x + y
 
@@ -112,6 +117,36 @@ class Block(nn.Module):
             self.pwconv2.weight,
             self.pwconv2.bias,
         ]
+
+
+class Stem(nn.Sequential):
+    """Convolution and LayerNorm of images, whose windows tile them."""
+
+    def forward(self, images: Tensor, patches: Patches, statistics: Tensor | None = None) -> Tensor:
+        """Images [B, C, H, W] -> features of the first stage. statistics: as in `SparseEncoder.forward`."""
+        return patches.stem(images, *self, statistics)
+
+
+class Downsampling(nn.Sequential):
+    """LayerNorm and convolution between two stages."""
+
+    def forward(self, x: Tensor, patches: Patches) -> Tensor:
+        """Features of one stage -> features of the next."""
+        return patches.downsample(x, *self)
+
+
+class Stage(nn.Sequential):
+    """Blocks, one after the other."""
+
+    def forward(self, x: Tensor, patches: Patches) -> Tensor:
+        """Features of the patches -> features of the same shape. In training some images skip some blocks."""
+        for block in self:
+            run = block
+            if block.checkpointed:
+                run = partial(checkpoint, block, use_reentrant=False, preserve_rng_state=False)
+            skipping = block.training and block.drop_path and len(patches.mask)
+            x = stochastic_depth(run, block.drop_path, x, patches) if skipping else run(x, patches)
+        return x
 
 
 class SparseEncoder(nn.Module):
@@ -149,19 +184,18 @@ class SparseEncoder(nn.Module):
         self.grid(*self.image_size)
 
         self.num_features = dims[-1]
-        stem = nn.Sequential(nn.Conv2d(in_chans, dims[0], stem_stride, stem_stride), nn.LayerNorm(dims[0], eps=EPS))
-        downs = [nn.Sequential(nn.LayerNorm(dim, eps=EPS), nn.Conv2d(dim, out, 2, 2)) for dim, out in pairwise(dims)]
+        stem = Stem(nn.Conv2d(in_chans, dims[0], stem_stride, stem_stride), nn.LayerNorm(dims[0], eps=EPS))
+        downs = [Downsampling(nn.LayerNorm(dim, eps=EPS), nn.Conv2d(dim, out, 2, 2)) for dim, out in pairwise(dims)]
         self.downsample_layers = nn.ModuleList([stem, *downs])
         self.stages = nn.ModuleList(
-            nn.Sequential(*(Block(dim, grn_scope) for _ in range(depth)))
-            for depth, dim in zip(depths, dims, strict=True)
+            Stage(*(Block(dim, grn_scope) for _ in range(depth))) for depth, dim in zip(depths, dims, strict=True)
         )
         self.apply(init_weights)
 
     def forward(
         self,
         images: Tensor,
-        mask: Tensor | None = None,
+        mask: Tensor | Patches | None = None,
         num_visible: int | None = None,
         statistics: Tensor | None = None,
     ) -> Tensor:
@@ -176,26 +210,22 @@ class SparseEncoder(nn.Module):
         and the whole can be compiled and captured in a CUDA graph. A wrong number is a RuntimeError; on a GPU it is a
         failed assertion of the device, which the process can't use any more.
 
+        In place of the mask, what `patches` made of it may be given. The features are then those of the visible
+        patches, as `patches` holds them.
+
         Honours autocast; the residual stream stays float32. Raises UserError for images or a mask of another shape.
         """
-        patches = self.patches(images, mask, num_visible)
-        return patches.scatter(self.visible_features(images, patches, statistics))
-
-    def visible_features(self, images: Tensor, patches: Patches, statistics: Tensor | None = None) -> Tensor:
-        """The last stage's features at the visible patches of the images, as `patches` holds them.
-
-        images, statistics: as in `forward`. patches: what `patches` makes of the images and their mask.
-        """
+        patches = mask if isinstance(mask, Patches) else self.patches(images, mask, num_visible)
         if statistics is None and not images.is_floating_point():
             raise UserError(
                 f"images are {str(images.dtype).removeprefix('torch.')}: normalise them or give `statistics`"
             )
-        x = patches.stem(images, *self.downsample_layers[0], statistics)
-        x = run_blocks(self.stages[0], x, patches)
+        x = self.downsample_layers[0](images, patches, statistics)
+        x = self.stages[0](x, patches)
         for downsample, stage in zip(self.downsample_layers[1:], self.stages[1:], strict=True):
-            x = patches.downsample(x, *downsample)
-            x = run_blocks(stage, x, patches)
-        return x
+            x = downsample(x, patches)
+            x = stage(x, patches)
+        return x if patches is mask else patches.scatter(x)
 
     def with_backend(self, backend: str) -> "SparseEncoder":
         """The same layers and parameters, not copies, run by another backend."""
@@ -235,15 +265,6 @@ class SparseEncoder(nn.Module):
             raise UserError(f"the mask must be bool [{batch}, {rows}, {cols}], not {mask.dtype} {list(mask.shape)}")
         backend = resolve_backend(self.backend, images.device.type, product_dtype(self))
         return backend(mask.to(images.device), num_visible)
-
-
-def run_blocks(stage: nn.Sequential, x: Tensor, patches: Patches) -> Tensor:
-    """The blocks of a stage, one after the other; in training some images skip some of them."""
-    for block in stage:
-        run = partial(checkpoint, block, use_reentrant=False, preserve_rng_state=False) if block.checkpointed else block
-        skipping = block.training and block.drop_path and len(patches.mask)
-        x = stochastic_depth(run, block.drop_path, x, patches) if skipping else run(x, patches)
-    return x
 
 
 def stochastic_depth(block: Callable[[Tensor, Patches], Tensor], rate: float, x: Tensor, patches: Patches) -> Tensor:

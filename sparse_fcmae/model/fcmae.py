@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparse_fcmae.backends import resolve_backend
+from sparse_fcmae.backends.layers import is_tiling, say_called
 from sparse_fcmae.backends.patch_map import flat_positions
 from sparse_fcmae.backends.patches import Patches, product_dtype
-from sparse_fcmae.model.convnext import Block, SparseEncoder, init_weights, run_blocks
+from sparse_fcmae.model.convnext import Block, SparseEncoder, Stage, init_weights
 from sparse_fcmae.model.masking import num_visible_patches, random_mask
 from sparse_fcmae.runtime.errors import UserError
 
@@ -29,7 +30,8 @@ class FCMAEOutput:
     def __init__(self, loss: Tensor, mask: Tensor, prediction: Tensor | None, decoded: Tensor, pred: nn.Conv2d) -> None:
         """prediction: [B * L, P * P * C], or None where it is to be computed from `decoded` [B * L, D] by `pred`."""
         self.loss, self.mask, self._prediction, self._decoded, self._pred = loss, mask, prediction, decoded, pred
-        self._dtype, self._version = product_dtype(pred), pred.weight._version
+        if prediction is None:
+            self._dtype, self._version = product_dtype(pred), pred.weight._version
 
     @property
     def prediction(self) -> Tensor:
@@ -81,7 +83,7 @@ class FCMAE(nn.Module):
 
         self.proj = nn.Conv2d(self.encoder.num_features, decoder_dim, 1)
         self.mask_token = nn.Parameter(torch.zeros(1, decoder_dim, 1, 1))
-        self.decoder = nn.Sequential(*(Block(decoder_dim) for _ in range(decoder_depth)))
+        self.decoder = Stage(*(Block(decoder_dim) for _ in range(decoder_depth)))
         self.pred = nn.Conv2d(decoder_dim, self.patch_size**2 * in_chans, 1)
         for module in (self.proj, self.decoder, self.pred):
             module.apply(init_weights)
@@ -107,12 +109,9 @@ class FCMAE(nn.Module):
             num_visible = self.num_visible(images.shape[2:])
         mask = mask.to(images.device)
         patches, decoded, masked = self._decoded(images, mask, num_visible, statistics)
-        prediction = None
-        if torch.is_grad_enabled():
-            of_masked = patches.linear(decoded[masked], self.pred)
-        else:
-            prediction = patches.linear(decoded, self.pred)
-            of_masked = prediction[masked]
+        later = torch.is_grad_enabled() and is_tiling(self.pred, 1)
+        prediction = None if later else self._predict(decoded, patches)
+        of_masked = self._predict(decoded, patches, masked) if later else prediction[masked]
         errors = patches.patch_errors(of_masked, images, masked, statistics, self.norm_pix_loss)
         return FCMAEOutput(errors.sum() / max(1, len(errors)), mask, prediction, decoded, self.pred)
 
@@ -125,7 +124,7 @@ class FCMAE(nn.Module):
         those of `forward`.
         """
         patches, decoded, masked = self._decoded(images, mask.to(images.device), num_visible, statistics)
-        prediction = patches.linear(decoded[masked], self.pred)
+        prediction = self._predict(decoded, patches, masked)
         return patches.patch_errors(prediction, images, masked, statistics, self.norm_pix_loss)
 
     def encode(self, images: Tensor) -> Tensor:
@@ -138,15 +137,24 @@ class FCMAE(nn.Module):
         x = patches.scatter(x, fill=self.mask_token.flatten().to(x.dtype))
         backend = resolve_backend(self.encoder.backend, x.device.type, product_dtype(self), dense=True)
         everywhere = backend(torch.zeros_like(patches.mask), patches.mask.shape[1] * patches.mask.shape[2])
-        x = run_blocks(self.decoder, everywhere.gather(x), everywhere)
+        x = self.decoder(everywhere.gather(x), everywhere)
         return everywhere.scatter(x).permute(0, 2, 3, 1).flatten(0, 2)
+
+    def _predict(self, decoded: Tensor, patches: Patches, rows: Tensor | None = None) -> Tensor:
+        """The prediction [N, P * P * C] of the patches `rows` of all [B * L], or of all."""
+        if is_tiling(self.pred, 1):
+            return patches.pointwise(decoded if rows is None else decoded[rows], self.pred)
+        say_called(self.pred)
+        dense = decoded.view(*patches.mask.shape, -1).permute(0, 3, 1, 2)
+        prediction = patches.sized(self.pred(dense), self.pred, 1).permute(0, 2, 3, 1).flatten(0, 2)
+        return prediction if rows is None else prediction[rows]
 
     def _decoded(
         self, images: Tensor, mask: Tensor, num_visible: int | None, statistics: Tensor | None
     ) -> tuple[Patches, Tensor, Tensor]:
         """The visible patches, what `decode` gives, and the flat positions of the masked patches, int64 [M]."""
         patches = self.encoder.patches(images, mask, num_visible)
-        decoded = self.decode(self.encoder.visible_features(images, patches, statistics), patches)
+        decoded = self.decode(self.encoder(images, patches, statistics=statistics), patches)
         of_image = None if num_visible is None else mask.shape[1] * mask.shape[2] - num_visible
         return patches, decoded, flat_positions(mask, of_image)
 

@@ -19,8 +19,8 @@ def test_what_stands_at_masked_positions_is_never_read(mask):
     conv, norm = nn.Conv2d(3, 6, 2, 2), nn.LayerNorm(6, eps=1e-6)
     dwconv = nn.Conv2d(6, 6, 7, padding=3, groups=6)
     gamma, beta = torch.randn(2, 1, 1, 1, 6)
-    hidden, patches = positions(mask, 4), MaskedPatches(mask)
-    images, x = torch.randn(3, 3, 16, 24), torch.randn(3, 8, 12, 6)
+    hidden, patches = positions(mask, 8), MaskedPatches(mask)
+    images, x = torch.randn(3, 3, 32, 48), torch.randn(3, 16, 24, 6)
     poisoned = x.masked_fill(hidden[..., None], torch.nan)
     calls = (
         lambda images, x: patches.stem(images, conv, norm),
@@ -28,7 +28,7 @@ def test_what_stands_at_masked_positions_is_never_read(mask):
         lambda images, x: patches.gelu_grn(x, gamma, beta, "image"),
         lambda images, x: patches.gelu_grn(x, gamma, beta, "batch"),
     )
-    wrong = images.masked_fill(positions(mask, 8)[:, None], torch.nan)
+    wrong = images.masked_fill(positions(mask, 16)[:, None], torch.nan)
     for call in calls:
         assert torch.equal(call(wrong, poisoned)[~hidden], call(images, x)[~hidden])
     last = torch.randn(3, 6, 2, 3)

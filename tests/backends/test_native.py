@@ -4,7 +4,7 @@ from helpers import masks, randomise, relative_error
 from torch import nn
 
 from sparse_fcmae import available_backends, backends, kernels
-from sparse_fcmae.backends.native import NativePatches, is_plain
+from sparse_fcmae.backends.native import NativePatches
 from sparse_fcmae.backends.plain_torch import TorchPatches
 from sparse_fcmae.model.convnext import Block
 
@@ -56,30 +56,6 @@ def test_a_whole_block_is_its_layers_one_after_the_other(scope, monkeypatch):
     assert fused == [1]
     assert relative_error(changed, out) > 1e-3
     assert relative_error(changed, block(x, TorchPatches(MASK))) < 1e-5
-
-
-@pytest.mark.parametrize(
-    "register",
-    [
-        "register_forward_hook",
-        "register_forward_pre_hook",
-        "register_full_backward_hook",
-        "register_full_backward_pre_hook",
-    ],
-)
-@pytest.mark.parametrize("layer", [nn.Conv2d(2, 2, 1), nn.Linear(2, 2), nn.LayerNorm(2, eps=1e-6)])
-def test_a_hook_of_any_kind_keeps_kernels_away_until_it_is_removed(layer, register):
-    assert is_plain(layer)
-    handle = getattr(layer, register)(lambda *_: None)
-    assert not is_plain(layer)
-    handle.remove()
-    assert is_plain(layer)
-
-
-def test_layers_of_other_kinds_are_not_plain():
-    assert not is_plain(nn.Conv1d(2, 2, 1))
-    assert not is_plain(nn.Sequential(nn.Linear(2, 2)))
-    assert not is_plain(nn.utils.parametrizations.weight_norm(nn.Linear(2, 2)))
 
 
 def test_reasons_are_the_kernels(monkeypatch):

@@ -10,6 +10,7 @@ from sparse_fcmae import available_backends
 from sparse_fcmae.backends import BACKENDS
 from sparse_fcmae.backends.patches import product_dtype
 from sparse_fcmae.backends.plain_torch import TorchPatches
+from sparse_fcmae.model.convnext import Block
 
 ROWS, COLS, SIDE = 2, 3, 2
 USABLE = [name for name, reason in available_backends("cpu").items() if not reason]
@@ -138,7 +139,8 @@ def test_products_are_in_the_dtype_of_autocast_or_of_the_parameters():
 @pytest.mark.parametrize("name", [name for name in USABLE if name != "native"])
 def test_other_backends_run_a_block_layer_by_layer(name):
     patches = BACKENDS[name](MASKS["none"])
-    assert not patches.fuses(nn.Linear(2, 2))
+    block = Block(2)
+    assert not patches.fuses(block.dwconv, block.norm, block.pwconv1, block.grn, block.pwconv2)
     with pytest.raises(NotImplementedError, match=f"the backend {name} runs a block layer by layer"):
         patches.fused_block(torch.zeros(1), [], "image")
 

@@ -10,8 +10,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jvp, linearize, vmap
 
-from sparse_fcmae import UserError, available_backends, backends, create_classifier, create_encoder, create_fcmae, ops
+from sparse_fcmae import UserError, available_backends, create_classifier, create_encoder, create_fcmae, ops
 from sparse_fcmae.backends.patch_map import PatchMap
+from sparse_fcmae.runtime import notices
 
 SMALL = "1-1-1-1:8-16-16-24"
 USABLE = [name for name, reason in available_backends("cpu").items() if not reason]
@@ -103,7 +104,7 @@ def test_the_loss_of_pretraining_has_tangents_and_gradients_too():
 
 
 def test_that_another_backend_stands_in_is_said_once(caplog):
-    backends._say_once.cache_clear()
+    notices._say.cache_clear()
     model = encoder("native")
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
