@@ -16,12 +16,12 @@ FILL = tuple(round(value) for value in IMAGENET_MEAN)  # the colour of what move
 
 def _move(image: Image.Image, *coefficients: float) -> Image.Image:
     fill = FILL if image.mode == "RGB" else FILL[1]
-    return image.transform(image.size, Image.Transform.AFFINE, coefficients, Image.Resampling.BILINEAR, fillcolor=fill)
+    return image.transform(image.size, Image.Transform.AFFINE, coefficients, Image.Resampling.BICUBIC, fillcolor=fill)
 
 
 def _rotate(image: Image.Image, degrees: float) -> Image.Image:
     fill = FILL if image.mode == "RGB" else FILL[1]
-    return image.rotate(degrees, Image.Resampling.BILINEAR, fillcolor=fill)
+    return image.rotate(degrees, Image.Resampling.BICUBIC, fillcolor=fill)
 
 
 def _solarize_add(image: Image.Image, m: float) -> Image.Image:
@@ -38,7 +38,7 @@ OPERATIONS: dict[str, tuple[Callable[[Image.Image, float], Image.Image], bool]] 
     "auto_contrast": (lambda image, m: ImageOps.autocontrast(image), False),
     "equalize": (lambda image, m: ImageOps.equalize(image), False),
     "invert": (lambda image, m: ImageOps.invert(image), False),
-    "posterize": (lambda image, m: ImageOps.posterize(image, max(1, 4 - int(4 * m))), False),
+    "posterize": (lambda image, m: ImageOps.posterize(image, 4 - int(4 * m)), False),
     "solarize": (lambda image, m: ImageOps.solarize(image, 256 - int(256 * m)), False),
     "solarize_add": (_solarize_add, False),
     "color": (_enhance(ImageEnhance.Color), True),

@@ -1,6 +1,7 @@
-"""Random erasing, MixUp and CutMix of a micro-batch, done by kornia on the model's device."""
+"""Random erasing, by kornia, MixUp and CutMix of a micro-batch, on the model's device.
 
-from typing import Any
+kornia's CutMix would not do: its boxes lie inside the images, so that they are larger than those of the recipes.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -14,30 +15,23 @@ class Mixing:
     """Normalises images, erases boxes of them, and mixes each with another one and its label.
 
     form: of the images. random_erasing: the probability that an image gets a box of normal noise. mixup, cutmix: alpha
-    of the beta distribution of the fraction that is mixed in, 0 for none. Where both are given, a micro-batch gets one
-    of them at random. Random numbers come from torch's global generator. Raises UserError where kornia is needed but
-    missing.
+    of the beta distribution of an image's share, 0 for none. Where both are given, a micro-batch gets one of them at
+    random. All its images get the same share, of themselves and of another one; an image that is alone is not mixed.
+    Random numbers come from torch's global generator. Raises UserError where kornia is needed but missing.
     """
 
     def __init__(self, classes: int, form: ImageFormat, *, random_erasing: float, mixup: float, cutmix: float) -> None:
-        self.classes, self.form, self.alpha = classes, form, mixup
-        self.erasing = self.mixup = self.cutmix = None
-        if not (random_erasing or mixup or cutmix):
-            return
-        try:
-            import kornia.augmentation as K
-        except ImportError:
-            raise UserError(
-                "augmentation needs kornia: pip install kornia (the extra finetune), or give `random_erasing=0` "
-                "`mixup=0` `cutmix=0`"
-            ) from None
-        keys = ["input", "class"]
+        self.classes, self.form, self.alpha = classes, form, {_mixup: mixup, _cutmix: cutmix}
+        self.ways = [way for way, alpha in self.alpha.items() if alpha]
+        self.erasing = None
         if random_erasing:
+            try:
+                import kornia.augmentation as K
+            except ImportError:
+                raise UserError(
+                    "random erasing needs kornia: pip install kornia (the extra finetune), or give `random_erasing=0`"
+                ) from None
             self.erasing = K.RandomErasing(p=random_erasing, scale=(0.02, 1 / 3), ratio=(0.3, 1 / 0.3))
-        if mixup:
-            self.mixup = K.RandomMixUpV2(data_keys=keys, same_on_batch=True)
-        if cutmix:
-            self.cutmix = K.RandomCutMixV2(data_keys=keys, same_on_batch=True, beta=cutmix, use_correct_lambda=True)
 
     def __call__(self, pixels: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Pixels [B, H, W, C] and labels int64 [B] -> images float32 [B, C, H, W] and targets.
@@ -48,18 +42,32 @@ class Mixing:
         if self.erasing is not None:
             untouched = self.erasing(torch.ones_like(images[:, :1])) > 0
             images = torch.where(untouched, images, torch.randn_like(images))
-        choices = [mix for mix in (self.mixup, self.cutmix) if mix is not None]
-        if not choices:
+        if not self.ways or len(images) < 2:
             return images, labels
-        return self._mix(choices[torch.randint(len(choices), ()).item()], images, labels)
+        way = self.ways[torch.randint(len(self.ways), ()).item()]
+        share = torch.distributions.Beta(self.alpha[way], self.alpha[way]).sample().item()
+        shift = 1 + torch.randint(len(images) - 1, ()).item()  # to another image than itself, for each
+        images, share = way(images, images.roll(shift, 0), share)
+        own, other = (F.one_hot(names, self.classes).float() for names in (labels, labels.roll(shift)))
+        return images, share * own + (1 - share) * other
 
-    def _mix(self, mix: Any, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        parameters = mix.forward_parameters(images.shape)
-        if mix is self.mixup:  # kornia draws fractions that are uniform
-            fraction = torch.distributions.Beta(self.alpha, self.alpha).sample().item()
-            parameters["mixup_lambdas"] = torch.full_like(parameters["mixup_lambdas"], fraction)
-        images, mixed = mix(images, labels, params=parameters)
-        first, second, weight = mixed.reshape(-1, 3).unbind(1)
-        weight = (weight if mix is self.cutmix else 1 - weight)[:, None]  # MixUp's weight is the second label's
-        one_hot, other = (F.one_hot(names.long(), self.classes).float() for names in (first, second))
-        return images, weight * one_hot + (1 - weight) * other
+
+def _mixup(images: Tensor, others: Tensor, share: float) -> tuple[Tensor, float]:
+    """Sums of two images each, and the first one's share (Zhang et al., 2018)."""
+    return torch.lerp(others, images, share), share
+
+
+def _cutmix(images: Tensor, others: Tensor, share: float) -> tuple[Tensor, float]:
+    """Images with a box of another one each, and the share of their own pixels (Yun et al., 2019).
+
+    The box has the image's shape and 1 - share of its area. Its centre is anywhere, and what lies outside is cut off,
+    so their own share of pixels may be larger.
+    """
+    box = []
+    for length in images.shape[2:]:
+        side, centre = int(length * (1 - share) ** 0.5), torch.randint(length, ()).item()
+        box.append(slice(max(0, centre - side // 2), min(length, centre + (side + 1) // 2)))
+    rows, columns = box
+    mixed = images.clone()
+    mixed[:, :, rows, columns] = others[:, :, rows, columns]
+    return mixed, 1 - mixed[0, 0, rows, columns].numel() / mixed[0, 0].numel()
