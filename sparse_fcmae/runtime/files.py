@@ -63,7 +63,7 @@ def read_json(path: Path) -> Any:
     """The JSON value in a file; UserError where it can't be read."""
     try:
         return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} can't be read as JSON: {one_line(error)}") from None
 
 
@@ -75,7 +75,7 @@ def read_toml(path: Path) -> Any:
         raise UserError(f"{path}: TOML needs Python 3.11: write it as JSON") from None
     try:
         return tomllib.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} can't be read as TOML: {one_line(error)}") from None
 
 

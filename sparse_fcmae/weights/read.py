@@ -41,6 +41,7 @@ from sparse_fcmae.weights.weights import DECODER, Weights, patch_size_of
 # The files with weights that a folder may hold, by preference. The last one is what older libraries wrote.
 FILES = [*dict.fromkeys(adapter.weights_file for adapter in ADAPTERS), "pytorch_model.bin"]
 WRAPPERS = ("model", "state_dict", "module", "model_state_dict")  # keys under which trainers keep the weights
+MOST_WRAPPERS = 8  # around each other; a dictionary that holds itself would have no end
 PREFIXES = re.compile(r"^((module|_orig_mod|model)\.)+")  # of DistributedDataParallel, torch.compile and trainers
 INSIDE_A_MODEL = re.compile(r"(^|\.)encoder\.downsample")  # the names of an encoder in a model for pretraining
 
@@ -181,22 +182,47 @@ def _unwrap(found: Any, file: Path) -> tuple[dict[str, Tensor], list[str]]:
     """The tensors by name, out of what trainers wrap them in, and a note on what lay beside them."""
     notes = []
     while isinstance(found, dict) and (inner := next((k for k in WRAPPERS if isinstance(found.get(k), dict)), None)):
-        if beside := sorted(str(key) for key in found if key != inner):
-            notes.append(f"left out what lies beside {inner!r} in the file: {', '.join(beside)}")
+        if len(notes) == MOST_WRAPPERS:
+            raise UserError(f"{file} wraps its tensors more than {MOST_WRAPPERS} times: save the state_dict alone")
+        beside = sorted(key if isinstance(key, str) else f"a {type(key).__name__}" for key in found if key != inner)
+        notes.append(f"left out what lies beside {inner!r} in the file: {', '.join(beside)}" if beside else "")
         found = found[inner]
     named = isinstance(found, dict) and found and all(isinstance(key, str) for key in found)
     if not named or not all(isinstance(value, Tensor) for value in found.values()):
         raise UserError(f"{file} holds no state_dict: it needs tensors by name, bare or under {', '.join(WRAPPERS)}")
-    return found, notes
+    for name, value in found.items():
+        if what := _unfit(value):
+            raise UserError(f"{file}: {name} {what}: weights are dense floating-point tensors")
+    return found, [note for note in notes if note]
+
+
+def _unfit(value: Tensor) -> str | None:
+    """What keeps a tensor from being a weight; None where nothing does."""
+    if value.is_meta:
+        return "has no values, only a shape"
+    if value.is_nested or value.layout != torch.strided:
+        return "is " + ("nested" if value.is_nested else str(value.layout).removeprefix("torch."))
+    if not value.is_floating_point():
+        return f"is {str(value.dtype).removeprefix('torch.')}"
+    return None
 
 
 def _recognise(tensors: dict[str, Tensor], file: Path) -> tuple[Adapter, dict[str, Tensor]]:
     """The adapter of the tensors' layout, and the tensors under exactly the names that it has for them."""
-    named = {PREFIXES.sub("", name): value for name, value in tensors.items()}
+    named = _renamed(tensors, lambda name: PREFIXES.sub("", name), file)
     for adapter in ADAPTERS:
         if adapter.recognises(named):
-            return adapter, {adapter.usual(name): value for name, value in named.items()}
+            return adapter, _renamed(named, adapter.usual, file)
     raise UserError(f"{file} holds no ConvNeXt V2 in any layout known: one of its names is {min(tensors)}")
+
+
+def _renamed(tensors: dict[str, Tensor], rename: Callable[[str], str], file: Path) -> dict[str, Tensor]:
+    """The tensors under other names. Raises UserError where two of them would have the same."""
+    named: dict[str, str] = {}
+    for name in sorted(tensors):
+        if (other := named.setdefault(rename(name), name)) != name:
+            raise UserError(f"{file} holds {other} and {name}, which are two of one tensor: remove one of them")
+    return {rename(name): value for name, value in tensors.items()}
 
 
 def _infer_architecture(named: dict[str, Tensor], adapter: Adapter, file: Path) -> dict[str, Any]:

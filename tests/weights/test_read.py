@@ -137,6 +137,86 @@ def test_a_state_that_is_no_convnext_v2_is_named(tmp_path, export_encoder, chang
         read_weights(tmp_path / "x.safetensors")
 
 
+def test_files_that_hold_themselves_are_refused(tmp_path):
+    endless = {"epoch": 3}
+    endless["model"] = endless
+    pair = {"state_dict": {"module": {}}}
+    pair["state_dict"]["module"] = pair
+    nested = {"model": {}}
+    for _ in range(50):
+        nested = {"model": nested, ("a", 1): 2}
+    for number, content in enumerate((endless, pair, nested)):
+        torch.save(content, tmp_path / f"{number}.pth")
+        with pytest.raises(UserError, match="wraps its tensors more than 8 times: save the state_dict alone"):
+            read_weights(tmp_path / f"{number}.pth")
+
+
+def test_wrappers_around_each_other_are_taken_off(tmp_path, export_encoder):
+    wrapped = export_encoder().state_dict()
+    for number in range(8):
+        wrapped = {"model": wrapped} if number % 2 else {"state_dict": wrapped, (1, 2): 3, "epoch": 4}
+    torch.save(wrapped, tmp_path / "x.pth")
+    assert read_weights(tmp_path / "x.pth").notes == (
+        ("left out what lies beside 'state_dict' in the file: a tuple, epoch",) * 4
+    )
+
+
+BIAS = "stages.0.0.norm.bias"
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (torch.zeros(40, device="meta"), "has no values, only a shape"),
+        (torch.zeros(40).to_sparse(), "is sparse_coo"),
+        (torch.zeros(4, 10).to_sparse_csr(), "is sparse_csr"),
+        (torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)]), "is nested"),
+        (torch.zeros(40, dtype=torch.complex64), "is complex64"),
+        (torch.zeros(40, dtype=torch.int64), "is int64"),
+        (torch.zeros(40, dtype=torch.bool), "is bool"),
+        (torch.quantize_per_tensor(torch.zeros(40), 0.1, 0, torch.qint8), "is qint8"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*(beta|prototype|deprecated).*")
+def test_tensors_that_are_no_weights_are_named(tmp_path, export_encoder, value, message):
+    state = export_encoder().state_dict() | {BIAS: value}
+    torch.save(state, tmp_path / "x.pth")
+    with pytest.raises(UserError) as error:
+        read_weights(tmp_path / "x.pth")
+    text = str(error.value)
+    assert "\n" not in text
+    assert f"{BIAS} {message}: weights are dense floating-point tensors" in text or "x.pth can't be read" in text
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "model.", "module._orig_mod."])
+def test_two_of_one_tensor_are_refused(tmp_path, export_encoder, prefix):
+    state = export_encoder().state_dict()
+    state[prefix + BIAS] = torch.ones(40)
+    save_file(state, tmp_path / "x.safetensors")
+    message = f"holds {prefix}{BIAS} and {BIAS}, which are two of one tensor: remove one of them"
+    with pytest.raises(UserError, match=message):
+        read_weights(tmp_path / "x.safetensors")
+
+
+def test_two_spellings_of_one_tensor_are_refused(tmp_path, export_encoder):
+    export_encoder()
+    convert(tmp_path / "ours", tmp_path / "theirs", to="huggingface")
+    state = load_file(tmp_path / "theirs" / "model.safetensors")
+    name = "convnextv2.embeddings.layernorm.bias"
+    state[name.removeprefix("convnextv2.")] = torch.ones(40)
+    save_file(state, tmp_path / "x.safetensors")
+    with pytest.raises(UserError, match="which are two of one tensor"):
+        read_weights(tmp_path / "x.safetensors")
+
+
+def test_json_that_is_nested_without_end(tmp_path, export_encoder):
+    export_encoder()
+    (tmp_path / "ours" / "config.json").write_text("[" * 200_000 + "]" * 200_000)
+    with pytest.raises(UserError, match=r"config.json can't be read as JSON") as error:
+        read_weights(tmp_path / "ours")
+    assert "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize(
     "config",
     [
