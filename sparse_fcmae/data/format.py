@@ -1,5 +1,6 @@
 """How the images of a data set are stored and normalised: one rule for all of them, never one a file."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache
@@ -43,8 +44,9 @@ class ImageFormat:
     def of_json(cls, entries: Mapping[str, Any]) -> "ImageFormat":
         """What `as_json` gave. Raises KeyError, TypeError or ValueError for anything else."""
         mean, std = (tuple(map(float, entries[name])) for name in ("mean", "std"))
-        if entries["dtype"] not in DTYPES or not len(mean) == len(std) > 0 or min(std) <= 0:
+        if entries["dtype"] not in DTYPES:
             raise ValueError(f"no image format: {dict(entries)}")
+        _check_statistics(mean, std)
         channels = entries.get("channels")
         channels, native = tuple(map(int, channels)) if channels else None, bool(entries.get("native"))
         more = {"pages": entries.get("pages"), "nodata": entries.get("nodata")}
@@ -106,7 +108,17 @@ class ImageFormat:
 
 def of_units(mean: Sequence[float], std: Sequence[float]) -> ImageFormat:
     """The format of 8-bit images that are divided by 255 and then normalised with these, as other libraries do."""
-    return ImageFormat("uint8", *(tuple(round(BYTE * float(value), 9) for value in values) for values in (mean, std)))
+    means, deviations = (tuple(round(BYTE * float(value), 9) for value in values) for values in (mean, std))
+    _check_statistics(means, deviations)
+    return ImageFormat("uint8", means, deviations)
+
+
+def _check_statistics(mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+    """Raises ValueError for what no channel can be normalised by."""
+    if not len(mean) == len(std) > 0:
+        raise ValueError(f"{len(mean)} means for {len(std)} deviations")
+    if not all(map(math.isfinite, (*mean, *std))) or min(std) <= 0:
+        raise ValueError(f"mean {list(mean)} and deviation {list(std)} must be finite, the latter above 0")
 
 
 @cache

@@ -16,12 +16,14 @@ import torch
 from torch import Tensor
 
 from sparse_fcmae.data.format import ImageFormat, of_units
+from sparse_fcmae.kernels.constants import EPS
 from sparse_fcmae.runtime.errors import UserError
 from sparse_fcmae.runtime.files import one_line, save_pickled, save_tensors, write_json
 from sparse_fcmae.runtime.options import image_size_of
 from sparse_fcmae.weights.weights import DECODER, Weights
 
 CONFIG = "config.json"
+LARGEST = 1 << 20  # pixels along a side of an image
 Names = tuple[tuple[str, str], ...]  # regular expressions, each with its replacement, applied one after the other
 Outputs = dict[str, Tensor]  # of a model: "features" [B, D, H/P, W/P], and "logits" or, without a head, "pooled"
 
@@ -34,22 +36,28 @@ class Settings:
     classes: tuple[str, ...] | None = None
     form: ImageFormat | None = None
     grn_scope: str = "image"
+    in_chans: int | None = None
 
     @classmethod
-    def of(cls, image_size: Any, classes: Any, images: dict[str, Any], grn_scope: str = "image") -> "Settings":
+    def of(
+        cls, image_size: Any, classes: Any, images: dict[str, Any], in_chans: Any = None, grn_scope: str = "image"
+    ) -> "Settings":
         """The settings in values of a JSON file, None for what it does not say.
 
         images: a format as `ImageFormat.as_json` gives it, or "mean" and "std" alone, of 8-bit values between 0 and 1.
         Raises KeyError, TypeError or ValueError for values of another kind.
         """
-        form = None
+        size, form = image_size_of(image_size) if image_size else cls.image_size, None
+        if not 1 <= min(size) <= max(size) <= LARGEST:
+            raise ValueError(f"no image has {size[0]}x{size[1]} pixels")
         if images.get("mean") and images.get("std"):
             form = ImageFormat.of_json(images) if "dtype" in images else of_units(images["mean"], images["std"])
         return cls(
-            image_size_of(image_size) if image_size else cls.image_size,
+            size,
             tuple(map(str, classes)) if classes else None,
             form,
             grn_scope,
+            int(in_chans) if in_chans else None,
         )
 
 
@@ -159,6 +167,17 @@ class Adapter(Target):
         """
         return None
 
+    def unlike(self, config: dict[str, Any]) -> str | None:
+        """The first setting in a config of this library that makes its model another function than this package's.
+
+        Its name, its value and what can be read; None where there is none.
+        """
+        return None
+
+    def norm_eps(self, config: dict[str, Any]) -> float:
+        """What the final norm of a model with this config adds to the variance."""
+        return EPS
+
     def rename(self, key: str) -> str:
         """An official name in this layout. The names of the decoder are the same in all that have one."""
         if DECODER.match(key):
@@ -196,6 +215,16 @@ class Adapter(Target):
             save_tensors(tensors, file)
         else:
             save_pickled({self.wrapper: tensors} if self.wrapper else tensors, file)
+
+
+def first_unlike(settings: dict[str, Any], known: dict[str, tuple[Any, ...]]) -> str | None:
+    """The first of the settings that is not known, or has none of the values that are, for `Adapter.unlike`."""
+    for name, value in settings.items():
+        if name not in known:
+            return f"{name} {value!r}, which is not known here"
+        if known[name] and value not in known[name]:
+            return f"{name} {value!r}, not {' or '.join(map(repr, known[name]))}"
+    return None
 
 
 def substitute(name: str, names: Names) -> str:

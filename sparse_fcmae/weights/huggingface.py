@@ -10,10 +10,11 @@ from sparse_fcmae.data.views import default_crop_fraction
 from sparse_fcmae.kernels.constants import EPS
 from sparse_fcmae.model.convnext import size_of
 from sparse_fcmae.runtime.files import read_json
-from sparse_fcmae.weights.adapter import CONFIG, Adapter, Outputs, Settings, entry
+from sparse_fcmae.weights.adapter import CONFIG, Adapter, Outputs, Settings, entry, first_unlike
 from sparse_fcmae.weights.weights import Weights
 
 PROCESSOR = "preprocessor_config.json"
+LIBRARYS_EPS = 1e-12  # of the final norm where a config does not say it; those before it have 1e-6
 UNNAMED = "LABEL_{}"  # how transformers calls a class whose name is not known
 
 
@@ -101,7 +102,16 @@ class HuggingFace(Adapter):
             config.get("image_size"),
             None if classes[:1] == [UNNAMED.format(0)] else classes,
             processor.get("image_format") or {"mean": processor.get("image_mean"), "std": processor.get("image_std")},
+            config.get("num_channels"),
         )
+
+    def norm_eps(self, config: dict[str, Any]) -> float:
+        return config.get("layer_norm_eps", LIBRARYS_EPS)
+
+    def unlike(self, config: dict[str, Any]) -> str | None:
+        if not 0 < self.norm_eps(config) <= EPS:
+            return f"layer_norm_eps {config['layer_norm_eps']!r}, not {EPS} or less"
+        return first_unlike({"hidden_act": config.get("hidden_act", "gelu")}, {"hidden_act": ("gelu",)})
 
     def run(self, path: Path, weights: Weights, images: Tensor) -> Outputs:
         if weights.num_classes:

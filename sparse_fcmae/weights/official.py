@@ -34,4 +34,4 @@ class Official(Adapter):
             return None
         images = config.get("images") or config  # a run has its options at the top, `mean` and `std` among them
         scope = config.get("grn_scope", "image")
-        return Settings.of(config.get("image_size"), config.get("classes"), images, scope)
+        return Settings.of(config.get("image_size"), config.get("classes"), images, config.get("in_chans"), scope)

@@ -155,7 +155,9 @@ def understand(found: Any, file: Path) -> Weights:
     if "head.weight" not in state and _ends_in_identity(state):
         del state["norm.weight"], state["norm.bias"]
         notes.append("left out the final norm: it is the identity, as pretraining does not train it")
-    settings = read_settings(file)
+    settings, configs = read_settings(file)
+    if settings.in_chans not in (None, shape["in_chans"]):
+        raise UserError(f"{file} takes {shape['in_chans']} channels, its {CONFIG} says {settings.in_chans}")
     image_size, classes, form = settings.image_size, settings.classes, settings.form
     if form and form.in_chans != shape["in_chans"]:
         notes.append(f"left out the statistics: {form.in_chans} channels have one, the stem takes {shape['in_chans']}")
@@ -174,6 +176,7 @@ def understand(found: Any, file: Path) -> Weights:
         layout=adapter.name,
         sparse=adapter.sparse or "mask_token" in state or any(map(INSIDE_A_MODEL.search, tensors)),
         original=named,
+        config=configs.get(adapter.name),
         notes=tuple(notes),
     )
 
@@ -284,20 +287,28 @@ def _ends_in_identity(state: dict[str, Tensor]) -> bool:
     return "norm.weight" in state and bool((state["norm.weight"] == 1).all() and (state["norm.bias"] == 0).all())
 
 
-def read_settings(file: Path) -> Settings:
+def read_settings(file: Path) -> tuple[Settings, dict[str, Any]]:
     """What the config says that lies beside a file of weights or, for a checkpoint, in the folder of its run.
 
-    Raises UserError for a config that can't be understood.
+    With it the config itself under the name of the layout whose it is, if it is of any. Raises UserError for a config
+    that can't be understood, or is of a model that computes something else.
     """
     path = file.parent / CONFIG
     if not path.is_file() and file.parent.parent.name == "checkpoints":
         path = file.parent.parent.parent / CONFIG
     config = read_json(path) if path.is_file() else None
     if not isinstance(config, dict):
-        return Settings()
+        return Settings(), {}
     try:
-        found = (adapter.read_config(config, path.parent) for adapter in ADAPTERS)
-        return next((settings for settings in found if settings), Settings())
+        for adapter in ADAPTERS:
+            if settings := adapter.read_config(config, path.parent):
+                unlike = adapter.unlike(config)
+                break
+        else:
+            return Settings(), {}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         reason = f"{type(error).__name__}: {one_line(error)}"
         raise UserError(f"{path} can't be understood ({reason}): put it right, or move it away") from None
+    if unlike:
+        raise UserError(f"{path} describes a model that this package does not have: {unlike}")
+    return settings, {adapter.name: config}

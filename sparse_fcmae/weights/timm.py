@@ -7,11 +7,31 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from sparse_fcmae.data.views import default_crop_fraction
+from sparse_fcmae.kernels.constants import EPS
 from sparse_fcmae.model.convnext import SIZES, size_of
-from sparse_fcmae.weights.adapter import CONFIG, Adapter, Outputs, Settings, entry, flat_grn
+from sparse_fcmae.weights.adapter import CONFIG, Adapter, Outputs, Settings, entry, first_unlike, flat_grn
 from sparse_fcmae.weights.weights import Weights, patch_size_of
 
 CONV_MLP = {SIZES[name][1][0]: name for name in ("atto", "femto", "pico", "nano")}  # timm has 1x1 convolutions in these
+
+# the arguments of timm's ConvNeXt with the values that make it ours, () where any does or the shapes show them
+MODEL_ARGS: dict[str, tuple[Any, ...]] = dict.fromkeys(
+    ("in_chans", "num_classes", "depths", "dims", "patch_size", "conv_mlp", "drop_rate", "drop_path_rate"), ()
+) | {
+    "act_layer": ("gelu", None),
+    "conv_bias": (True,),
+    "global_pool": ("avg",),
+    "head_hidden_size": (None,),
+    "head_init_scale": (),
+    "head_norm_first": (False,),
+    "kernel_sizes": (7, [7, 7, 7, 7]),
+    "ls_init_value": (None,),
+    "norm_eps": (EPS, None),
+    "norm_layer": ("layernorm", "layernorm2d", None),
+    "output_stride": (32,),
+    "stem_type": ("patch",),
+    "use_grn": (True,),
+}
 
 
 def model_config(weights: Weights) -> dict[str, Any]:
@@ -85,7 +105,14 @@ class Timm(Adapter):
             return None
         images = config["pretrained_cfg"]
         classes = config.get("label_names") or images.get("label_names")
-        return Settings.of(images.get("input_size", ())[1:], classes, config.get("image_format") or images)
+        in_chans = config.get("model_args", {}).get("in_chans")
+        return Settings.of(images.get("input_size", ())[1:], classes, config.get("image_format") or images, in_chans)
+
+    def unlike(self, config: dict[str, Any]) -> str | None:
+        name = str(config.get("architecture", "convnextv2"))
+        if not name.startswith("convnextv2"):
+            return f"architecture {name!r}, not one of convnextv2"
+        return first_unlike(config.get("model_args", {}), MODEL_ARGS)
 
     def run(self, path: Path, weights: Weights, images: Tensor) -> Outputs:
         model = entry("timm", "create_model")(f"local-dir:{path}", pretrained=True).eval()

@@ -10,8 +10,8 @@ from torch import Tensor
 from sparse_fcmae.kernels.constants import EPS
 from sparse_fcmae.model.masking import random_mask
 from sparse_fcmae.runtime.errors import UserError
-from sparse_fcmae.runtime.files import one_line, writing
-from sparse_fcmae.weights.adapter import Adapter, Outputs, Target
+from sparse_fcmae.runtime.files import one_line, write_json, writing
+from sparse_fcmae.weights.adapter import CONFIG, Adapter, Outputs, Target
 from sparse_fcmae.weights.adapters import TARGETS
 from sparse_fcmae.weights.read import read_weights
 from sparse_fcmae.weights.weights import Weights, patch_size_of
@@ -33,7 +33,7 @@ def verify(weights: Weights, target: Target, path: Path) -> list[str]:
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(2, weights.architecture["in_chans"], *size, generator=generator)
     expected = _run(weights, images)
-    lines = _run_source(weights, images, expected)
+    lines = _run_source(weights, images)
     if isinstance(target, Adapter):
         mask = random_mask(2, (2, 3), 0.5, generator=generator) if weights.sparse or target.sparse else None
         lines += _read_back(weights, target, path, images, expected, mask)
@@ -42,19 +42,25 @@ def verify(weights: Weights, target: Target, path: Path) -> list[str]:
     return lines
 
 
-def _run(weights: Weights, images: Tensor, backend: str = "auto") -> Outputs:
-    """What this package computes with weights. Without a final norm the pooled features are normalised all the same."""
+def _run(weights: Weights, images: Tensor, backend: str = "auto", eps: float = EPS) -> Outputs:
+    """What this package computes with weights. Without a final norm the pooled features are normalised all the same.
+
+    eps: what the final norm adds to the variance; this package's adds EPS.
+    """
     encoder, state = weights.encoder(backend), weights.state
     features = encoder(images)
     shape = (encoder.num_features,)
-    pooled = F.layer_norm(features.mean((2, 3)), shape, state.get("norm.weight"), state.get("norm.bias"), eps=EPS)
+    pooled = F.layer_norm(features.mean((2, 3)), shape, state.get("norm.weight"), state.get("norm.bias"), eps=eps)
     if not weights.num_classes:
         return {"features": features, "pooled": pooled}
     return {"features": features, "logits": F.linear(pooled, state["head.weight"], state["head.bias"])}
 
 
-def _run_source(weights: Weights, images: Tensor, expected: Outputs) -> list[str]:
-    """Has the library that the weights are from run them as they were read, in a folder made for that."""
+def _run_source(weights: Weights, images: Tensor) -> list[str]:
+    """Has the library that the weights are from run them, as they were read and as their own config says.
+
+    Where they came without one, as a file alone does, the library gets the config that follows from their shapes.
+    """
     source = TARGETS[weights.layout]
     if not (weights.original and source.library and isinstance(source, Adapter)):
         return []
@@ -62,14 +68,22 @@ def _run_source(weights: Weights, images: Tensor, expected: Outputs) -> list[str
         folder = Path(temporary)
         with writing(folder):
             source.save_tensors(weights.original, folder / source.weights_file)
-            source.write_configs(weights, folder)
+            if weights.config:
+                write_json(folder / CONFIG, weights.config)
+            else:
+                source.write_configs(weights, folder)
         try:
             found = source.run(folder, weights, images)
         except UserError as error:
             return [f"source not run by the library: {error}"]
         except Exception as error:  # say at an encoder without the norm that the library's always has
             return [_not_taken(source, "source", error)]
-    return [_compare(source.outputs(weights), expected, found, f"source run by {source.library}")]
+    how = f"source run by {source.library} with {'its own config' if weights.config else 'a config made of its shapes'}"
+    eps = source.norm_eps(weights.config) if weights.config else EPS
+    same = _compare(source.outputs(weights), _run(weights, images, eps=eps), found, how)
+    if eps == EPS:
+        return [same]
+    return [same, f"the final norm adds {EPS:g} to the variance here, and {eps:g} there, for which equality was tested"]
 
 
 def _read_back(
@@ -106,10 +120,12 @@ def _compare(names: tuple[str, ...], expected: Outputs, found: Outputs, how: str
     errors = []
     for name in names:
         a, b = expected[name], found[name]
+        if a.shape != b.shape:
+            raise UserError(f"not written: the {name} are {list(b.shape)}, not {list(a.shape)} ({how})")
         if not (a.isfinite().all() and b.isfinite().all()):
             raise UserError(f"not written: the {name} are not finite ({how})")
         errors.append(((b - a).norm() / a.norm().clamp_min(1e-30)).item())
     worst = max(errors)
     if worst >= TOLERANCE:
-        raise UserError(f"not written: the result differs from the source by {worst:.1e} ({how})")
+        raise UserError(f"not written: source and result differ by {worst:.1e} ({how})")
     return f"verified: {how}, equal within {max(worst, 1e-9):.0e}"

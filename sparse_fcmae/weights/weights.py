@@ -30,6 +30,7 @@ class Weights:
     layout: the name of the adapter that recognised them.
     sparse: whether they are those of a pretraining model, which runs on masked images.
     original: the tensors as they were read, under the names that the layout has for them.
+    config: what the library that they are from configures them by, where it lay beside them.
     notes: what was left out when they were read, and why, a line each.
     """
 
@@ -40,6 +41,7 @@ class Weights:
     layout: str = "official"
     sparse: bool = False
     original: dict[str, Tensor] = field(default_factory=dict)
+    config: dict[str, Any] | None = None
     notes: tuple[str, ...] = ()
 
     @classmethod
