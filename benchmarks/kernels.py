@@ -27,8 +27,8 @@ from sparse_fcmae.benchmarks.steps import Case, move_parameters
 from sparse_fcmae.data.format import ImageFormat
 from sparse_fcmae.kernels.constants import SIDES
 from sparse_fcmae.model.convnext import SIZES, Block
-from sparse_fcmae.model.flops import visible_taps
 from sparse_fcmae.ops import reference
+from sparse_fcmae.ops.flops import visible_taps
 from sparse_fcmae.runtime.errors import UserError
 
 COPIED = 1 << 26  # float32 numbers
@@ -161,7 +161,7 @@ def ops_of(patch_map: PatchMap, side: int, channels: int, dtype: torch.dtype) ->
             return by.convnext_block(x, parameters, *maps, patch_map.image_offsets) if by is ops else block(x, patches)
 
     x = features(channels, torch.float32)
-    conv = 2 * channels * visible_taps(patch_map.mask, side) * len(patch_map.mask)
+    conv = 2 * channels * visible_taps(patch_map.mask, side)
     normed, gelu, slopes = NORM_FLOPS * x.numel(), 4 * GELU_FLOPS * x.numel(), 8 * SLOPE_FLOPS * x.numel()
     convolved, around = conv + normed, conv + normed + gelu
     return [

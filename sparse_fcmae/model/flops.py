@@ -8,7 +8,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -16,6 +15,7 @@ from sparse_fcmae.kernels.constants import HALO, SIDES, WINDOW
 from sparse_fcmae.model.classifier import Classifier
 from sparse_fcmae.model.convnext import Block, size_of
 from sparse_fcmae.model.masking import num_visible_patches
+from sparse_fcmae.ops.flops import visible_taps
 from sparse_fcmae.runtime.errors import UserError
 
 CLASSES = 1000  # of ImageNet-1K, as the published figures have them
@@ -78,7 +78,7 @@ def count(
     depths, dims = size_of(name)
     for i, (side, depth, dim) in enumerate(zip(SIDES, depths, dims, strict=True)):
         stem, *blocks = stage_products(name, i, in_chans, stem_stride)
-        taps = visible_taps(mask, side) if mask is not None else expected_taps(grid, int(visible), side)
+        taps = visible_taps(mask, side) / len(mask) if mask is not None else expected_taps(grid, int(visible), side)
         convolved = (depth * dim * WINDOW**2 * side**2 * patches, depth * dim * taps)
         down, inside = model.downsample_layers[i], parameters(model.stages[i])
         if i == 0:
@@ -127,15 +127,8 @@ def macs(products: Iterable[Product], patches: float) -> float:
     return sum(side**2 * inputs * outputs for side, inputs, outputs in products) * patches
 
 
-def visible_taps(mask: Tensor, side: int) -> float:
-    """How many taps of a 7x7 window around each visible position are visible, in all, per image; mask as in `count`."""
-    seen = (~mask).repeat_interleave(side, 1).repeat_interleave(side, 2)[:, None].double()
-    window = torch.ones(1, 1, WINDOW, WINDOW, dtype=torch.double, device=mask.device)
-    return (F.conv2d(seen, window, padding=HALO) * seen).sum().item() / len(mask)
-
-
 def expected_taps(grid: tuple[int, int], visible: int, side: int) -> float:
-    """The mean of `visible_taps` over all masks that keep `visible` patches of a grid.
+    """The mean of an image's `visible_taps` over all masks that keep `visible` patches of a grid.
 
     Two positions of one patch are visible together in a fraction K / L of the masks, those of two patches in a fraction
     K (K - 1) / (L (L - 1)), where K of L patches are visible.

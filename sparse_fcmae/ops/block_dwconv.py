@@ -15,6 +15,7 @@ from sparse_fcmae.ops.checks import (
     differentiable_once,
 )
 from sparse_fcmae.ops.context import product_dtype
+from sparse_fcmae.ops.flops import counted, flops_of_dwconv
 
 
 def block_dwconv(
@@ -125,3 +126,12 @@ def _backward(ctx, grad):
 
 _block_dwconv.register_autograd(_backward, setup_context=_setup_context)
 differentiable_once(_block_dwconv_backward)
+
+
+def _flops_of_gradients(grad, x, weight, bias, patch_to_row, *rest):
+    frozen = rest[-1]
+    return (1 if frozen else 2) * flops_of_dwconv(x, patch_to_row)
+
+
+counted("block_dwconv", lambda x, weight, bias, patch_to_row, *_: flops_of_dwconv(x, patch_to_row))
+counted("block_dwconv_backward", _flops_of_gradients)

@@ -18,6 +18,7 @@ from sparse_fcmae.ops.checks import (
     differentiable_once,
 )
 from sparse_fcmae.ops.context import product_dtype
+from sparse_fcmae.ops.flops import counted, flops_of_dwconv, flops_of_linear
 
 
 def convnext_block(
@@ -119,6 +120,19 @@ def _backward(ctx, grad, *_):
 
 _convnext_block.register_autograd(_backward, setup_context=_setup_context)
 differentiable_once(_convnext_block_backward)
+
+
+def _flops(x, parameters, patch_to_row, *_):
+    return 2 * flops_of_linear(x, parameters[4]) + flops_of_dwconv(x, patch_to_row)
+
+
+def _flops_of_gradients(grad, x, parameters, patch_to_row, *rest):
+    frozen = rest[-1]
+    return (1 if frozen else 2) * _flops(x, parameters, patch_to_row)
+
+
+counted("convnext_block", _flops)
+counted("convnext_block_backward", _flops_of_gradients)
 
 
 def _keeps_hidden(x: Tensor, differentiated: bool) -> bool:

@@ -8,6 +8,7 @@ from torch import Tensor
 from sparse_fcmae import kernels
 from sparse_fcmae.ops.checks import check_differentiation, differentiable_once
 from sparse_fcmae.ops.context import product_dtype
+from sparse_fcmae.ops.flops import counted, flops_of_linear
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -71,6 +72,8 @@ def _backward(ctx, grad):
 
 _linear.register_autograd(_backward, setup_context=_setup_context)
 differentiable_once(_linear_backward)
+counted("linear", lambda x, weight, bias: flops_of_linear(x, weight))
+counted("linear_backward", lambda grad, x, weight, wanted: sum(wanted) * flops_of_linear(x, weight))
 
 
 def _products(x: Tensor) -> ModuleType:

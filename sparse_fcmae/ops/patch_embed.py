@@ -11,6 +11,7 @@ from sparse_fcmae import kernels
 from sparse_fcmae.kernels.constants import SIDES
 from sparse_fcmae.ops.checks import check_differentiation, check_patches, check_pixels, differentiable_once
 from sparse_fcmae.ops.context import product_dtype
+from sparse_fcmae.ops.flops import counted
 
 
 def patch_embed(
@@ -117,3 +118,15 @@ def _backward(ctx, grad, _):
 
 _patch_embed.register_autograd(_backward, setup_context=_setup_context)
 differentiable_once(_patch_embed_backward)
+
+
+def _flops(pixels, weight, bias, norm_weight, norm_bias, rows, *_):
+    return 2 * len(rows) * SIDES[0] ** 2 * weight.numel()
+
+
+def _flops_of_gradients(grad, pixels, kept, weight, bias, norm_weight, rows, *_):
+    return 2 * len(rows) * SIDES[0] ** 2 * weight.numel()
+
+
+counted("patch_embed", _flops)
+counted("patch_embed_backward", _flops_of_gradients)
