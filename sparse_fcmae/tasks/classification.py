@@ -136,7 +136,7 @@ class Classification(Task):
     def optimizer(self) -> torch.optim.Optimizer:
         grouped = self.config.layer_decay_type == "group"
         scale = layer_scale(self.config.layer_decay, size_of(self.model.name)[0], grouped)
-        return adamw(self.model, self.config.weight_decay, BETAS, scale=scale)
+        return adamw(self.model, self.config.weight_decay, BETAS, undecayed=(".gamma", ".beta"), scale=scale)
 
     def inputs(self, batch: Batch, step: int, first: int) -> tuple[Tensor, Tensor]:
         """Pixels and labels. What is drawn for a micro-batch follows from its place in the global batch."""

@@ -72,7 +72,7 @@ class PretrainConfig(RunConfig):
         None, help="peak learning rate for each 256 images of `batch_size`", above=0, changes_run=True
     )
     lr: float | None = option(None, help="peak learning rate outright [recipe]", above=0, changes_run=True)
-    weight_decay: float = option(0.05, help="of AdamW; none on biases and norms", at_least=0)
+    weight_decay: float = option(0.05, help="of AdamW; none on biases and LayerNorms", at_least=0)
     clip_grad: float | None = option(None, help="clip the gradient to this norm [off]", above=0, changes_run=True)
     ema_decay: float | None = option(
         None, help="keep a moving average of the weights too, as 0.9999 [off]", above=0, below=1

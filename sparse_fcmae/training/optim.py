@@ -15,22 +15,23 @@ def adamw(
     weight_decay: float,
     betas: tuple[float, float],
     *,
+    undecayed: tuple[str, ...] = (),
     scale: Callable[[str], float] = lambda name: 1.0,
     capturable: bool = False,
 ) -> torch.optim.AdamW:
-    """AdamW, without decay on vectors: biases, norms, GRN's gamma and beta, the mask token.
+    """AdamW, without decay on vectors, which are biases and LayerNorms.
 
-    scale: of the rate, by parameter name. capturable: for CUDA graphs, which can replay the step if its rate is a
-    tensor.
+    undecayed: how the names of other parameters end that take no decay. scale: of the rate, by parameter name.
+    capturable: for CUDA graphs, which can replay the step if its rate is a tensor.
     """
     groups: dict[tuple[float, bool], list[nn.Parameter]] = defaultdict(list)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            vector = parameter.ndim <= 1 or name.endswith((".gamma", ".beta", "mask_token"))
-            groups[scale(name), vector].append(parameter)
+            free = parameter.ndim <= 1 or name.endswith((".bias", *undecayed))
+            groups[scale(name), free].append(parameter)
     options = [
-        {"params": parameters, "weight_decay": 0.0 if vector else weight_decay, "lr_scale": lr_scale}
-        for (lr_scale, vector), parameters in sorted(groups.items(), key=lambda item: item[0])
+        {"params": parameters, "weight_decay": 0.0 if free else weight_decay, "lr_scale": lr_scale}
+        for (lr_scale, free), parameters in sorted(groups.items(), key=lambda item: item[0])
     ]
     device = options[0]["params"][0].device
     lr = torch.zeros((), device=device) if capturable else 0.0

@@ -1,7 +1,8 @@
 import pytest
 import torch
+from timm.optim import param_groups_weight_decay
 
-from sparse_fcmae import create_classifier
+from sparse_fcmae import create_classifier, create_fcmae
 from sparse_fcmae.model.convnext import SIZES
 from sparse_fcmae.training.optim import adamw, layer_scale, load_optimizer, set_lr
 
@@ -52,7 +53,7 @@ def test_layer_decay(name, grouped):
     last = 13 if grouped else sum(depths) + 1
     for key, _ in model.named_parameters():
         assert scale(key) == pytest.approx(0.6 ** (last - official_layer(key, depths, grouped)))
-    optimizer = adamw(model, 0.1, (0.9, 0.999), scale=scale)
+    optimizer = adamw(model, 0.1, (0.9, 0.999), undecayed=(".gamma", ".beta"), scale=scale)
     grouped_parameters = [p for group in optimizer.param_groups for p in group["params"]]
     assert len(grouped_parameters) == len(set(map(id, grouped_parameters))) == len(list(model.parameters()))
     by_id = {id(p): group for group in optimizer.param_groups for p in group["params"]}
@@ -60,3 +61,17 @@ def test_layer_decay(name, grouped):
         vector = parameter.ndim == 1 or key.endswith(("gamma", "beta"))
         assert by_id[id(parameter)]["weight_decay"] == (0 if vector else 0.1)
         assert by_id[id(parameter)]["lr_scale"] == scale(key)
+
+
+def test_pretraining_decays_what_the_official_code_decays():
+    """timm's rule for parameters of one dimension: the response norms and the mask token decay. In fine-tuning the
+    official code leaves the response norms out."""
+    model = create_fcmae("atto")
+    groups = param_groups_weight_decay(model, 0.05)
+    theirs = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+    ours = adamw(model, 0.05, (0.9, 0.95))
+    found = {id(p): group["weight_decay"] for group in ours.param_groups for p in group["params"]}
+    assert found == theirs
+    names = dict(model.named_parameters())
+    assert found[id(names["mask_token"])] == found[id(names["decoder.0.grn.gamma"])] == 0.05
+    assert found[id(names["decoder.0.norm.weight"])] == found[id(names["pred.bias"])] == 0
