@@ -49,8 +49,8 @@ def is_unhooked(layer: nn.Module) -> bool:
 def say_called(layer: nn.Module) -> None:
     """Says once that layers run by their own forward."""
     say_once(
-        f"a {type(layer).__name__} is hooked, replaced or set otherwise than in ConvNeXt V2: such layers run by their "
-        "own forward, and those around them one by one, which is slower"
+        f"a layer ({type(layer).__name__}) is hooked, replaced or set otherwise than in ConvNeXt V2: such layers run "
+        "by their own forward, and those around them one by one, which is slower"
     )
 
 

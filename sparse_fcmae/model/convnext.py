@@ -141,11 +141,11 @@ class Stage(nn.Sequential):
     def forward(self, x: Tensor, patches: Patches) -> Tensor:
         """Features of the patches -> features of the same shape. In training some images skip some blocks."""
         for block in self:
-            run = block
-            if block.checkpointed:
+            run, drop_path = block, getattr(block, "drop_path", 0.0)  # a block may be any module, such as one around it
+            if getattr(block, "checkpointed", False):
                 run = partial(checkpoint, block, use_reentrant=False, preserve_rng_state=False)
-            skipping = block.training and block.drop_path and len(patches.mask)
-            x = stochastic_depth(run, block.drop_path, x, patches) if skipping else run(x, patches)
+            skipping = block.training and drop_path and len(patches.mask)
+            x = stochastic_depth(run, drop_path, x, patches) if skipping else run(x, patches)
         return x
 
 

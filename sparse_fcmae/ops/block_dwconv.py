@@ -116,9 +116,10 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grad):
-    _, weight, bias, _, _, norm_weight, norm_bias = ctx.saved_tensors
+    saved = ctx.saved_tensors  # once, as activation checkpointing asks for
+    _, weight, bias, _, _, norm_weight, norm_bias = saved
     frozen = not any(ctx.needs_input_grad[1:3])
-    grad_x, sums, norm_sums = _block_dwconv_backward(grad, *ctx.saved_tensors, frozen)
+    grad_x, sums, norm_sums = _block_dwconv_backward(grad, *saved, frozen)
     rows = zip((sums[TAPS], *norm_sums), (bias, norm_weight, norm_bias), strict=True)
     grad_bias, *grad_norm = (None if like is None else row.to(like.dtype, copy=True) for row, like in rows)
     return grad_x, weight_gradient_of(sums, weight), grad_bias, None, None, *grad_norm

@@ -12,7 +12,10 @@ from sparse_fcmae.ops.context import transformed
 def check_differentiation(op: str) -> None:
     """No kernel computes a tangent or knows a transform. Raises RuntimeError, as PyTorch does where it can't do so."""
     if transformed():
-        raise RuntimeError(f"{op} can't be transformed by torch.func or differentiated forward: see `ops.reference`")
+        raise RuntimeError(
+            f"{op} can't be transformed by torch.func or differentiated forward: give `backend=masked`, or of the op "
+            "take its reference"
+        )
 
 
 def differentiable_once(backward: torch.library.CustomOpDef) -> None:

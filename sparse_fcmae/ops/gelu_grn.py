@@ -78,8 +78,9 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grad, _):
-    gamma = ctx.saved_tensors[1]
-    grad_x, (grad_gamma, grad_beta) = _gelu_grn_backward(grad, *ctx.saved_tensors)
+    saved = ctx.saved_tensors  # once, as activation checkpointing asks for
+    gamma = saved[1]
+    grad_x, (grad_gamma, grad_beta) = _gelu_grn_backward(grad, *saved)
     return grad_x, grad_gamma.to(gamma.dtype), None, None if ctx.beta_dtype is None else grad_beta.to(ctx.beta_dtype)
 
 

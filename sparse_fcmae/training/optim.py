@@ -51,7 +51,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> N
         optimizer.load_state_dict(state)
     except ValueError as error:
         raise UserError(
-            f"the checkpoint's optimiser is another model's: {error}; `overwrite=True` starts anew"
+            f"the checkpoint's optimiser is another model's or another version's: {error}; `overwrite=True` starts anew"
         ) from None
     for group, options in zip(optimizer.param_groups, own, strict=True):
         group.update(options)

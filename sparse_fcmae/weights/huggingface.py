@@ -115,7 +115,7 @@ class HuggingFace(Adapter):
 
     def run(self, path: Path, weights: Weights, images: Tensor) -> Outputs:
         if weights.num_classes:
-            model = entry("transformers", "ConvNextV2ForImageClassification").from_pretrained(path).eval()
+            model = entry("transformers", "ConvNextV2ForImageClassification").from_pretrained(path).float().eval()
             return {"features": model.convnextv2(images).last_hidden_state, "logits": model(images).logits}
-        output = entry("transformers", "ConvNextV2Model").from_pretrained(path).eval()(images)
+        output = entry("transformers", "ConvNextV2Model").from_pretrained(path).float().eval()(images)
         return {"features": output.last_hidden_state, "pooled": output.pooler_output}

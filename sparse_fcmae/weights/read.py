@@ -188,7 +188,8 @@ def _unwrap(found: Any, file: Path) -> tuple[dict[str, Tensor], list[str]]:
         if len(notes) == MOST_WRAPPERS:
             raise UserError(f"{file} wraps its tensors more than {MOST_WRAPPERS} times: save the state_dict alone")
         beside = sorted(key if isinstance(key, str) else f"a {type(key).__name__}" for key in found if key != inner)
-        notes.append(f"left out what lies beside {inner!r} in the file: {', '.join(beside)}" if beside else "")
+        listed = " ".join(", ".join(beside).split())[:1000]
+        notes.append(f"left out what lies beside {inner!r} in the file: {listed}" if beside else "")
         found = found[inner]
     named = isinstance(found, dict) and found and all(isinstance(key, str) for key in found)
     if not named or not all(isinstance(value, Tensor) for value in found.values()):
@@ -207,6 +208,8 @@ def _unfit(value: Tensor) -> str | None:
         return "is " + ("nested" if value.is_nested else str(value.layout).removeprefix("torch."))
     if not value.is_floating_point():
         return f"is {str(value.dtype).removeprefix('torch.')}"
+    if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+        return f"of {list(value.shape)} repeats {value.untyped_storage().nbytes()} bytes"
     return None
 
 
@@ -253,7 +256,8 @@ def _official(named: dict[str, Tensor], adapter: Adapter, shape: dict[str, Any],
     names = {adapter.rename(key): key for key in expected}
     missing, unknown = sorted(names.keys() - named.keys()), sorted(named.keys() - names.keys())
     if missing or unknown:
-        what = [f"{name} is missing" for name in missing[:1]] + [f"{name} is unknown" for name in unknown[:1]]
+        what = [f"{name} is missing" for name in missing[:1]]
+        what += [f"{' '.join(name.split())[:200]} is unknown" for name in unknown[:1]]
         raise UserError(f"{file} is no ConvNeXt V2 {shape['name']}: {', '.join(what)}")
     state = {}
     for name, key in names.items():
@@ -306,9 +310,9 @@ def read_settings(file: Path) -> tuple[Settings, dict[str, Any]]:
                 break
         else:
             return Settings(), {}
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
         reason = f"{type(error).__name__}: {one_line(error)}"
-        raise UserError(f"{path} can't be understood ({reason}): put it right, or move it away") from None
+        raise UserError(f"{path} can't be understood ({reason[:200]}): put it right, or move it away") from None
     if unlike:
         raise UserError(f"{path} describes a model that this package does not have: {unlike}")
     return settings, {adapter.name: config}

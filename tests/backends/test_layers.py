@@ -328,8 +328,8 @@ def test_that_layers_run_one_by_one_is_said_once(caplog):
         for _ in range(2):
             model(IMAGES, MASK)
     assert [record.getMessage() for record in caplog.records] == [
-        "sparse-fcmae: a Scaled is hooked, replaced or set otherwise than in ConvNeXt V2: such layers run by their own "
-        "forward, and those around them one by one, which is slower"
+        "sparse-fcmae: a layer (Scaled) is hooked, replaced or set otherwise than in ConvNeXt V2: such layers run "
+        "by their own forward, and those around them one by one, which is slower"
     ]
 
 
@@ -407,3 +407,37 @@ def test_layers_of_their_own_under_autocast_and_drop_path(name):
     logits.sum().backward()
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
     assert isinstance(model.stages[0][0], Block)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
+@pytest.mark.parametrize("change", [change for change in CHANGES if BLOCK in change or "on stages" not in change])
+def test_layers_of_their_own_in_blocks_that_are_computed_again(change):
+    """Activation checkpointing lets a backward pass read what it kept once."""
+    name = "native" if "native" in USABLE else "torch"
+    kept = randomise(create_encoder(SMALL, image_size=(64, 96), backend=name))
+    again = copy.deepcopy(kept)
+    for model in (kept, again):
+        torch.manual_seed(0)
+        CHANGES[change](model)
+    for stage in again.stages:
+        for block in stage:
+            block.checkpointed = True
+    for model in (kept, again):
+        model(IMAGES, MASK).square().sum().backward()
+    same_gradients(again, kept)
+
+
+@pytest.mark.parametrize("name", USABLE)
+def test_a_block_within_another_module(name):
+    class Around(nn.Module):
+        def __init__(self, block):
+            super().__init__()
+            self.block = block
+
+        def forward(self, x, patches):
+            return self.block(x, patches)
+
+    model = randomise(create_encoder(SMALL, image_size=(64, 96), backend=name))
+    expected = model(IMAGES, MASK)
+    model.stages[1][1] = Around(model.stages[1][1])
+    assert relative_error(model(IMAGES, MASK), expected) < 1e-6

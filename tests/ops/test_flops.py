@@ -3,6 +3,7 @@
 import pytest
 import torch
 from helpers import masks
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from sparse_fcmae import available_backends, create_classifier, create_encoder, create_fcmae
@@ -66,3 +67,11 @@ def test_classifier_and_pretraining_without_taps_beyond_the_border():
     fcmae = create_fcmae("atto", image_size=(64, 96), backend="native")
     expected = 6 * (sparse["encoder"].sparse + sparse["decoder"].sparse - beyond)
     assert counted(lambda: fcmae(IMAGES, mask)) == pytest.approx(expected, rel=1e-12)
+
+
+def test_fake_tensors_count_all_taps():
+    encoder = create_encoder("atto", image_size=(64, 96), backend="native").requires_grad_(False)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        images = mode.from_tensor(IMAGES)
+        found = counted(lambda: encoder(images))
+    assert found == pytest.approx(6 * count("atto", image_size=(64, 96))["encoder"].dense, rel=1e-12)

@@ -174,6 +174,7 @@ BIAS = "stages.0.0.norm.bias"
         (torch.zeros(40, dtype=torch.complex64), "is complex64"),
         (torch.zeros(40, dtype=torch.int64), "is int64"),
         (torch.zeros(40, dtype=torch.bool), "is bool"),
+        (torch.zeros(1).expand(1 << 40), r"of [1099511627776] repeats 4 bytes"),
         (torch.quantize_per_tensor(torch.zeros(40), 0.1, 0, torch.qint8), "is qint8"),
     ],
 )
@@ -222,6 +223,7 @@ def test_json_that_is_nested_without_end(tmp_path, export_encoder):
     [
         {"pretrained_cfg": None},
         {"pretrained_cfg": {"input_size": None}},
+        {"model_type": "convnextv2", "num_channels": float("inf")},
         {"model_type": "convnextv2", "id2label": []},
         {"model_type": "convnextv2", "id2label": {"a": "b"}},
         {"format": "sparse-fcmae x", "classes": 3},

@@ -183,6 +183,13 @@ def test_a_folder_of_transformers_is_run_with_its_own_config(tmp_path, classes):
         assert relative_error(load_encoder(tmp_path / "ours")(images), model(images).last_hidden_state) < 1e-5
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_folder_of_transformers_in_half_precision_is_run_in_float32(tmp_path, dtype):
+    hugging_face(tmp_path / "theirs", 5).to(dtype).save_pretrained(tmp_path / "theirs")
+    text = convert(tmp_path / "theirs", tmp_path / "ours", to="official")
+    assert "verified: source run by transformers with its own config, equal within" in text
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
