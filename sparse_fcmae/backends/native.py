@@ -21,12 +21,16 @@ class NativePatches(TorchPatches):
         return kernels.unusable(device) or kernels.unfit(device, dtype)
 
     def stem(self, images: Tensor, conv: nn.Conv2d, norm: nn.LayerNorm, statistics: Tensor | None = None) -> Tensor:
+        if not is_norm(norm):
+            say_called(norm)
         if not is_tiling(conv) or not is_norm(norm) or images.requires_grad:
             return super().stem(images, conv, norm, statistics)
         parameters = (conv.weight, conv.bias, norm.weight, norm.bias)
         return ops.patch_embed(readable(images), *parameters, self.map.row_to_patch, statistics)
 
     def downsample(self, x: Tensor, norm: nn.LayerNorm, conv: nn.Conv2d) -> Tensor:
+        if not is_norm(norm):
+            say_called(norm)
         if not is_norm(norm) or not is_tiling(conv, 2):
             return super().downsample(x, norm, conv)
         windows = ops.layer_norm(x, norm.weight, norm.bias, tile=2, dtype=product_dtype(conv))

@@ -13,8 +13,7 @@ def check_differentiation(op: str) -> None:
     """No kernel computes a tangent or knows a transform. Raises RuntimeError, as PyTorch does where it can't do so."""
     if transformed():
         raise RuntimeError(
-            f"{op} can't be transformed by torch.func or differentiated forward: give `backend=masked`, or of the op "
-            "take its reference"
+            f"{op} can't be transformed by torch.func or differentiated forward: give `backend=masked`, plain PyTorch"
         )
 
 

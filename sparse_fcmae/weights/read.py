@@ -187,17 +187,22 @@ def _unwrap(found: Any, file: Path) -> tuple[dict[str, Tensor], list[str]]:
     while isinstance(found, dict) and (inner := next((k for k in WRAPPERS if isinstance(found.get(k), dict)), None)):
         if len(notes) == MOST_WRAPPERS:
             raise UserError(f"{file} wraps its tensors more than {MOST_WRAPPERS} times: save the state_dict alone")
-        beside = sorted(key if isinstance(key, str) else f"a {type(key).__name__}" for key in found if key != inner)
-        listed = " ".join(", ".join(beside).split())[:1000]
-        notes.append(f"left out what lies beside {inner!r} in the file: {listed}" if beside else "")
+        names = (_shown(key) if isinstance(key, str) else f"a {type(key).__name__}" for key in found if key != inner)
+        beside = ", ".join(sorted(names))
+        notes.append(f"left out what lies beside {inner!r} in the file: {beside}" if beside else "")
         found = found[inner]
     named = isinstance(found, dict) and found and all(isinstance(key, str) for key in found)
     if not named or not all(isinstance(value, Tensor) for value in found.values()):
         raise UserError(f"{file} holds no state_dict: it needs tensors by name, bare or under {', '.join(WRAPPERS)}")
     for name, value in found.items():
         if what := _unfit(value):
-            raise UserError(f"{file}: {name} {what}: weights are dense floating-point tensors")
+            raise UserError(f"{file}: {_shown(name)} {what}: weights are dense floating-point tensors")
     return found, [note for note in notes if note]
+
+
+def _shown(name: str) -> str:
+    """A name in a file, for a line on a terminal."""
+    return "".join(c if c.isprintable() else "?" for c in name[:200])
 
 
 def _unfit(value: Tensor) -> str | None:
@@ -219,7 +224,7 @@ def _recognise(tensors: dict[str, Tensor], file: Path) -> tuple[Adapter, dict[st
     for adapter in ADAPTERS:
         if adapter.recognises(named):
             return adapter, _renamed(named, adapter.usual, file)
-    raise UserError(f"{file} holds no ConvNeXt V2 in any layout known: one of its names is {min(tensors)}")
+    raise UserError(f"{file} holds no ConvNeXt V2 in any layout known: one of its names is {_shown(min(tensors))}")
 
 
 def _renamed(tensors: dict[str, Tensor], rename: Callable[[str], str], file: Path) -> dict[str, Tensor]:
@@ -227,7 +232,9 @@ def _renamed(tensors: dict[str, Tensor], rename: Callable[[str], str], file: Pat
     named: dict[str, str] = {}
     for name in sorted(tensors):
         if (other := named.setdefault(rename(name), name)) != name:
-            raise UserError(f"{file} holds {other} and {name}, which are two of one tensor: remove one of them")
+            raise UserError(
+                f"{file} holds {_shown(other)} and {_shown(name)}, which are two of one tensor: remove one of them"
+            )
     return {rename(name): value for name, value in tensors.items()}
 
 
@@ -257,7 +264,7 @@ def _official(named: dict[str, Tensor], adapter: Adapter, shape: dict[str, Any],
     missing, unknown = sorted(names.keys() - named.keys()), sorted(named.keys() - names.keys())
     if missing or unknown:
         what = [f"{name} is missing" for name in missing[:1]]
-        what += [f"{' '.join(name.split())[:200]} is unknown" for name in unknown[:1]]
+        what += [f"{_shown(name)} is unknown" for name in unknown[:1]]
         raise UserError(f"{file} is no ConvNeXt V2 {shape['name']}: {', '.join(what)}")
     state = {}
     for name, key in names.items():

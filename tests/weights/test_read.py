@@ -122,6 +122,7 @@ def test_files_that_hold_no_weights_are_named(tmp_path, export_encoder, capsys):
     [
         ({"stages.0.0.norm.bias": None}, "stages.0.0.norm.bias is missing"),
         ({"extra": torch.zeros(1)}, "extra is unknown"),
+        ({"extra\n\x1b[31m" + "x" * 1000: torch.zeros(1)}, r"extra\?\?\[31mx{189} is unknown"),
         ({"stages.0.0.norm.bias": torch.zeros(3)}, r"is \[3\], not \[40\]"),
         ({"stages.0.0.norm.bias": torch.full((40,), torch.nan)}, "stages.0.0.norm.bias has values that are not finite"),
         ({"downsample_layers.0.0.weight": None}, "no ConvNeXt V2 in any layout"),
