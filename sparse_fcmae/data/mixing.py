@@ -9,6 +9,7 @@ from torch import Tensor
 
 from sparse_fcmae.data.format import ImageFormat
 from sparse_fcmae.runtime.errors import UserError
+from sparse_fcmae.runtime.notices import say_once
 
 
 class Mixing:
@@ -42,7 +43,10 @@ class Mixing:
         if self.erasing is not None:
             untouched = self.erasing(torch.ones_like(images[:, :1])) > 0
             images = torch.where(untouched, images, torch.randn_like(images))
-        if not self.ways or len(images) < 2:
+        if not self.ways:
+            return images, labels
+        if len(images) < 2:
+            say_once("a micro-batch of one image has no other one to mix it with: it is not mixed")
             return images, labels
         way = self.ways[torch.randint(len(self.ways), ()).item()]
         share = torch.distributions.Beta(self.alpha[way], self.alpha[way]).sample().item()

@@ -145,7 +145,7 @@ class FCMAE(nn.Module):
         if is_tiling(self.pred, 1):
             return patches.pointwise(decoded if rows is None else decoded[rows], self.pred)
         say_called(self.pred)
-        dense = decoded.view(*patches.mask.shape, -1).permute(0, 3, 1, 2)
+        dense = decoded.view(*patches.mask.shape, decoded.shape[1]).permute(0, 3, 1, 2)
         prediction = patches.sized(self.pred(dense), self.pred, 1).permute(0, 2, 3, 1).flatten(0, 2)
         return prediction if rows is None else prediction[rows]
 

@@ -6,6 +6,7 @@ from timm.data.random_erasing import RandomErasing
 
 from sparse_fcmae.data.format import ImageFormat
 from sparse_fcmae.data.mixing import Mixing
+from sparse_fcmae.runtime import notices
 
 
 @pytest.mark.parametrize(("mixup", "cutmix"), [(0.8, 0), (0, 1.0), (0.8, 1.0)])
@@ -36,12 +37,17 @@ def test_no_image_is_mixed_with_itself(batch, mixup, cutmix):
     assert partners == set(range(batch))
 
 
-def test_an_image_that_is_alone_is_not_mixed():
+def test_an_image_that_is_alone_is_not_mixed_and_that_is_said(caplog):
+    notices._say.cache_clear()
     mix = Mixing(3, ImageFormat.imagenet(), random_erasing=0, mixup=0.8, cutmix=1.0)
     pixels, labels = torch.randint(256, (1, 16, 24, 3), dtype=torch.uint8), torch.tensor([2])
     images, targets = mix(pixels, labels)
     assert torch.equal(images, ImageFormat.imagenet().normalise(pixels))
     assert targets is labels
+    mix(pixels, labels)
+    assert [record.getMessage() for record in caplog.records] == [
+        "sparse-fcmae: a micro-batch of one image has no other one to mix it with: it is not mixed"
+    ]
 
 
 def covered(draws, own):
