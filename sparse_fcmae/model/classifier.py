@@ -27,6 +27,7 @@ class Classifier(SparseEncoder):
         if not 0 <= drop_path < 1:
             raise UserError(f"`drop_path` {drop_path} must be 0 or more and less than 1")
         self.num_classes = num_classes
+        self.classes: tuple[str, ...] | None = None  # the names of the outputs, where they are known
         self.norm = nn.LayerNorm(self.num_features, eps=EPS)
         self.head = nn.Linear(self.num_features, num_classes)
         blocks = [block for stage in self.stages for block in stage]

@@ -4,13 +4,16 @@ Sizes and block: ConvNeXt V2 (Woo et al., 2023), sections 3.1 and 3.2 and append
 names and the dense shapes.
 """
 
+import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import copy
 from functools import partial
 from itertools import pairwise
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -183,7 +186,9 @@ class SparseEncoder(nn.Module):
         self.image_size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
         self.grid(*self.image_size)
 
-        self.num_features = dims[-1]
+        self.channels, self.num_features = dims, dims[-1]  # of the maps of the four stages, and of the last one
+        self.strides = tuple(stem_stride * 2**stage for stage in range(4))  # pixels from position to position in them
+        self.transform: Callable[[Any], Tensor] | None = None  # what makes its input of an image, where that is known
         stem = Stem(nn.Conv2d(in_chans, dims[0], stem_stride, stem_stride), nn.LayerNorm(dims[0], eps=EPS))
         downs = [Downsampling(nn.LayerNorm(dim, eps=EPS), nn.Conv2d(dim, out, 2, 2)) for dim, out in pairwise(dims)]
         self.downsample_layers = nn.ModuleList([stem, *downs])
@@ -216,16 +221,52 @@ class SparseEncoder(nn.Module):
         Honours autocast; the residual stream stays float32. Raises UserError for images or a mask of another shape.
         """
         patches = mask if isinstance(mask, Patches) else self.patches(images, mask, num_visible)
+        *_, x = self.stage_outputs(images, patches, statistics)
+        return x if patches is mask else patches.scatter(x)
+
+    def features(
+        self, images: Tensor, mask: Tensor | None = None, num_visible: int | None = None
+    ) -> tuple[Tensor, ...]:
+        """The maps of the four stages, [B, channels[i], ceil(H / strides[i]), ceil(W / strides[i])].
+
+        images: [B, C, H, W], floating and normalised, of any size. Sides that are no multiples of the patch are padded
+        with zeros at the bottom and on the right, and the maps cut to what lies on the image. mask, num_visible: as in
+        `forward`, over the patches of the padded image; maps are zero where it is masked. A classifier's maps are those
+        before its final norm. Raises UserError as `forward` does.
+        """
+        height, width = images.shape[-2:]
+        images = F.pad(images, (0, -width % self.patch_size, 0, -height % self.patch_size))
+        patches = self.patches(images, mask, num_visible)
+        maps = [patches.scatter(x) for x in self.stage_outputs(images, patches)]
+        return tuple(
+            x[:, :, : math.ceil(height / stride), : math.ceil(width / stride)]
+            for x, stride in zip(maps, self.strides, strict=True)
+        )
+
+    def stage_outputs(self, images: Tensor, patches: Patches, statistics: Tensor | None = None) -> list[Tensor]:
+        """The features of the visible patches behind each stage, as `patches` holds them."""
         if statistics is None and not images.is_floating_point():
             raise UserError(
                 f"images are {str(images.dtype).removeprefix('torch.')}: normalise them or give `statistics`"
             )
         x = self.downsample_layers[0](images, patches, statistics)
-        x = self.stages[0](x, patches)
+        outputs = [self.stages[0](x, patches)]
         for downsample, stage in zip(self.downsample_layers[1:], self.stages[1:], strict=True):
-            x = downsample(x, patches)
-            x = stage(x, patches)
-        return x if patches is mask else patches.scatter(x)
+            x = downsample(outputs[-1], patches)
+            outputs.append(stage(x, patches))
+        return outputs
+
+    def preprocess(self, images: Any) -> Tensor:
+        """Images as they are -> [B, C, H, W] on the encoder's device, normalised as its weights were trained with.
+
+        images: a path, a binary file, an image of Pillow's, an array, a tensor, or a list of these, of any sizes. Each
+        is cropped around its centre and resized, as `load_transform` says. Raises OSError for an image that can't be
+        read, and UserError where the weights were not loaded from a checkpoint.
+        """
+        if self.transform is None:
+            raise UserError("how images are prepared is known of loaded weights alone: see `load_encoder`")
+        several = images if isinstance(images, Sequence) and not isinstance(images, str) else [images]
+        return torch.stack([self.transform(image) for image in several]).to(next(self.parameters()).device)
 
     def with_backend(self, backend: str) -> "SparseEncoder":
         """The same layers and parameters, not copies, run by another backend."""

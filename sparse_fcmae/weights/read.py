@@ -5,7 +5,6 @@ the model of its size.
 """
 
 import argparse
-import os
 import pickle
 import re
 from collections.abc import Callable
@@ -17,10 +16,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from sparse_fcmae.data.decoders import File
-from sparse_fcmae.data.decoders.image import reading_of
-from sparse_fcmae.data.decoders.pages import Page
-from sparse_fcmae.data.views import CentreView, default_crop_fraction
+from sparse_fcmae.data.transform import Transform
 from sparse_fcmae.model.classifier import Classifier
 from sparse_fcmae.model.convnext import SparseEncoder, name_of
 from sparse_fcmae.runtime.checkpoint_folder import (
@@ -59,29 +55,13 @@ def load_classifier(path: str | Path, *, backend: str = "auto") -> Classifier:
     return read_weights(path).classifier(backend)
 
 
-def load_transform(path: str | Path, crop_fraction: float | None = None) -> Callable[..., Tensor]:
+def load_transform(path: str | Path, crop_fraction: float | None = None) -> Transform:
     """What makes of an image's file the image that the model of a checkpoint takes: float32 [C, H, W], normalised.
 
     path: as in `read_weights`. crop_fraction: as in `CentreView`; None for what suits the size or, where the model was
-    trained on native windows, for the window in the middle. The function takes a path, a binary file, an image of
-    Pillow's, an array or a tensor, and raises OSError for an image that the model does not take. Where
-    the pages of a file are images of their own, it takes the number of one too, counted from 0, as `page`.
+    trained on native windows, for the window in the middle.
     """
-    weights = read_weights(path)
-    form, size = weights.form, weights.architecture["image_size"]
-    native = form.native and crop_fraction is None
-    view = CentreView(size, reading_of(form), crop_fraction or default_crop_fraction(size), native)
-
-    def transform(file: File | Tensor, page: int | None = None) -> Tensor:
-        if isinstance(file, Tensor):
-            file = file.numpy(force=True)
-        try:
-            return form.normalise(view(file if page is None else Page(file, page))[None])[0]
-        except OSError as error:
-            name = file if isinstance(file, str | os.PathLike) else f"the {type(file).__name__}"
-            raise OSError(f"{name}: {error}") from None
-
-    return transform
+    return read_weights(path).transform(crop_fraction)
 
 
 def read_weights(path: str | Path, *, whole: bool = False) -> Weights:

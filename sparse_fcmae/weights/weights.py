@@ -10,7 +10,10 @@ from typing import Any
 
 from torch import Tensor
 
+from sparse_fcmae.data.decoders.image import reading_of
 from sparse_fcmae.data.format import ImageFormat
+from sparse_fcmae.data.transform import Transform
+from sparse_fcmae.data.views import CentreView, default_crop_fraction
 from sparse_fcmae.kernels.constants import SIDES
 from sparse_fcmae.model.classifier import Classifier
 from sparse_fcmae.model.convnext import SparseEncoder
@@ -83,6 +86,7 @@ class Weights:
         """The encoder, in evaluation mode."""
         encoder = SparseEncoder(**self.architecture, backend=backend)
         encoder.load_state_dict(self.without("norm", "head", "decoder"))
+        encoder.transform = self.transform()
         return encoder.eval()
 
     def classifier(self, backend: str = "auto", drop_path: float = 0.0) -> Classifier:
@@ -91,7 +95,18 @@ class Weights:
             raise UserError("these weights have no classification head: fine-tune them to get one")
         model = Classifier(**self.architecture, num_classes=self.num_classes, backend=backend, drop_path=drop_path)
         model.load_state_dict(self.without("decoder"))
+        model.classes, model.transform = self.classes, self.transform()
         return model.eval()
+
+    def transform(self, crop_fraction: float | None = None) -> Transform:
+        """What makes of an image what a model with these weights takes.
+
+        crop_fraction: as in `CentreView`; None for what suits the size or, where the model was trained on native
+        windows, for the window in the middle.
+        """
+        size, native = self.architecture["image_size"], self.form.native and crop_fraction is None
+        fraction = crop_fraction or default_crop_fraction(size)
+        return Transform(CentreView(size, reading_of(self.form), fraction, native), self.form)
 
 
 def architecture_of(encoder: SparseEncoder) -> dict[str, Any]:
