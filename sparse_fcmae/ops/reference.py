@@ -109,10 +109,11 @@ def patch_errors(
 def gelu_grn(x: Tensor, gamma: Tensor, image_offsets: Tensor, beta: Tensor | None = None) -> Tensor:
     """GELU and global response normalisation over each image's positions: `ops.gelu_grn`."""
     h = F.gelu(x)
-    squares = torch.segment_reduce(h.to(accumulator(h)).square().sum((1, 2)), "sum", offsets=image_offsets)
-    scale = grn_scale(squares, gamma)
-    scale = scale.repeat_interleave(image_offsets.diff(), 0, output_size=len(h))[:, None, None]
-    return grn(h, scale, beta)
+    images = torch.arange(len(image_offsets) - 1, device=h.device)
+    image_of = images.repeat_interleave(image_offsets.diff(), output_size=len(h))
+    of_patches = h.to(accumulator(h)).square().sum((1, 2))
+    squares = of_patches.new_zeros(len(images), h.shape[3]).index_add(0, image_of, of_patches)
+    return grn(h, grn_scale(squares, gamma)[image_of][:, None, None], beta)
 
 
 def grn_scale(squares: Tensor, gamma: Tensor) -> Tensor:

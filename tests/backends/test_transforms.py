@@ -175,8 +175,9 @@ def test_an_op_refuses_tangents_and_transforms_and_second_derivatives(op):
         first.sum().backward()
 
 
-def test_second_derivatives_by_the_masked_backend():
-    model, scale = encoder("masked").requires_grad_(False), torch.tensor(1.0, requires_grad=True)
+@pytest.mark.parametrize("name", ["masked", "torch"])
+def test_second_derivatives_by_the_backends_in_plain_pytorch(name):
+    model, scale = encoder(name).requires_grad_(False), torch.tensor(1.0, requires_grad=True)
     (first,) = torch.autograd.grad(model(IMAGES * scale)[0, 0, 0, 0], scale, create_graph=True)
     (second,) = torch.autograd.grad(first, scale)
     step = 1e-3
