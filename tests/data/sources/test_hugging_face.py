@@ -1,20 +1,17 @@
 """Data sets of Hugging Face's library and Parquet files, made by that library, by pyarrow, and on a local hub."""
 
-import hashlib
-import http.server
 import io
-import json
 import os
 import pickle
 import subprocess
 import sys
-import threading
 
 import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hub import hub
 from PIL import Image
 
 from sparse_fcmae import UserError
@@ -215,48 +212,6 @@ def test_the_library_is_named_where_it_is_missing(tmp_path, monkeypatch):
         open_images(tmp_path / "x.parquet")
 
 
-class Hub(http.server.BaseHTTPRequestHandler):
-    """As much of the hub as a data set of one Parquet file needs. folder: that holds it."""
-
-    folder = None
-    SHA = "0123456789abcdef0123456789abcdef01234567"
-
-    def log_message(self, *_):
-        pass
-
-    def answer(self, content, **headers):
-        self.send_response(200)
-        for name, value in {"Content-Length": len(content), **headers}.items():
-            self.send_header(name.replace("_", "-"), str(value))
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(content)
-
-    def do_GET(self):
-        path = self.path.split("?")[0]
-        file = self.folder / "train-00000-of-00001.parquet"
-        entry = {"type": "file", "path": file.name, "size": file.stat().st_size, "oid": "0" * 40}
-        if path.startswith("/api/datasets/someone/pictures/tree/"):
-            self.answer(json.dumps([entry]).encode())
-        elif path.startswith("/api/datasets/someone/pictures/paths-info/"):
-            self.rfile.read(int(self.headers.get("Content-Length", 0)))
-            self.answer(json.dumps([entry]).encode())
-        elif path.startswith("/api/datasets/someone/pictures"):
-            found = {"id": "someone/pictures", "sha": self.SHA, "siblings": [{"rfilename": file.name}], "tags": []}
-            self.answer(json.dumps(found | {"private": False, "downloads": 0}).encode())
-        elif path.endswith(file.name):
-            content = file.read_bytes()
-            self.answer(content, ETag=f'"{hashlib.sha1(content).hexdigest()}"', X_Repo_Commit=self.SHA)
-        else:
-            self.send_response(404)
-            there = "someone/pictures" in path
-            self.send_header("X-Error-Code", "EntryNotFound" if there else "RepoNotFound")
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-
-    do_HEAD = do_POST = do_GET
-
-
 PROGRAM = """
 import sys
 from sparse_fcmae.data.sources.hugging_face import DatasetImages
@@ -271,14 +226,12 @@ except Exception as error:
 
 
 def test_a_name_on_the_hub(tmp_path):
-    dataset().to_parquet(tmp_path / "train-00000-of-00001.parquet")
+    (tmp_path / "hub").mkdir()
+    dataset().to_parquet(tmp_path / "hub" / "train-00000-of-00001.parquet")
     (tmp_path / "3.png").write_bytes(IMAGES[3])
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), type("OfFolder", (Hub,), {"folder": tmp_path}))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    place = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "home")}
-    command = [sys.executable, "-c", PROGRAM, str(tmp_path / "3.png")]
-    done = subprocess.run(command, env=dict(os.environ) | place, capture_output=True, text=True, timeout=200)
-    server.shutdown()
+    with hub(tmp_path / "hub", "someone/pictures", "datasets", tmp_path / "home") as place:
+        command = [sys.executable, "-c", PROGRAM, str(tmp_path / "3.png")]
+        done = subprocess.run(command, env=dict(os.environ) | place, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     first, *rest = done.stdout.splitlines()
     assert first == "10 True", done.stderr
