@@ -37,6 +37,7 @@ GIANTS: dict[str, Size] = {  # huge made wider, to 1.1 and 3.1 billion parameter
     "giant": ((3, 3, 27, 3), (448, 896, 1792, 3584)),
     "gigantic": ((3, 3, 27, 3), (768, 1536, 3072, 6144)),
 }
+STEM_STRIDES = (4, 2, 1)
 OTHER = re.compile(r"(\d+(?:-\d+){3}):(\d+(?:-\d+){3})")  # how the name of any other size is made of its numbers
 
 
@@ -173,7 +174,7 @@ class SparseEncoder(nn.Module):
     ) -> None:
         super().__init__()
         depths, dims = size_of(name)
-        if stem_stride not in (4, 2, 1):
+        if stem_stride not in STEM_STRIDES:
             raise UserError(f"`stem_stride` {stem_stride} is not supported: choose 4, 2 or 1")
         if grn_scope not in ("image", "batch"):
             raise UserError(f"`grn_scope` {grn_scope!r} is unknown: choose image or batch")

@@ -7,7 +7,7 @@ layout of the same tensors. Each has a file of its own here, and `adapters.py` l
 import importlib
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -36,12 +36,9 @@ class Settings:
     classes: tuple[str, ...] | None = None
     form: ImageFormat | None = None
     grn_scope: str = "image"
-    in_chans: int | None = None
 
     @classmethod
-    def of(
-        cls, image_size: Any, classes: Any, images: dict[str, Any], in_chans: Any = None, grn_scope: str = "image"
-    ) -> "Settings":
+    def of(cls, image_size: Any, classes: Any, images: dict[str, Any], grn_scope: str = "image") -> "Settings":
         """The settings in values of a JSON file, None for what it does not say.
 
         images: a format as `ImageFormat.as_json` gives it, or "mean" and "std" alone, of 8-bit values between 0 and 1.
@@ -52,13 +49,7 @@ class Settings:
             raise ValueError(f"no image has {size[0]}x{size[1]} pixels")
         if images.get("mean") and images.get("std"):
             form = ImageFormat.of_json(images) if "dtype" in images else of_units(images["mean"], images["std"])
-        return cls(
-            size,
-            tuple(map(str, classes)) if classes else None,
-            form,
-            grn_scope,
-            int(in_chans) if in_chans else None,
-        )
+        return cls(size, tuple(map(str, classes)) if classes else None, form, grn_scope)
 
 
 class Target(ABC):
@@ -174,6 +165,18 @@ class Adapter(Target):
         """
         return None
 
+    def shapes_in(self, config: dict[str, Any]) -> dict[str, Any]:
+        """The numbers in a config of this library that shapes of tensors show too, by the names that it has there."""
+        return {}
+
+    def is_extra(self, name: str, names: Collection[str]) -> bool:
+        """Whether the library adds a tensor of this name to an encoder, among these names, that is no part of it."""
+        return False
+
+    def is_stem(self, name: str) -> bool:
+        """Whether a name, in any of the variants, is that of the first convolution's weight."""
+        return self.usual(name) == self.rename("downsample_layers.0.0.weight")
+
     def norm_eps(self, config: dict[str, Any]) -> float:
         """What the final norm of a model with this config adds to the variance."""
         return EPS
@@ -190,7 +193,7 @@ class Adapter(Target):
         width = len(state["downsample_layers.0.0.weight"])
         return {self.rename(key): self.pack(key, value, width).contiguous() for key, value in state.items()}
 
-    def recognises(self, names: Iterable[str]) -> bool:
+    def recognises(self, names: Collection[str]) -> bool:
         """Whether tensors of these names, in any of the variants, are in this layout."""
         return any(self.telltale.search(name) for name in names)
 

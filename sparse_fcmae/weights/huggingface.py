@@ -1,11 +1,13 @@
 """Hugging Face transformers: its layout of ConvNeXt V2, and the folder that `from_pretrained` loads."""
 
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import Tensor
 
+from sparse_fcmae.data.format import BYTE
 from sparse_fcmae.data.views import default_crop_fraction
 from sparse_fcmae.kernels.constants import EPS
 from sparse_fcmae.model.convnext import size_of
@@ -64,6 +66,17 @@ def processor_config(weights: Weights) -> dict[str, Any]:
     return config
 
 
+def statistics_in(processor: dict[str, Any]) -> dict[str, Any]:
+    """Mean and deviation that a processor's steps come to, of values between 0 and 1, as `Settings.of` takes them."""
+    mean, std = processor.get("image_mean"), processor.get("image_std")
+    if not mean or not std:
+        return {}
+    if not processor.get("do_normalize", True):
+        mean, std = [0.0] * len(mean), [1.0] * len(std)
+    factor = BYTE * processor.get("rescale_factor", 1 / BYTE) if processor.get("do_rescale", True) else BYTE
+    return {"mean": [value / factor for value in mean], "std": [value / factor for value in std]}
+
+
 class HuggingFace(Adapter):
     """transformers' ConvNextV2ForImageClassification, and ConvNextV2Model for an encoder."""
 
@@ -101,9 +114,15 @@ class HuggingFace(Adapter):
         return Settings.of(
             config.get("image_size"),
             None if classes[:1] == [UNNAMED.format(0)] else classes,
-            processor.get("image_format") or {"mean": processor.get("image_mean"), "std": processor.get("image_std")},
-            config.get("num_channels"),
+            processor.get("image_format") or statistics_in(processor),
         )
+
+    def shapes_in(self, config: dict[str, Any]) -> dict[str, Any]:
+        found = {name: config.get(name) for name in ("depths", "hidden_sizes", "patch_size", "num_channels")}
+        return found | {"classes in id2label": len(config.get("id2label", ())) or None}
+
+    def is_extra(self, name: str, names: Collection[str]) -> bool:
+        return name.startswith("hidden_states_norms.")  # of ConvNextV2Backbone
 
     def norm_eps(self, config: dict[str, Any]) -> float:
         return config.get("layer_norm_eps", LIBRARYS_EPS)

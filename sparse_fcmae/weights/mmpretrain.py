@@ -1,6 +1,7 @@
 """mmpretrain: its layout of ConvNeXt V2, and the model's part of a config to go on from with `_base_`."""
 
 import re
+from collections.abc import Collection
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -8,6 +9,8 @@ from torch import Tensor
 from sparse_fcmae.model.convnext import SIZES, size_of
 from sparse_fcmae.weights.adapter import Adapter, flat_grn
 from sparse_fcmae.weights.weights import Weights
+
+STAGE_NORM = re.compile(r"(backbone\.)?norm[0-3]\.")
 
 
 def model_config(weights: Weights) -> str:
@@ -58,6 +61,11 @@ class MMPretrain(Adapter):
     wrapper = "state_dict"
     configs: ClassVar = {"config.py": model_config}
     ends_in_norm = True
+
+    def is_extra(self, name: str, names: Collection[str]) -> bool:
+        """A backbone whose stages all have a norm has no final one: that of the last stage is one of them."""
+        of_all = any(STAGE_NORM.match(other) and "norm3" not in other for other in names)
+        return of_all and STAGE_NORM.match(name) is not None
 
     def pack(self, key: str, value: Tensor, width: int) -> Tensor:
         return flat_grn(key, value)

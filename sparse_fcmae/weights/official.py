@@ -1,12 +1,14 @@
 """The layout of the official dense models, which is this package's own, and the config that `load_encoder` reads."""
 
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, ClassVar
 
 from sparse_fcmae.weights.adapter import CONFIG, Adapter, Settings
 from sparse_fcmae.weights.weights import Weights
 
+STAGE_NORM = re.compile(r"norm[0-3]\.")
 FORMAT = "sparse-fcmae"  # how the "format" of this package's configs begins, those of runs included
 
 
@@ -34,4 +36,14 @@ class Official(Adapter):
             return None
         images = config.get("images") or config  # a run has its options at the top, `mean` and `std` among them
         scope = config.get("grn_scope", "image")
-        return Settings.of(config.get("image_size"), config.get("classes"), images, config.get("in_chans"), scope)
+        return Settings.of(config.get("image_size"), config.get("classes"), images, scope)
+
+    def shapes_in(self, config: dict[str, Any]) -> dict[str, Any]:
+        return {name: config.get(name) for name in ("name", "in_chans", "stem_stride", "num_classes")}
+
+    def recognises(self, names: Collection[str]) -> bool:
+        """A model for pretraining has a mask token. Behind `encoder.` in any other model the encoder alone is ours."""
+        return "downsample_layers.0.0.weight" in names or (super().recognises(names) and "mask_token" in names)
+
+    def is_extra(self, name: str, names: Collection[str]) -> bool:
+        return STAGE_NORM.match(name) is not None  # of the official code's backbone for segmentation

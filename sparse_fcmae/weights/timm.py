@@ -84,7 +84,8 @@ class Timm(Adapter):
         (r"^head\.", "head.fc."),
         (r"^norm\.", "head.norm."),
     )
-    telltale = re.compile(r"^stem\.0\.weight$")
+    variants = ((r"^stem_(?=\d\.)", "stem."), (r"^stages_(?=\d\.)", "stages."))  # of `features_only=True`
+    telltale = re.compile(r"^stem[._]0\.weight$")
     configs: ClassVar = {CONFIG: model_config}
     ends_in_norm = True
     library = "timm"
@@ -105,8 +106,14 @@ class Timm(Adapter):
             return None
         images = config["pretrained_cfg"]
         classes = config.get("label_names") or images.get("label_names")
-        in_chans = config.get("model_args", {}).get("in_chans")
-        return Settings.of(images.get("input_size", ())[1:], classes, config.get("image_format") or images, in_chans)
+        return Settings.of(images.get("input_size", ())[1:], classes, config.get("image_format") or images)
+
+    def shapes_in(self, config: dict[str, Any]) -> dict[str, Any]:
+        arguments = config.get("model_args", {})
+        found = {name: arguments.get(name) for name in ("in_chans", "patch_size", "depths", "dims")}
+        if not (arguments.get("depths") or arguments.get("dims")):
+            found["architecture"] = config.get("architecture")
+        return found | {"num_classes": config.get("num_classes") or None}
 
     def unlike(self, config: dict[str, Any]) -> str | None:
         name = str(config.get("architecture", "convnextv2"))

@@ -62,7 +62,7 @@ def test_every_round_trip_is_bit_identical(tmp_path, name):
     state = {key: torch.rand(value.shape) for key, value in state.items()}
     tensors = state
     for layout in ("timm", "huggingface", "mmpretrain", "official"):
-        weights = understand({"model": TARGETS[layout].from_official(tensors)}, tmp_path / "x")
+        weights = understand(TARGETS[layout].from_official(tensors), tmp_path / "x")
         tensors = weights.state
         assert weights.layout == layout
         assert weights.architecture["name"] == name

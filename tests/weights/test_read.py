@@ -11,7 +11,8 @@ from sparse_fcmae import UserError, convert, create_fcmae, load_classifier, load
 from sparse_fcmae.weights.adapters import ADAPTERS
 from sparse_fcmae.weights.huggingface import HuggingFace
 from sparse_fcmae.weights.mmpretrain import MMPretrain
-from sparse_fcmae.weights.read import FILES, read_weights
+from sparse_fcmae.weights.opening import FILES
+from sparse_fcmae.weights.read import read_weights
 from sparse_fcmae.weights.timm import Timm
 
 
@@ -80,12 +81,7 @@ def test_a_runs_folder_gives_its_decoder_to_fcmae(tmp_path, pictures):
         convert(tmp_path / "run", tmp_path / "run" / "exported", to="timm", overwrite=True)
 
 
-class Evil:
-    def __reduce__(self):
-        return (print, ("code",))
-
-
-def test_files_that_hold_no_weights_are_named(tmp_path, export_encoder, capsys):
+def test_files_that_hold_no_weights_are_named(tmp_path, export_encoder):
     state = export_encoder().state_dict()
     whole = (tmp_path / "ours" / "model.safetensors").read_bytes()
     (tmp_path / "empty").mkdir()
@@ -94,7 +90,6 @@ def test_files_that_hold_no_weights_are_named(tmp_path, export_encoder, capsys):
     (tmp_path / "cut.pt").write_bytes((tmp_path / "whole.pt").read_bytes()[:-1000])
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "model.pt").write_bytes(b"x")
-    torch.save({"model": state, "evil": Evil()}, tmp_path / "evil.pt")
     (tmp_path / "sharded").mkdir()
     (tmp_path / "sharded" / "model.safetensors.index.json").write_text("{}")
     mistakes = {
@@ -103,7 +98,6 @@ def test_files_that_hold_no_weights_are_named(tmp_path, export_encoder, capsys):
         "cut.safetensors": "can't be read as safetensors",
         "cut.pt": "can't be read as a PyTorch file",
         "full": "can't be read as a PyTorch file",
-        "evil.pt": "that is code: refused",
         "sharded": "weights in several files",
     }
     states = ({"model": {"a": 1}}, {"model": {1: torch.zeros(1)}}, {"model": {}}, [1])
@@ -114,7 +108,6 @@ def test_files_that_hold_no_weights_are_named(tmp_path, export_encoder, capsys):
         with pytest.raises(UserError, match=message) as error:
             read_weights(tmp_path / name)
         assert "\n" not in str(error.value)
-    assert "code" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -224,7 +217,7 @@ def test_json_that_is_nested_without_end(tmp_path, export_encoder):
     [
         {"pretrained_cfg": None},
         {"pretrained_cfg": {"input_size": None}},
-        {"model_type": "convnextv2", "num_channels": float("inf")},
+        {"model_type": "convnextv2", "image_size": float("inf")},
         {"model_type": "convnextv2", "id2label": []},
         {"model_type": "convnextv2", "id2label": {"a": "b"}},
         {"format": "sparse-fcmae x", "classes": 3},
