@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # for editors and type checkers; at run time see __getattr__
     from sparse_fcmae.backends import available_backends as available_backends
+    from sparse_fcmae.evaluation.embed import embed as embed
     from sparse_fcmae.evaluation.evaluate import evaluate as evaluate
     from sparse_fcmae.model.classifier import create_classifier as create_classifier
     from sparse_fcmae.model.convnext import create_encoder as create_encoder
@@ -28,6 +29,7 @@ PUBLIC = {  # name: the module that it is imported from when it is first used
     "create_classifier": "model.classifier",
     "create_encoder": "model.convnext",
     "create_fcmae": "model.fcmae",
+    "embed": "evaluation.embed",
     "evaluate": "evaluation.evaluate",
     "finetune": "tasks.classification",
     "inspect": "tasks.inspection",

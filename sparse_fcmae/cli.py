@@ -64,6 +64,11 @@ COMMANDS = {
         "evaluation.config:EvaluateConfig",
         "evaluation.evaluate:evaluate",
     ),
+    "embed": Command(
+        "an encoder's features of all images, with a map of them, copies and neighbours",
+        "evaluation.config:EmbedConfig",
+        "evaluation.embed:embed",
+    ),
     "demo": Command("draw images and pretrain on them, in a few minutes on a CPU", "demo:DemoConfig", "demo:demo"),
     "bench report": Command(
         "the suite on this machine, as tables, plots and one HTML page",

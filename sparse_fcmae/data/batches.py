@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from sparse_fcmae.data.decoders.image import Box
 from sparse_fcmae.data.sources import BadImage, ImageSource
 from sparse_fcmae.runtime.errors import UserError
 from sparse_fcmae.runtime.files import one_line
@@ -32,20 +33,22 @@ LOADER_PROCESSES: WeakSet[BaseProcess] = WeakSet()  # that this process has star
 
 class Sample(NamedTuple):
     """pixels: [H, W, C] from the view, or None where no image could be read. index: of the image in its source. bad:
-    the unreadable images that were met on the way."""
+    the unreadable images that were met on the way. box: of a window in its image, else None."""
 
     pixels: Tensor | None
     index: int
     bad: list[BadImage]
+    box: Box | None = None
 
 
 class Batch(NamedTuple):
     """pixels: [B, H, W, C]. index: int64 [B], of the images in their source. bad: the unreadable images that were
-    met on the way."""
+    met on the way. boxes: int64 [B, 4], left, top, right, bottom of windows in their images; None of whole images."""
 
     pixels: Tensor
     index: Tensor
     bad: list[BadImage]
+    boxes: Tensor | None = None
 
 
 class TrainingImages(Dataset):
@@ -81,7 +84,7 @@ class EvaluationImages(Dataset):
     def __getitem__(self, index: int) -> Sample:
         try:
             with self.source.open(index) as file:
-                return Sample(self.view(file), index, [])
+                return Sample(self.view(file), index, [], getattr(file, "box", None))
         except Exception as error:
             return Sample(None, index, [BadImage(self.source.name(index), one_line(error))])
 
@@ -176,6 +179,7 @@ def _collate(samples: list[Sample]) -> Batch:
         torch.stack(pixels) if pixels else torch.empty(0, dtype=torch.uint8),
         torch.tensor([sample.index for sample in readable], dtype=torch.int64),
         [image for sample in samples for image in sample.bad],
+        torch.tensor([sample.box for sample in readable]) if readable and readable[0].box else None,
     )
 
 

@@ -1,14 +1,37 @@
-"""The options of `sparse-fcmae evaluate`."""
+"""The options of `sparse-fcmae evaluate`, `embed` and `predict`."""
 
 from dataclasses import dataclass
 
 from sparse_fcmae.data.config import ReadingConfig
 from sparse_fcmae.runtime.compute import ComputeConfig
-from sparse_fcmae.runtime.options import option, seed_option
+from sparse_fcmae.runtime.options import option, option_of, seed_option
+
+WEIGHTS = "weights: run, checkpoint or exported folder, file of any layout, or a name as timm:convnextv2_tiny.fcmae"
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateConfig(ReadingConfig, ComputeConfig):
+class SeeingConfig(ReadingConfig, ComputeConfig):
+    """Options of what a model sees of images, and how many at once."""
+
+    image_size: str | int | tuple[int, int] | None = option(
+        None, help="pixels, as 224 or, height first, 224x320 [the weights']"
+    )
+    crop: str | None = option(
+        None,
+        help="resized: the centre of the image; native: windows that cover it, in its own resolution [as in training]",
+        choices=("resized", "native"),
+    )
+    crop_fraction: float | None = option(
+        None,
+        help="fraction of the sides that is seen [0.875; 1 up to 64 pixels, from 384 on, and on ImageNet-C]",
+        above=0,
+        at_most=1,
+    )
+    batch_size: int = option(64, help="images at once", above=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig(SeeingConfig):
     """Options of `sparse-fcmae evaluate`."""
 
     data: str = option(
@@ -16,7 +39,7 @@ class EvaluateConfig(ReadingConfig, ComputeConfig):
         "(.tar), Parquet files or a saved data set",
         path=True,
     )
-    init: str = option(help="weights: run, checkpoint or exported folder, or a file, of any layout", path=True)
+    init: str = option(help=WEIGHTS, path=True)
     out: str | None = option(None, help="folder for evaluation.json, confusion.json and confusion.png", path=True)
     overwrite: bool = option(False, help="replace an earlier evaluation in `out`")
     knn: bool = option(False, help="nearest neighbours by the encoder's features instead")
@@ -26,19 +49,27 @@ class EvaluateConfig(ReadingConfig, ComputeConfig):
         None, help="fraction of each class to hold out, where there is no val or test", above=0, below=1
     )
     labels_per_class: int | None = option(None, help="training images of each class for the probes [all]", above=0)
-    image_size: str | int | tuple[int, int] | None = option(
-        None, help="pixels, as 224 or, height first, 224x320 [the weights']"
-    )
-    crop: str | None = option(
-        None,
-        help="resized: the centre of the image; native: the mean over windows that cover it [as in training]",
-        choices=("resized", "native"),
-    )
-    crop_fraction: float | None = option(
-        None,
-        help="fraction of the sides that is evaluated [0.875; 1 up to 64 pixels, from 384 on, and on ImageNet-C]",
-        above=0,
-        at_most=1,
-    )
-    batch_size: int = option(64, help="images at once", above=0)
     seed: int = seed_option("of `val_split` and `labels_per_class`")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbedConfig(SeeingConfig):
+    """Options of `sparse-fcmae embed`."""
+
+    data: str | tuple[str, ...] = option(help="images, of any kind that pretraining takes", path=True)
+    init: str = option_of(EvaluateConfig, "init")
+    out: str = option(help="file for the features: .npz, .parquet or .npy", path=True)
+    overwrite: bool = option(False, help="replace what is in `out`")
+    stage: int = option(4, help="whose features, at strides of 4, 8, 16 and 32 pixels", choices=(1, 2, 3, 4))
+    maps: bool = option(False, help="keep the features of every position instead of their mean")
+    preview: str | bool = option(
+        False,
+        help="draw a map of the images beside `out`, by principal components, or by umap",
+        choices=(False, True, "umap"),
+        value_optional=True,
+    )
+    duplicates: float | None = option(
+        None, help="list pairs of images at least so similar, as 0.98, in a table beside `out`", above=-1, at_most=1
+    )
+    nearest: str | None = option(None, help="an image, of which those most similar to it are printed", path=True)
+    neighbours: int = option(10, help="how many of these", above=0)

@@ -7,30 +7,23 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
-from sparse_fcmae.backends import choose_dtype
-from sparse_fcmae.data.decoders.image import reading_of
 from sparse_fcmae.data.sources import BadImage
 from sparse_fcmae.data.sources.class_folder import open_held_out, open_splits
 from sparse_fcmae.data.sources.corruptions import find_corruptions
 from sparse_fcmae.data.sources.labelled import Labelled
 from sparse_fcmae.data.sources.pages import labelled_by_page
 from sparse_fcmae.data.splits import few_labels
-from sparse_fcmae.data.survey import reading_options
-from sparse_fcmae.data.views import CentreView, default_crop_fraction
 from sparse_fcmae.evaluation.accuracy import accuracy
 from sparse_fcmae.evaluation.config import EvaluateConfig
 from sparse_fcmae.evaluation.imagenet import CORRUPTIONS, mean_corruption_error, outputs_of, wordnet_ids
 from sparse_fcmae.evaluation.plots import draw_confusion
 from sparse_fcmae.evaluation.probes import features_of, linear_probe, nearest_neighbours
-from sparse_fcmae.evaluation.run import EvaluationSet, EvaluationView, check_any, run_model
-from sparse_fcmae.model.convnext import SparseEncoder
-from sparse_fcmae.runtime.device import choose_device, loader_processes
+from sparse_fcmae.evaluation.run import EvaluationSet, EvaluationView, check_any, run_model, view_of
 from sparse_fcmae.runtime.errors import UserError
 from sparse_fcmae.runtime.files import write_atomic, write_json, writing
-from sparse_fcmae.runtime.options import check, check_paths, image_size_of, keywords_of
+from sparse_fcmae.runtime.options import check, check_paths, keywords_of
 from sparse_fcmae.runtime.run_folder import RunFolder
 from sparse_fcmae.weights.read import Weights, read_weights
 
@@ -75,33 +68,6 @@ def checked(options: dict[str, Any]) -> EvaluateConfig:
         if (out / EVALUATION).exists() and not config.overwrite:
             raise UserError(f"`out` {out} holds an evaluation: choose another or give `overwrite=True`")
     return config
-
-
-def view_of(config: EvaluateConfig, weights: Weights) -> EvaluationView:
-    """How the weights are to see images. Raises UserError for an image size that does not suit their patch."""
-    device = choose_device(config.device)
-    size = image_size_of(config.image_size or weights.architecture["image_size"])
-    with torch.device("meta"):
-        SparseEncoder(**weights.architecture).grid(*size)
-    reading = reading_of(weights.form, **reading_options(config))
-    batch_bytes = config.batch_size * CentreView(size, reading).nbytes
-    workers, notes = loader_processes(device, config.num_workers, batch_bytes)
-    for note in notes:
-        print(note)
-    native = weights.form.native if config.crop is None else config.crop == "native"
-    if native and config.crop_fraction is not None:
-        raise UserError("`crop_fraction` goes with `crop=resized` alone")
-    return EvaluationView(
-        size=size,
-        form=weights.form,
-        reading=reading,
-        crop_fraction=config.crop_fraction or default_crop_fraction(size),
-        device=device,
-        bf16=choose_dtype(config.dtype, device, config.backend) == torch.bfloat16,
-        batch_size=config.batch_size,
-        num_workers=workers,
-        native=native,
-    )
 
 
 def measured(config: EvaluateConfig, weights: Weights, view: EvaluationView) -> dict[str, Any]:

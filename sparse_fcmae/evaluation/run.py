@@ -8,15 +8,22 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from sparse_fcmae.backends import choose_dtype
 from sparse_fcmae.data.batches import Batch, EvaluationImages, make_loader
-from sparse_fcmae.data.decoders.image import Reading
+from sparse_fcmae.data.decoders.image import Reading, reading_of
 from sparse_fcmae.data.format import ImageFormat
 from sparse_fcmae.data.sources import BadImage, ImageSource
 from sparse_fcmae.data.sources.labelled import Labelled
 from sparse_fcmae.data.sources.windows import Covering
-from sparse_fcmae.data.views import CentreView
+from sparse_fcmae.data.survey import reading_options
+from sparse_fcmae.data.views import CentreView, default_crop_fraction
+from sparse_fcmae.evaluation.config import SeeingConfig
+from sparse_fcmae.model.convnext import SparseEncoder
+from sparse_fcmae.runtime.device import choose_device, loader_processes
 from sparse_fcmae.runtime.distributed import Ranks
 from sparse_fcmae.runtime.errors import UserError
+from sparse_fcmae.runtime.options import image_size_of
+from sparse_fcmae.weights.weights import Weights
 
 
 @dataclass(frozen=True)
@@ -38,6 +45,41 @@ class EvaluationView:
     batch_size: int = 64
     num_workers: int = 0
     native: bool = False
+
+    @property
+    def of_image(self) -> CentreView:
+        """The part of an image, or of a window of it, that the model sees."""
+        return CentreView(self.size, self.reading, 1.0 if self.native else self.crop_fraction)
+
+
+def view_of(config: SeeingConfig, weights: Weights, device: torch.device | None = None) -> EvaluationView:
+    """How weights are to see images. Raises UserError for an image size that does not suit their patch.
+
+    device: None for the one that the options say.
+    """
+    device = device or choose_device(config.device)
+    size = image_size_of(config.image_size or weights.architecture["image_size"])
+    with torch.device("meta"):
+        SparseEncoder(**weights.architecture).grid(*size)
+    reading = reading_of(weights.form, **reading_options(config))
+    batch_bytes = config.batch_size * CentreView(size, reading).nbytes
+    workers, notes = loader_processes(device, config.num_workers, batch_bytes)
+    for note in notes:
+        print(note)
+    native = weights.form.native if config.crop is None else config.crop == "native"
+    if native and config.crop_fraction is not None:
+        raise UserError("`crop_fraction` goes with `crop=resized` alone")
+    return EvaluationView(
+        size=size,
+        form=weights.form,
+        reading=reading,
+        crop_fraction=config.crop_fraction or default_crop_fraction(size),
+        device=device,
+        bf16=choose_dtype(config.dtype, device, config.backend) == torch.bfloat16,
+        batch_size=config.batch_size,
+        num_workers=workers,
+        native=native,
+    )
 
 
 class EvaluationSet:
@@ -84,7 +126,7 @@ def run_on_batches(
     description: the text of a progress bar, which the source's notes precede; None for neither bar nor notes.
     """
     source, seen, image_of, view = images.source, images.seen, images.image_of, images.view
-    dataset = EvaluationImages(seen, CentreView(view.size, view.reading, 1.0 if view.native else view.crop_fraction))
+    dataset = EvaluationImages(seen, view.of_image)
     loader = make_loader(dataset, images.batches, view.num_workers, pin_memory=view.device.type == "cuda")
     sums, read, bad, rounds = None, torch.zeros(len(source), dtype=torch.int64), list(images.left_out), 0
 

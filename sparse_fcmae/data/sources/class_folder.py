@@ -2,14 +2,17 @@
 
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from sparse_fcmae.data.config import SourceConfig
+from sparse_fcmae.data.sources import ImageSource
 from sparse_fcmae.data.sources.channel_files import ChannelFiles
 from sparse_fcmae.data.sources.files import printable
 from sparse_fcmae.data.sources.folder import ImageFolder, check_folder
-from sparse_fcmae.data.sources.labelled import Labelled
-from sparse_fcmae.data.sources.opening import open_rows
+from sparse_fcmae.data.sources.labelled import SPLITS, Labelled
+from sparse_fcmae.data.sources.opening import is_named, open_images, open_rows
 from sparse_fcmae.data.splits import hold_out
 from sparse_fcmae.runtime.errors import UserError
 
@@ -38,6 +41,30 @@ def class_folder(
     if not config.channel_files and (empty := sorted(there - set(folders))):
         raise UserError(f"{root}: class folder {empty[0]} holds no images: fill or remove it")
     return Labelled.by_names(images, folders, labels_in_names=True)
+
+
+def open_described(data: Any, config: SourceConfig = USUAL) -> ImageSource | Labelled:
+    """The images of any source, all splits of them, with their classes where these are known.
+
+    They are where a table or the like has one for every image, and where all files of a folder lie in class folders, be
+    it within folders of splits.
+    """
+    rows = open_rows(data, config) if is_named(data) and isinstance(data, str | os.PathLike) else None
+    if rows and rows.labels is not None and "" not in rows.labels:
+        return rows.labelled()
+    images = open_images(data, config=config)
+    names = folders_of(images.files) if isinstance(images, ImageFolder) else None
+    return Labelled.by_names(images, names, labels_in_names=True) if names else images
+
+
+def folders_of(files: Sequence[str]) -> list[str] | None:
+    """The class folder of each of the paths below a folder; None where they are not all in one."""
+    places = [name.split(os.sep)[:-1] for name in files]
+    if all(len(place) == 1 for place in places):
+        return [sys.intern(place[0]) for place in places]
+    if all(len(place) == 2 and place[0].lower() in SPLITS for place in places):
+        return [sys.intern(place[1]) for place in places]
+    return None
 
 
 def open_held_out(root: str | os.PathLike, config: SourceConfig = USUAL) -> Labelled:

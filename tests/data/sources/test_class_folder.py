@@ -4,7 +4,7 @@ import torch
 from PIL import Image
 
 from sparse_fcmae import UserError
-from sparse_fcmae.data.sources.class_folder import class_folder, open_held_out, open_splits
+from sparse_fcmae.data.sources.class_folder import class_folder, open_described, open_held_out, open_splits
 from sparse_fcmae.data.splits import few_labels
 
 
@@ -107,3 +107,20 @@ def test_class_folder_of_every_image_is_its_own(pictures):
     folder = class_folder(pictures)
     classes = np.array([file.split("/")[0] for file in names(folder)])
     assert torch.equal(folder.labels, torch.tensor(np.unique(classes, return_inverse=True)[1]))
+
+
+def test_classes_are_known_where_all_images_lie_in_class_folders_or_a_table_says_them(tmp_path):
+    flat, split = make(tmp_path / "flat", dog=2, cat=1), tmp_path / "split"
+    make(split / "train", dog=1)
+    make(split / "val", cat=1)
+    for data, files in ((flat, ["cat/0.png", "dog/0.png", "dog/1.png"]), (split, ["train/dog/0.png", "val/cat/0.png"])):
+        found = open_described(data)
+        assert (names(found), found.classes) == (files, ("cat", "dog"))
+        assert [found.classes[label] for label in found.labels] == [file.split("/")[-2] for file in files]
+    (tmp_path / "a.csv").write_text("path,label\nflat/dog/0.png,wolf\nflat/cat/0.png,lynx\n")
+    assert open_described(tmp_path / "a.csv").classes == ("lynx", "wolf")
+    (tmp_path / "b.csv").write_text("path,label\nflat/dog/0.png,wolf\nflat/cat/0.png,\n")
+    Image.new("RGB", (8, 8)).save(flat / "loose.png")
+    for data, count in ((tmp_path / "b.csv", 2), (flat, 4), ([flat, split], 6), (tmp_path / "split" / "*" / "*" / "*.png", 2)):
+        found = open_described(data)
+        assert (len(found), hasattr(found, "labels")) == (count, False)

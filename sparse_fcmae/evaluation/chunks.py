@@ -1,0 +1,147 @@
+"""What a model makes of many images, in chunks on the disk until all of them are there.
+
+A chunk is what it makes of so many samples in a row. Several processes share the chunks, and a call that was killed
+leaves those that it has done, from which the next one goes on. Batches are the same in either case, and so are values.
+"""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from sparse_fcmae.data.batches import Batch, EvaluationImages, make_loader
+from sparse_fcmae.data.sources import BadImage, ImageSource
+from sparse_fcmae.evaluation.run import EvaluationView
+from sparse_fcmae.runtime.distributed import Ranks
+from sparse_fcmae.runtime.errors import UserError
+from sparse_fcmae.runtime.files import read_json, write_atomic, write_json, writing
+from sparse_fcmae.runtime.lock import lock_folder
+
+SAMPLES = 2048  # of a chunk, about
+SETTINGS = "settings.json"
+Arrays = dict[str, np.ndarray]  # by name, a row for each sample
+
+
+class Chunks:
+    """The chunks of a file `out`, in the folder beside it that is named as it with ".chunks" behind.
+
+    samples: that are run, of which unreadable ones are left out of their chunk. settings: what decides on the values.
+    """
+
+    def __init__(self, out: Path, settings: dict[str, Any], samples: ImageSource, view: EvaluationView) -> None:
+        self.folder, self.settings = out.with_name(f"{out.name}.chunks"), settings
+        self.samples, self.view = samples, view
+        self.each = max(1, round(SAMPLES / view.batch_size)) * view.batch_size
+        self.count = -(-len(samples) // self.each)
+
+    def begin(self) -> Any:
+        """Makes the folder, or says that it goes on in it; returns what keeps other calls out of it until it is closed.
+
+        Raises UserError where the folder is of other settings.
+        """
+        with writing(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+        lock = lock_folder(self.folder)
+        file = self.folder / SETTINGS
+        if not file.exists():
+            write_json(file, self.settings)
+        elif read_json(file) != self.settings:
+            lock.close()
+            raise UserError(f"{self.folder} was begun with other options, weights or images: delete it first")
+        elif done := sum(self._file(number).exists() for number in range(self.count)):
+            print(f"going on: {done} of {self.count} chunks are in {self.folder}")
+        return lock
+
+    def make(self, function: Callable[[Tensor], dict[str, Tensor]], ranks: Ranks, description: str) -> None:
+        """Has a function of normalised images [B, C, H, W] make the chunks that are not there, this rank's share.
+
+        It returns tensors of B rows by name. description: the text of the progress bar.
+        """
+        missing = [number for number in range(self.count) if not self._file(number).exists()]
+        own = missing[ranks.rank :: ranks.world]
+        batches = [list(part) for number in own for part in self._batches(number)]
+        loader = make_loader(
+            EvaluationImages(self.samples, self.view.of_image),
+            batches,
+            self.view.num_workers,
+            pin_memory=self.view.device.type == "cuda",
+        )
+        done = sum(len(self._range(number)) for number in range(self.count) if number not in missing)
+        unit = "window" if self.view.native else "image"
+        bar = tqdm(
+            total=len(self.samples) if ranks.world == 1 else sum(map(len, batches)),
+            initial=done if ranks.world == 1 else 0,
+            desc=description,
+            unit=unit,
+            disable=not ranks.main,
+            dynamic_ncols=True,
+        )
+        with bar, loader.explained():
+            loaded = iter(loader) if batches else iter(())
+            for number in own:
+                kept, bad = [], []
+                for _ in self._batches(number):
+                    batch = next(loaded)
+                    bad += batch.bad
+                    if len(batch.pixels):
+                        kept.append(self._run(function, batch))
+                    bar.update(len(batch.pixels) + len(batch.bad))
+                self._write(number, kept, bad)
+
+    @torch.no_grad()
+    def _run(self, function: Callable[[Tensor], dict[str, Tensor]], batch: Batch) -> Arrays:
+        """What the function makes of a batch, with the numbers of its samples and the boxes of windows."""
+        pixels = batch.pixels.to(self.view.device, non_blocking=True)
+        normalised = self.view.form.normalise(pixels)
+        with torch.autocast(self.view.device.type, torch.bfloat16, enabled=self.view.bf16):
+            outputs = function(normalised)
+        found = {name: value.float().cpu().numpy() for name, value in outputs.items()}
+        found["sample"] = batch.index.numpy()
+        if batch.boxes is not None:
+            found["box"] = batch.boxes.numpy().astype(np.int32)
+        return found
+
+    def _write(self, number: int, kept: list[Arrays], bad: list[BadImage]) -> None:
+        arrays = {name: np.concatenate([found[name] for found in kept]) for name in (kept[0] if kept else ())}
+        arrays["bad"] = np.array(json.dumps(bad))
+        write_atomic(self._file(number), lambda path: _save(path, arrays))
+
+    def _file(self, number: int) -> Path:
+        return self.folder / f"{number:08d}.npz"
+
+    def _range(self, number: int) -> range:
+        return range(number * self.each, min((number + 1) * self.each, len(self.samples)))
+
+    def _batches(self, number: int) -> list[range]:
+        samples, size = self._range(number), self.view.batch_size
+        return [samples[start : start + size] for start in range(0, len(samples), size)]
+
+    def of(self, *names: str) -> Iterator[Arrays]:
+        """The arrays of these names, and `sample`, of one chunk after the other. A chunk without any has none."""
+        for number in range(self.count):
+            with np.load(self._file(number), allow_pickle=False) as arrays:
+                if "sample" in arrays:
+                    yield {name: arrays[name] for name in (*names, "sample")}
+
+    def bad(self) -> list[BadImage]:
+        """The unreadable samples of all chunks."""
+        found = []
+        for number in range(self.count):
+            with np.load(self._file(number), allow_pickle=False) as arrays:
+                found += [BadImage(*image) for image in json.loads(str(arrays["bad"]))]
+        return found
+
+    def remove(self) -> None:
+        """Deletes the folder."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _save(path: Path, arrays: Arrays) -> None:
+    with path.open("wb") as file:  # given a name, np.savez would add an extension
+        np.savez(file, **arrays)
