@@ -7,6 +7,7 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time see __getattr__
     from sparse_fcmae.backends import available_backends as available_backends
     from sparse_fcmae.evaluation.embed import embed as embed
     from sparse_fcmae.evaluation.evaluate import evaluate as evaluate
+    from sparse_fcmae.evaluation.predict import predict as predict
     from sparse_fcmae.model.classifier import create_classifier as create_classifier
     from sparse_fcmae.model.convnext import create_encoder as create_encoder
     from sparse_fcmae.model.fcmae import create_fcmae as create_fcmae
@@ -36,6 +37,7 @@ PUBLIC = {  # name: the module that it is imported from when it is first used
     "load_classifier": "weights.read",
     "load_transform": "weights.read",
     "load_encoder": "weights.read",
+    "predict": "evaluation.predict",
     "pretrain": "tasks.pretraining",
     "random_mask": "model.masking",
 }

@@ -69,6 +69,11 @@ COMMANDS = {
         "evaluation.config:EmbedConfig",
         "evaluation.embed:embed",
     ),
+    "predict": Command(
+        "what a classifier says of each image, in a table",
+        "evaluation.config:PredictConfig",
+        "evaluation.predict:predict",
+    ),
     "demo": Command("draw images and pretrain on them, in a few minutes on a CPU", "demo:DemoConfig", "demo:demo"),
     "bench report": Command(
         "the suite on this machine, as tables, plots and one HTML page",

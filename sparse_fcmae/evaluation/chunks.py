@@ -4,6 +4,7 @@ A chunk is what it makes of so many samples in a row. Several processes share th
 leaves those that it has done, from which the next one goes on. Batches are the same in either case, and so are values.
 """
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -17,14 +18,18 @@ from tqdm import tqdm
 
 from sparse_fcmae.data.batches import Batch, EvaluationImages, make_loader
 from sparse_fcmae.data.sources import BadImage, ImageSource
+from sparse_fcmae.evaluation.config import SeeingConfig
 from sparse_fcmae.evaluation.run import EvaluationView
+from sparse_fcmae.evaluation.samples import Samples
 from sparse_fcmae.runtime.distributed import Ranks
 from sparse_fcmae.runtime.errors import UserError
 from sparse_fcmae.runtime.files import read_json, write_atomic, write_json, writing
 from sparse_fcmae.runtime.lock import lock_folder
+from sparse_fcmae.weights.weights import Weights
 
 SAMPLES = 2048  # of a chunk, about
 SETTINGS = "settings.json"
+FORMAT = "sparse-fcmae {}"
 Arrays = dict[str, np.ndarray]  # by name, a row for each sample
 
 
@@ -145,3 +150,28 @@ class Chunks:
 def _save(path: Path, arrays: Arrays) -> None:
     with path.open("wb") as file:  # given a name, np.savez would add an extension
         np.savez(file, **arrays)
+
+
+def settings_for(
+    what: str, weights: Weights, view: EvaluationView, samples: Samples, config: SeeingConfig
+) -> dict[str, Any]:
+    """What the values of chunks depend on, as JSON has it."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(weights.without("decoder").items()):
+        digest.update(name.encode() + tensor.numpy().tobytes())
+    settings = {
+        "format": FORMAT.format(what),
+        "weights": digest.hexdigest(),
+        "architecture": weights.architecture,
+        "images": samples.source.fingerprint,
+        "version": samples.source.version(),
+        "normalised": weights.form.as_json(),
+        "size": view.size,
+        "native": view.native,
+        "crop_fraction": view.crop_fraction,
+        "dtype": "bf16" if view.bf16 else "fp32",
+        "backend": config.backend,
+        "device": view.device.type,
+        "batch_size": view.batch_size,
+    }
+    return json.loads(json.dumps(settings))

@@ -49,6 +49,9 @@ class EvaluateConfig(SeeingConfig):
         None, help="fraction of each class to hold out, where there is no val or test", above=0, below=1
     )
     labels_per_class: int | None = option(None, help="training images of each class for the probes [all]", above=0)
+    per_image: str | None = option(
+        None, help="table of what the classifier says of each image: .csv, .jsonl or .parquet", path=True
+    )
     seed: int = seed_option("of `val_split` and `labels_per_class`")
 
 
@@ -73,3 +76,21 @@ class EmbedConfig(SeeingConfig):
     )
     nearest: str | None = option(None, help="an image, of which those most similar to it are printed", path=True)
     neighbours: int = option(10, help="how many of these", above=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictConfig(SeeingConfig):
+    """Options of `sparse-fcmae predict`."""
+
+    data: str | tuple[str, ...] = option_of(EmbedConfig, "data")
+    init: str = option_of(EvaluateConfig, "init")
+    out: str = option(help="table of what the classifier says of each image: .csv, .jsonl or .parquet", path=True)
+    overwrite: bool = option(False, help="replace what is in `out`")
+    top_k: int = option(5, help="classes of each image, the most probable first", above=0)
+    flips: str | None = option(
+        None,
+        help="mean over an image and its mirror images: horizontal, or both for images without an upright position",
+        choices=("horizontal", "both"),
+    )
+    windows: bool = option(False, help="a row for each native window instead of one for each image")
+    maps: str | None = option(None, help="folder for maps of the classes of each image's native windows", path=True)

@@ -1,9 +1,7 @@
 """The command `embed`: an encoder's features of all images of a source, in a file."""
 
-import hashlib
 import importlib.util
-import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,27 +9,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparse_fcmae.data.sources import BadImage
 from sparse_fcmae.data.transform import Transform
 from sparse_fcmae.data.views import CentreView
-from sparse_fcmae.evaluation.chunks import Arrays, Chunks
+from sparse_fcmae.evaluation.chunks import Arrays, Chunks, settings_for
 from sparse_fcmae.evaluation.config import EmbedConfig
 from sparse_fcmae.evaluation.feature_files import Rows, check_suffix, read_features, settings_of, write_rows
 from sparse_fcmae.evaluation.neighbours import list_duplicates, nearest_to
 from sparse_fcmae.evaluation.preview import draw_preview
 from sparse_fcmae.evaluation.run import EvaluationView, check_any, view_of
-from sparse_fcmae.evaluation.samples import Samples
+from sparse_fcmae.evaluation.samples import Samples, say_unreadable
 from sparse_fcmae.model.convnext import SparseEncoder
 from sparse_fcmae.runtime.distributed import Ranks, process_group
 from sparse_fcmae.runtime.errors import UserError
-from sparse_fcmae.runtime.files import check_writable, write_atomic, writing
+from sparse_fcmae.runtime.files import check_writable, writing
 from sparse_fcmae.runtime.options import check, check_paths, keywords_of
 from sparse_fcmae.weights.read import read_weights
-from sparse_fcmae.weights.weights import Weights
 
-FORMAT = "sparse-fcmae features"
 Encode = Callable[[Tensor], Tensor]  # images [B, C, H, W] -> features, a row for each
-NAMED = 3  # unreadable images that a line names
 
 
 @keywords_of(EmbedConfig)
@@ -48,7 +42,8 @@ def embed(options: dict[str, Any]) -> Path:
         weights = read_weights(config.init).per_image()
         view = view_of(config, weights, ranks.device)
         samples = ranks.main_first(lambda: Samples(config.data, view, config))
-        settings = settings_for(config, weights, view, samples)
+        settings = settings_for("features", weights, view, samples, config)
+        settings |= {"stage": config.stage, "maps": config.maps}
         features = features_by(weights.encoder(config.backend).to(ranks.device), config)
         if ranks.by_main(lambda: is_to_be_made(out, settings, config.overwrite)):
             make(out, settings, samples, features, view, ranks)
@@ -82,30 +77,6 @@ def features_by(encoder: SparseEncoder, config: EmbedConfig) -> Encode:
         return x if config.maps else x.float().mean((2, 3))
 
     return features
-
-
-def settings_for(config: EmbedConfig, weights: Weights, view: EvaluationView, samples: Samples) -> dict[str, Any]:
-    """What the values in the file depend on, as JSON has it."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(weights.without("norm", "head", "decoder").items()):
-        digest.update(name.encode() + tensor.numpy().tobytes())
-    return {
-        "format": FORMAT,
-        "weights": digest.hexdigest(),
-        "architecture": json.loads(json.dumps(weights.architecture)),
-        "images": samples.source.fingerprint,
-        "version": samples.source.version(),
-        "normalised": weights.form.as_json() | {"mean": list(weights.form.mean), "std": list(weights.form.std)},
-        "stage": config.stage,
-        "maps": config.maps,
-        "size": list(view.size),
-        "native": view.native,
-        "crop_fraction": view.crop_fraction,
-        "dtype": "bf16" if view.bf16 else "fp32",
-        "backend": config.backend,
-        "device": view.device.type,
-        "batch_size": view.batch_size,
-    }
 
 
 def is_to_be_made(out: Path, settings: dict[str, Any], overwrite: bool) -> bool:
@@ -159,17 +130,6 @@ def rows_of(chunks: Chunks, count: int, samples: Samples, settings: dict[str, An
             yield found
 
     return Rows(count, first["features"].shape[1:], settings, samples.classes, pieces, chunks.view.native)
-
-
-def say_unreadable(bad: Sequence[BadImage], out: Path) -> None:
-    """Names the images that are not in a file, the first here and all in a file beside it."""
-    beside = out.with_name(f"{out.name}.unreadable.txt")
-    if not bad:
-        beside.unlink(missing_ok=True)
-        return
-    write_atomic(beside, lambda path: path.write_text("".join(f"{name}: {reason}\n" for name, reason in bad)))
-    shown = "; ".join(f"{name}: {reason}" for name, reason in bad[:NAMED])
-    print(f"left out {len(bad)} that can't be read, which {beside} lists: {shown}")
 
 
 def show(out: Path, samples: Samples, features: Encode, config: EmbedConfig, view: EvaluationView) -> None:

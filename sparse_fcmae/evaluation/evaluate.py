@@ -15,14 +15,15 @@ from sparse_fcmae.data.sources.corruptions import find_corruptions
 from sparse_fcmae.data.sources.labelled import Labelled
 from sparse_fcmae.data.sources.pages import labelled_by_page
 from sparse_fcmae.data.splits import few_labels
-from sparse_fcmae.evaluation.accuracy import accuracy
+from sparse_fcmae.evaluation.accuracy import TOP, accuracy
+from sparse_fcmae.evaluation.answer_tables import check_table, rows_of, write_table
 from sparse_fcmae.evaluation.config import EvaluateConfig
 from sparse_fcmae.evaluation.imagenet import CORRUPTIONS, mean_corruption_error, outputs_of, wordnet_ids
 from sparse_fcmae.evaluation.plots import draw_confusion
 from sparse_fcmae.evaluation.probes import features_of, linear_probe, nearest_neighbours
 from sparse_fcmae.evaluation.run import EvaluationSet, EvaluationView, check_any, run_model, view_of
 from sparse_fcmae.runtime.errors import UserError
-from sparse_fcmae.runtime.files import write_atomic, write_json, writing
+from sparse_fcmae.runtime.files import check_writable, write_atomic, write_json, writing
 from sparse_fcmae.runtime.options import check, check_paths, keywords_of
 from sparse_fcmae.runtime.run_folder import RunFolder
 from sparse_fcmae.weights.read import Weights, read_weights
@@ -61,6 +62,13 @@ def checked(options: dict[str, Any]) -> EvaluateConfig:
     check(config)
     if config.labels_per_class is not None and not (config.knn or config.linear_probe):
         raise UserError("`labels_per_class` goes with `knn` or `linear_probe` alone")
+    if config.per_image:
+        check_table("per_image", Path(config.per_image))
+        check_writable(Path(config.per_image))
+        if config.knn or config.linear_probe:
+            raise UserError("`per_image` is of a classifier: leave out `knn` and `linear_probe`")
+        if Path(config.per_image).exists() and not config.overwrite:
+            raise UserError(f"`per_image` {config.per_image} exists: choose another or give `overwrite=True`")
     if config.out:
         out = Path(config.out)
         if out.exists() and not out.is_dir():
@@ -83,6 +91,8 @@ def measured(config: EvaluateConfig, weights: Weights, view: EvaluationView) -> 
         and os.path.isdir(config.data)
         and (corruptions := find_corruptions(config.data, CORRUPTIONS))
     ):
+        if config.per_image:
+            raise UserError("`per_image` is of one set of images: name one severity of one corruption as `data`")
         return classify_corrupted(config, weights, view, corruptions)
     return classify(config, weights, view)
 
@@ -125,7 +135,8 @@ def classify(config: EvaluateConfig, weights: Weights, view: EvaluationView) -> 
         _, source = open_splits(config.data, config.val_split, config.seed, config=config)
     model = weights.classifier(config.backend).to(view.device)
     source = labelled_by_page(source, view.reading)
-    found, bad = accuracy_on(source, model, weights, view, "evaluating")
+    per_image = Path(config.per_image) if config.per_image else None
+    found, bad = accuracy_on(source, model, weights, view, "evaluating", per_image)
     return {"data": str(source), **split, "unreadable": [image.name for image in bad], **found}
 
 
@@ -177,12 +188,17 @@ def classify_corrupted(
 
 
 def accuracy_on(
-    source: Labelled, model: nn.Module, weights: Weights, view: EvaluationView, description: str
+    source: Labelled,
+    model: nn.Module,
+    weights: Weights,
+    view: EvaluationView,
+    description: str,
+    per_image: Path | None = None,
 ) -> tuple[dict[str, Any], list[BadImage]]:
     """Accuracy of a classifier on labelled images, and the images that are unreadable and left out.
 
     An image's class is chosen among all of the head's outputs. Where the classes are some of ImageNet's WordNet ids, as
-    in ImageNet-A and -R, it is chosen among these alone.
+    in ImageNet-A and -R, it is chosen among these alone. per_image: a table to write of each image.
     """
     outputs = outputs_of(source.classes, weights.num_classes, weights.classes)
     logits, index, bad = run_model(EvaluationSet(source, view), model, description)
@@ -190,12 +206,17 @@ def accuracy_on(
     labels = source.labels[index]
     some_of_imagenet = len(outputs) < weights.num_classes == 1000 and set(source.classes) <= set(wordnet_ids())
     if some_of_imagenet:
-        found = accuracy(logits[:, outputs], labels, source.classes)
+        logits, names = logits[:, outputs], list(source.classes)
     else:
         names = list(weights.classes or map(str, range(weights.num_classes)))
         for output, name in zip(outputs.tolist(), source.classes, strict=True):
             names[output] = name
-        found = accuracy(logits, outputs[labels], tuple(names))
+        labels = outputs[labels]
+    found = accuracy(logits, labels, tuple(names))
+    if per_image:
+        images = (source.name(number) for number in index.tolist())
+        write_table(rows_of(images, logits, [names[label] for label in labels.tolist()], names, TOP), per_image)
+        print(f"each image: {per_image}")
     among = len(outputs) if some_of_imagenet else weights.num_classes
     return {"outputs": weights.num_classes, "among": among, **found}, bad
 

@@ -1,11 +1,15 @@
-"""A confusion matrix as a picture. Needs matplotlib."""
+"""Classes as pictures: a confusion matrix, and a map of an image. Needs matplotlib."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from sparse_fcmae.runtime.files import write_atomic
+
+STRONGEST = 0.65  # share of a certain class's colour in a pixel of a map
+IN_LEGEND = 20  # classes
 
 
 def draw_confusion(confusion: dict[str, Any], path: Path) -> None:
@@ -32,3 +36,46 @@ def draw_confusion(confusion: dict[str, Any], path: Path) -> None:
                 axes.text(column, row, f"{100 * fraction:.0f}", ha="center", va="center", color=colour, fontsize=7)
     figure.colorbar(picture, label="% of the true class")
     write_atomic(path, lambda p: figure.savefig(p, format="png", dpi=120))
+
+
+def draw_class_map(
+    picture: np.ndarray, boxes: np.ndarray, probabilities: np.ndarray, classes: Sequence[str], name: str, path: Path
+) -> None:
+    """Writes a PNG of an image, uint8 [H, W, 3], beside what `class_overlay` makes of it, with a legend."""
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
+    height, width = picture.shape[:2]
+    colours = np.array([colormaps["tab20"](label % 20)[:3] for label in range(len(classes))])
+    figure = Figure(figsize=(14, 7 * height / width + 1), layout="constrained")
+    pictures = picture, class_overlay(picture, boxes, probabilities, colours)
+    for axes, pixels in zip(figure.subplots(1, 2), pictures, strict=True):
+        axes.imshow(pixels)
+        axes.set_axis_off()
+    counts = np.bincount(probabilities.argmax(1), minlength=len(classes))
+    patches = [
+        Patch(color=colours[label], label=f"{classes[label]}: {100 * counts[label] / len(boxes):.0f} % of the windows")
+        for label in counts.argsort(kind="stable")[::-1][:IN_LEGEND]
+        if counts[label]
+    ]
+    figure.legend(handles=patches, loc="outside lower center", ncols=min(4, len(patches)), frameon=False)
+    figure.suptitle(name)
+    write_atomic(path, lambda p: figure.savefig(p, format="png", dpi=100))
+
+
+def class_overlay(picture: np.ndarray, boxes: np.ndarray, probabilities: np.ndarray, colours: np.ndarray) -> np.ndarray:
+    """A picture, uint8 [H, W, 3], with the classes of its windows in colour: values between 0 and 1, [H, W, 3].
+
+    boxes: left, top, right and bottom of each window, in pixels of the picture, [N, 4], on a grid. probabilities:
+    [N, K]. colours: of the classes, [K, 3]. A pixel has the colour of the window whose middle is nearest, the stronger
+    the more probable its class is.
+    """
+    middles = (boxes[:, :2] + boxes[:, 2:]) / 2
+    across, down = np.unique(middles[:, 0]), np.unique(middles[:, 1])
+    columns = np.abs(np.arange(picture.shape[1])[:, None] + 0.5 - across).argmin(1)
+    rows = np.abs(np.arange(picture.shape[0])[:, None] + 0.5 - down).argmin(1)
+    window_at = np.lexsort((middles[:, 0], middles[:, 1])).reshape(len(down), len(across))
+    of_pixel = window_at[rows[:, None], columns]
+    alpha = STRONGEST * probabilities.max(1)[of_pixel][..., None]
+    return (1 - alpha) * picture / 255 + alpha * colours[probabilities.argmax(1)][of_pixel]

@@ -1,5 +1,7 @@
 """What a model sees of the images of any source: the images, their pages, or the windows that cover them."""
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,13 +14,17 @@ from sparse_fcmae.data.sources.pages import by_page, labelled_by_page
 from sparse_fcmae.data.sources.parts import labelled_parts
 from sparse_fcmae.data.sources.windows import Covering
 from sparse_fcmae.evaluation.run import EvaluationView
+from sparse_fcmae.runtime.files import write_atomic
+
+NAMED = 3  # unreadable images that a line names
 
 
 class Samples:
     """All that a model sees of the images that `data` names, in a fixed order.
 
-    source: of the samples. images: of the images, which windows are parts of. classes: their names, None where the
-    images' classes are not known. left_out: the images of which there is nothing to see.
+    source: of the samples. images: of the images. windows: that these are seen by, None where they are seen whole.
+    classes: their names, None where the images' classes are not known. left_out: the images of which there is nothing
+    to see. notes: what the user should know, a line each.
     """
 
     def __init__(self, data: Any, view: EvaluationView, config: SourceConfig) -> None:
@@ -26,9 +32,10 @@ class Samples:
         labelled = isinstance(found, Labelled)
         self.images: ImageSource = (labelled_by_page if labelled else by_page)(found, view.reading)
         self.source: ImageSource = self.images
+        self.windows: Covering | None = None
         if view.native:
-            windows = Covering(self.images.source if labelled else self.images, view.size, view.reading)
-            self.source = labelled_parts(self.images, windows) if labelled else windows
+            self.windows = Covering(self.images.source if labelled else self.images, view.size, view.reading)
+            self.source = labelled_parts(self.images, self.windows) if labelled else self.windows
         self.classes: tuple[str, ...] | None = self.source.classes if labelled else None
         self.left_out: list[BadImage] = list(getattr(self.source, "left_out", ()))
         self.notes = list(self.source.notes)
@@ -42,6 +49,22 @@ class Samples:
         """What the images of samples are called, as text."""
         return np.array([self.source.name(int(sample)) for sample in samples], dtype=str)
 
+    def windows_of(self, image: int) -> int:
+        """How many windows cover an image."""
+        ends = self.windows.ends
+        return int(ends[image] - (ends[image - 1] if image else 0))
+
     def labels(self, samples: np.ndarray) -> np.ndarray:
         """int64, the classes of samples."""
         return self.source.labels[samples].numpy()
+
+
+def say_unreadable(bad: Sequence[BadImage], out: Path) -> None:
+    """Names the images that are not in a file: the first here, and all in a file beside it."""
+    beside = out.with_name(f"{out.name}.unreadable.txt")
+    if not bad:
+        beside.unlink(missing_ok=True)
+        return
+    write_atomic(beside, lambda path: path.write_text("".join(f"{name}: {reason}\n" for name, reason in bad)))
+    shown = "; ".join(f"{name}: {reason}" for name, reason in bad[:NAMED])
+    print(f"left out {len(bad)} that can't be read, which {beside} lists: {shown}")

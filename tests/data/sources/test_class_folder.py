@@ -121,6 +121,11 @@ def test_classes_are_known_where_all_images_lie_in_class_folders_or_a_table_says
     assert open_described(tmp_path / "a.csv").classes == ("lynx", "wolf")
     (tmp_path / "b.csv").write_text("path,label\nflat/dog/0.png,wolf\nflat/cat/0.png,\n")
     Image.new("RGB", (8, 8)).save(flat / "loose.png")
-    for data, count in ((tmp_path / "b.csv", 2), (flat, 4), ([flat, split], 6), (tmp_path / "split" / "*" / "*" / "*.png", 2)):
+    for data, count in (
+        (tmp_path / "b.csv", 2),
+        (flat, 4),
+        ([flat, split], 6),
+        (tmp_path / "split" / "*" / "*" / "*.png", 2),
+    ):
         found = open_described(data)
         assert (len(found), hasattr(found, "labels")) == (count, False)
