@@ -25,7 +25,8 @@ from sparse_fcmae.weights.weights import DECODER, Weights
 CONFIG = "config.json"
 LARGEST = 1 << 20  # pixels along a side of an image
 Names = tuple[tuple[str, str], ...]  # regular expressions, each with its replacement, applied one after the other
-Outputs = dict[str, Tensor]  # of a model: "features" [B, D, H/P, W/P], and "logits" or, without a head, "pooled"
+Outputs = dict[str, Tensor]  # of a model: "features" [B, D, H/P, W/P], "stage1" to "stage4", "logits" or "pooled"
+TOLERANCE = 1e-5  # relative Frobenius error in float32
 
 
 @dataclass(frozen=True)
@@ -63,8 +64,8 @@ class Target(ABC):
     drops: the parts of the weights that it has no place for.
     ends_in_norm: whether an encoder without a head has a final norm there.
     keeps_grn_scope: whether its configs say what the response norm pools over.
-    fixed_size: whether what is written runs on images of the weights' own size only.
     library: the Python module that runs what is written, None where none is known to.
+    tolerance: the greatest relative error of what that computes.
     """
 
     name: str
@@ -74,8 +75,8 @@ class Target(ABC):
     drops: tuple[str, ...] = ("decoder",)
     ends_in_norm = False
     keeps_grn_scope = False
-    fixed_size = False
     library: str | None = None
+    tolerance = TOLERANCE
 
     def refusal(self, architecture: dict[str, Any]) -> str | None:
         """Why a folder of this kind can't describe a model, and what to do instead; None where it can."""

@@ -7,6 +7,7 @@ from sparse_fcmae.weights.mmpretrain import MMPretrain
 from sparse_fcmae.weights.official import Official
 from sparse_fcmae.weights.onnx import Onnx
 from sparse_fcmae.weights.timm import Timm
+from sparse_fcmae.weights.torch_export import AOTInductor, TorchExport
 
 ADAPTERS: tuple[Adapter, ...] = (
     Timm(),
@@ -15,4 +16,4 @@ ADAPTERS: tuple[Adapter, ...] = (
     MMPretrain(),
     Official(),  # the last one, as the names of Fcmae and MMPretrain have its telltale among them
 )
-TARGETS: dict[str, Target] = {target.name: target for target in (*ADAPTERS, Onnx())}
+TARGETS: dict[str, Target] = {target.name: target for target in (*ADAPTERS, Onnx(), TorchExport(), AOTInductor())}

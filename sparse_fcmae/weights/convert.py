@@ -15,28 +15,41 @@ from sparse_fcmae.weights.adapter import Target
 from sparse_fcmae.weights.adapters import TARGETS
 from sparse_fcmae.weights.config import ConvertConfig
 from sparse_fcmae.weights.destination import Destination
+from sparse_fcmae.weights.graph import GraphTarget
 from sparse_fcmae.weights.read import read_weights, weights_file
 from sparse_fcmae.weights.verify import verify
 from sparse_fcmae.weights.weights import Weights, part_of
 
 
 def convert(
-    source: str | Path, destination: str | Path, *, to: str, overwrite: bool = False, dry_run: bool = False
+    source: str | Path,
+    destination: str | Path,
+    *,
+    to: str,
+    half: bool = False,
+    overwrite: bool = False,
+    dry_run: bool = False,
 ) -> str:
     """Writes the weights of a checkpoint in the layout of a library; returns what was done, a line each.
 
     source: whatever `read_weights` reads.
-    destination: a folder, or a file that ends in .safetensors, .pt or .pth, for ONNX in .onnx. It appears only after
-        what was written has been run and found equal to the source (features and logits, fp32, 1e-5), by the real
-        library too where that can be imported.
-    to: "official", "timm", "huggingface", "mmpretrain", "fcmae" or "onnx".
+    destination: a folder, or a file that ends in .safetensors, .pt or .pth, for ONNX in .onnx, for PyTorch's graphs in
+        .pt2. It appears only after what was written has been run and found equal to the source (features and logits,
+        fp32, 1e-5), by the real library too where that can be imported.
+    to: "official", "timm", "huggingface", "mmpretrain", "fcmae", "onnx", "torch-export" or "aotinductor".
+    half: float16, of the last three.
     overwrite: replace the files of an earlier conversion.
     dry_run: do and verify it all, and leave nothing.
 
     Raises UserError where anything is amiss, with `destination` untouched.
     """
-    check(ConvertConfig(source=str(source), destination=str(destination), to=to, overwrite=overwrite, dry_run=dry_run))
+    options = {"to": to, "half": half, "overwrite": overwrite, "dry_run": dry_run}
+    check(ConvertConfig(source=str(source), destination=str(destination), **options))
     target = TARGETS[to]
+    if half:
+        if not isinstance(target, GraphTarget):
+            raise UserError(f"`half` is of the graphs onnx, torch-export and aotinductor: leave it out for {to}")
+        target = target.in_half()
     place = Destination(Path(destination), target)
     whole = "decoder" not in target.drops
     place.check(weights_file(Path(source), whole), overwrite)

@@ -13,7 +13,7 @@ from sparse_fcmae.runtime.files import new_folder, write_atomic, writing
 from sparse_fcmae.weights.adapter import Target
 from sparse_fcmae.weights.adapters import TARGETS
 
-WEIGHTS_SUFFIXES = (".safetensors", ".pt", ".pth", ".onnx", ".bin", ".ckpt")  # how files with weights end
+WEIGHTS_SUFFIXES = (".safetensors", ".pt", ".pth", ".onnx", ".pt2", ".bin", ".ckpt")  # how files with weights end
 WRITTEN = {name for target in TARGETS.values() for name in target.folder_files()}
 
 

@@ -11,12 +11,12 @@ from sparse_fcmae.kernels.constants import EPS
 from sparse_fcmae.model.masking import random_mask
 from sparse_fcmae.runtime.errors import UserError
 from sparse_fcmae.runtime.files import one_line, write_json, writing
-from sparse_fcmae.weights.adapter import CONFIG, Adapter, Outputs, Target
+from sparse_fcmae.weights.adapter import CONFIG, TOLERANCE, Adapter, Outputs, Target
 from sparse_fcmae.weights.adapters import TARGETS
+from sparse_fcmae.weights.graph import STAGES, GraphTarget
 from sparse_fcmae.weights.read import read_weights
 from sparse_fcmae.weights.weights import Weights, patch_size_of
 
-TOLERANCE = 1e-5  # relative Frobenius error in float32
 NORM_TOLERANCE = 1e-3  # of what another epsilon in a source's final norm changes
 
 
@@ -30,9 +30,8 @@ def verify(weights: Weights, target: Target, path: Path) -> list[str]:
     """
     weights = weights.per_image()
     patch = patch_size_of(weights.architecture)
-    size = weights.architecture["image_size"] if target.fixed_size else (2 * patch, 3 * patch)
     generator = torch.Generator().manual_seed(0)
-    images = torch.randn(2, weights.architecture["in_chans"], *size, generator=generator)
+    images = torch.randn(2, weights.architecture["in_chans"], 2 * patch, 3 * patch, generator=generator)
     expected = _run(weights, images)
     lines = _run_source(weights, images)
     if isinstance(target, Adapter):
@@ -40,6 +39,9 @@ def verify(weights: Weights, target: Target, path: Path) -> list[str]:
         lines += _read_back(weights, target, path, images, expected, mask)
     if target.library and (path.is_dir() or not target.configs):
         lines.append(_run_result(weights, target, path, images, expected))
+    if isinstance(target, GraphTarget):
+        images = torch.randn(2, weights.architecture["in_chans"], 3 * patch, target.least * patch, generator=generator)
+        lines.append(f"{_run_result(weights, target, path, images, _run(weights, images))}, in another size")
     return lines
 
 
@@ -49,12 +51,13 @@ def _run(weights: Weights, images: Tensor, backend: str = "auto", eps: float = E
     eps: what the final norm adds to the variance; this package's adds EPS.
     """
     encoder, state = weights.encoder(backend), weights.state
-    features = encoder(images)
+    maps = encoder.features(images)
+    features, stages = maps[-1], dict(zip(STAGES, maps, strict=True))
     shape = (encoder.num_features,)
     pooled = F.layer_norm(features.mean((2, 3)), shape, state.get("norm.weight"), state.get("norm.bias"), eps=eps)
     if not weights.num_classes:
-        return {"features": features, "pooled": pooled}
-    return {"features": features, "logits": F.linear(pooled, state["head.weight"], state["head.bias"])}
+        return {"features": features, "pooled": pooled, **stages}
+    return {"features": features, "logits": F.linear(pooled, state["head.weight"], state["head.bias"]), **stages}
 
 
 def _run_source(weights: Weights, images: Tensor) -> list[str]:
@@ -113,17 +116,17 @@ def _run_result(weights: Weights, target: Target, path: Path, images: Tensor, ex
         return f"result not run by the library: {error}"
     except Exception as error:
         raise UserError(f"not written: {_not_taken(target, 'result', error)}") from None
-    return _compare(target.outputs(weights), expected, found, f"result run by {target.library}")
+    return _compare(target.outputs(weights), expected, found, f"result run by {target.library}", target.tolerance)
 
 
 def _not_taken(target: Target, what: str, error: Exception) -> str:
     return f"{target.library} does not take the {what}: {one_line(error)[:200]}"
 
 
-def _compare(names: tuple[str, ...], expected: Outputs, found: Outputs, how: str) -> str:
+def _compare(names: tuple[str, ...], expected: Outputs, found: Outputs, how: str, tolerance: float = TOLERANCE) -> str:
     """A line that says that the outputs of these names are equal. Raises UserError where they are not."""
     worst = _difference(names, expected, found, how)
-    if worst >= TOLERANCE:
+    if worst >= tolerance:
         raise UserError(f"not written: source and result differ by {worst:.1e} ({how})")
     return f"verified: {how}, equal within {max(worst, 1e-9):.0e}"
 
