@@ -160,7 +160,7 @@ class Loader(DataLoader):
             last = f" while it read {self.dataset.dataset.source.name(index)}, or just after" if index >= 0 else ""
             raise UserError(
                 f"a process that loads images was killed{last}: if memory was short, give fewer `num_workers`; "
-                "`resume=True` goes on"
+                "what was done is kept, to be gone on with"
             ) from None
 
     def _end_complaints(self) -> None:

@@ -6,8 +6,11 @@ leaves those that it has done, from which the next one goes on. Batches are the 
 
 import hashlib
 import json
-import shutil
+import re
+import zipfile
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +33,8 @@ from sparse_fcmae.weights.weights import Weights
 SAMPLES = 2048  # of a chunk, about
 SETTINGS = "settings.json"
 FORMAT = "sparse-fcmae {}"
+# files in a folder of chunks
+OWN = re.compile(r"(\d{8}\.npz|settings\.json|\.lock|\.(\d{8}\.npz|settings\.json)\.\d+\.tmp)$")
 Arrays = dict[str, np.ndarray]  # by name, a row for each sample
 
 
@@ -52,15 +57,17 @@ class Chunks:
         """
         with writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-        lock = lock_folder(self.folder)
         file = self.folder / SETTINGS
+        if not file.exists() and (foreign := [path.name for path in self.folder.iterdir() if not OWN.match(path.name)]):
+            raise UserError(f"{self.folder} holds {foreign[0]}, which is not of this command: move the folder away")
+        lock = lock_folder(self.folder)
         if not file.exists():
             write_json(file, self.settings)
         elif read_json(file) != self.settings:
             lock.close()
             raise UserError(f"{self.folder} was begun with other options, weights or images: delete it first")
-        elif done := sum(self._file(number).exists() for number in range(self.count)):
-            print(f"going on: {done} of {self.count} chunks are in {self.folder}")
+        elif done := self.count - len(self._missing()):
+            print(f"going on: {done} of {self.count} chunks are in {self.folder}{doubt(self.settings)}")
         return lock
 
     def make(self, function: Callable[[Tensor], dict[str, Tensor]], ranks: Ranks, description: str) -> None:
@@ -68,19 +75,18 @@ class Chunks:
 
         It returns tensors of B rows by name. description: the text of the progress bar.
         """
-        missing = [number for number in range(self.count) if not self._file(number).exists()]
+        missing = ranks.by_main(self._missing)
         own = missing[ranks.rank :: ranks.world]
-        batches = [list(part) for number in own for part in self._batches(number)]
         loader = make_loader(
             EvaluationImages(self.samples, self.view.of_image),
-            batches,
+            [list(part) for number in own for part in self._batches(number)],
             self.view.num_workers,
             pin_memory=self.view.device.type == "cuda",
         )
         done = sum(len(self._range(number)) for number in range(self.count) if number not in missing)
         unit = "window" if self.view.native else "image"
         bar = tqdm(
-            total=len(self.samples) if ranks.world == 1 else sum(map(len, batches)),
+            total=len(self.samples) if ranks.world == 1 else sum(len(self._range(number)) for number in own),
             initial=done if ranks.world == 1 else 0,
             desc=description,
             unit=unit,
@@ -88,7 +94,7 @@ class Chunks:
             dynamic_ncols=True,
         )
         with bar, loader.explained():
-            loaded = iter(loader) if batches else iter(())
+            loaded = iter(loader) if own else iter(())
             for number in own:
                 kept, bad = [], []
                 for _ in self._batches(number):
@@ -117,6 +123,10 @@ class Chunks:
         arrays["bad"] = np.array(json.dumps(bad))
         write_atomic(self._file(number), lambda path: _save(path, arrays))
 
+    def _missing(self) -> list[int]:
+        """The numbers of the chunks that are not there, or not whole."""
+        return [number for number in range(self.count) if not zipfile.is_zipfile(self._file(number))]
+
     def _file(self, number: int) -> Path:
         return self.folder / f"{number:08d}.npz"
 
@@ -143,8 +153,12 @@ class Chunks:
         return found
 
     def remove(self) -> None:
-        """Deletes the folder."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Deletes what is this command's in the folder, and the folder unless something else is in it."""
+        for file in self.folder.iterdir():
+            if OWN.match(file.name):
+                file.unlink(missing_ok=True)
+        with suppress(OSError):
+            self.folder.rmdir()
 
 
 def _save(path: Path, arrays: Arrays) -> None:
@@ -166,6 +180,7 @@ def settings_for(
         "images": samples.source.fingerprint,
         "version": samples.source.version(),
         "normalised": weights.form.as_json(),
+        "reading": asdict(view.reading),
         "size": view.size,
         "native": view.native,
         "crop_fraction": view.crop_fraction,
@@ -175,3 +190,8 @@ def settings_for(
         "batch_size": view.batch_size,
     }
     return json.loads(json.dumps(settings))
+
+
+def doubt(settings: dict[str, Any]) -> str:
+    """Words to add where values made with these settings are used again, on images that nothing tells the change of."""
+    return "" if settings["version"] else "; whether images changed under the same names can't be told for this data"

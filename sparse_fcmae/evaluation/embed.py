@@ -1,6 +1,5 @@
 """The command `embed`: an encoder's features of all images of a source, in a file."""
 
-import importlib.util
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,13 +10,14 @@ from torch import Tensor
 
 from sparse_fcmae.data.transform import Transform
 from sparse_fcmae.data.views import CentreView
-from sparse_fcmae.evaluation.chunks import Arrays, Chunks, settings_for
+from sparse_fcmae.evaluation.chunks import Arrays, Chunks, doubt, settings_for
 from sparse_fcmae.evaluation.config import EmbedConfig
-from sparse_fcmae.evaluation.feature_files import Rows, check_suffix, read_features, settings_of, write_rows
+from sparse_fcmae.evaluation.feature_files import Rows, check_suffix, read_features, settings_of, shape_of, write_rows
 from sparse_fcmae.evaluation.neighbours import list_duplicates, nearest_to
+from sparse_fcmae.evaluation.plots import check_installed
 from sparse_fcmae.evaluation.preview import draw_preview
 from sparse_fcmae.evaluation.run import EvaluationView, check_any, view_of
-from sparse_fcmae.evaluation.samples import Samples, say_unreadable
+from sparse_fcmae.evaluation.samples import Samples, check_apart, say_unreadable
 from sparse_fcmae.model.convnext import SparseEncoder
 from sparse_fcmae.runtime.distributed import Ranks, process_group
 from sparse_fcmae.runtime.errors import UserError
@@ -61,11 +61,17 @@ def checked(options: dict[str, Any]) -> EmbedConfig:
     config = EmbedConfig(**options)
     check(config)
     check_suffix(Path(config.out))
-    wanting = next((name for name in ("preview", "duplicates", "nearest") if getattr(config, name)), None)
+    asked = {"preview": config.preview, "duplicates": config.duplicates is not None, "nearest": config.nearest}
+    wanting = next((name for name, value in asked.items() if value), None)
     if wanting and config.maps:
         raise UserError(f"`{wanting}` compares whole images: leave out `maps`")
-    if config.preview and importlib.util.find_spec("matplotlib") is None:
-        raise UserError("`preview` needs matplotlib: pip install matplotlib (the extra plots)")
+    if config.preview:
+        check_installed("preview", "matplotlib", "matplotlib", "plots")
+    if config.preview == "umap":
+        check_installed("preview=umap", "umap", "umap-learn", "umap")
+    if config.nearest and not Path(config.nearest).exists():
+        raise UserError(f"`nearest` {config.nearest}: no such file")
+    check_apart(config.data, Path(config.out))
     return config
 
 
@@ -88,7 +94,7 @@ def is_to_be_made(out: Path, settings: dict[str, Any], overwrite: bool) -> bool:
         return True
     found = settings_of(out)
     if found == settings:
-        print(f"{out} is there already, of the same images, weights and options")
+        print(f"{out} is there already, of the same images, weights and options{doubt(settings)}")
         return False
     differing = next((name for name in settings if found and found.get(name) != settings[name]), "content")
     raise UserError(f"`out` {out} exists, of another {differing}: choose another or give `overwrite=True`")
@@ -134,15 +140,17 @@ def rows_of(chunks: Chunks, count: int, samples: Samples, settings: dict[str, An
 
 def show(out: Path, samples: Samples, features: Encode, config: EmbedConfig, view: EvaluationView) -> None:
     """Prints where the features are, and draws and lists what the options ask for."""
+    rows, *shape = shape_of(out)
+    print(f"{out}: {rows} rows of {'x'.join(map(str, shape))} features", flush=True)
+    if not (config.nearest or config.preview or config.duplicates is not None):
+        return
     found = read_features(out)
-    shape = "x".join(map(str, found.features.shape[1:]))
-    print(f"{out}: {len(found.features)} rows of {shape} features")
     if config.nearest:
         print(nearest_to(features_of_file(config.nearest, features, view), found, config.neighbours))
     if config.duplicates is not None:
-        print(list_duplicates(found, config.duplicates, out.with_name(f"{out.stem}.duplicates.csv")))
+        print(list_duplicates(found, config.duplicates, out.with_name(f"{out.name}.duplicates.csv")))
     if config.preview:
-        picture = out.with_name(f"{out.stem}.preview.png")
+        picture = out.with_name(f"{out.name}.preview.png")
         draw_preview(found, samples, view, picture, by="umap" if config.preview == "umap" else "pca")
         print(f"map of the images: {picture}")
 

@@ -1,7 +1,7 @@
 """Files of features, in rows: written piece by piece, and read back.
 
 .npz has an array each, .parquet a column each, of which `features` are lists. .npy has the features alone, and a JSON
-file of the same name the rest. The same rows make the same bytes.
+file beside it the rest, without which it counts as no file of features. The same rows make the same bytes.
 """
 
 import json
@@ -16,7 +16,7 @@ import numpy as np
 
 from sparse_fcmae.data.decoders.image import library
 from sparse_fcmae.runtime.errors import UserError
-from sparse_fcmae.runtime.files import one_line, write_atomic
+from sparse_fcmae.runtime.files import one_line, write_atomic, writing
 
 SUFFIXES = (".npz", ".parquet", ".npy")
 SIDES = ("left", "top", "right", "bottom")  # of a window's box
@@ -69,11 +69,25 @@ def check_suffix(out: Path) -> None:
 def write_rows(rows: Rows, out: Path) -> None:
     """Writes a file, atomically."""
     write = {".npz": _write_npz, ".parquet": _write_parquet, ".npy": _write_npy}[out.suffix]
+    with writing(out):
+        _beside(out).unlink(missing_ok=True)  # so that at no moment one of a pair is of other features
+    write_atomic(out, lambda path: write(rows, path))
     if out.suffix == ".npy":
         content = {"settings": rows.settings, "classes": rows.classes}
         content |= {name: np.concatenate(list(_column(rows, name))).tolist() for name in _names(rows)[1:]}
         write_atomic(_beside(out), lambda path: path.write_text(json.dumps(content) + "\n"))
-    write_atomic(out, lambda path: write(rows, path))
+
+
+def shape_of(out: Path) -> tuple[int, ...]:
+    """The shape of the features in a file that `write_rows` has written, without reading them."""
+    if out.suffix == ".parquet":
+        metadata = library("pyarrow.parquet", "datasets").read_metadata(out)
+        return (metadata.num_rows, *json.loads(metadata.metadata[b"shape"]))
+    if out.suffix == ".npy":
+        return np.load(out, mmap_mode="r").shape
+    with zipfile.ZipFile(out) as archive, archive.open("features.npy") as file:
+        np.lib.format.read_magic(file)
+        return np.lib.format.read_array_header_2_0(file)[0]
 
 
 def settings_of(out: Path) -> dict[str, Any] | None:
@@ -119,7 +133,7 @@ def _column(rows: Rows, name: str) -> Iterator[np.ndarray]:
 
 
 def _beside(out: Path) -> Path:
-    return out.with_suffix(".json")
+    return out.with_name(f"{out.name}.json")
 
 
 def _write_npz(rows: Rows, path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Which images are alike: by the cosine of their features, from which the mean of all was taken."""
+"""Which images are alike: by the cosine of their features, from which the mean of all was taken where they are many."""
 
 import csv
 import importlib
@@ -14,21 +14,33 @@ from sparse_fcmae.runtime.files import write_atomic
 EXACT = 200_000  # rows up to which all pairs are compared; from there on an index finds the neighbours
 BLOCK = 2048  # rows that are compared with all others at once
 OF_EACH = 32  # neighbours of a row that an index looks for
+FEW = 10  # rows below which their mean says nothing
+ROUNDING = 1e-5  # of float32, by which copies may be less alike than 1
 PRINTED = 10  # pairs
 
 
-def directions(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of length 1, float32 [N, D], of features [N, D] without their mean; and that mean, [D]."""
-    mean = features.mean(0, dtype=np.float64).astype(np.float32)
+def directions(features: np.ndarray, mean: np.ndarray) -> np.ndarray:
+    """Rows of length 1, float32 [N, D + 1], of features [N, D] without the mean.
+
+    The last value is 1 in rows that are the mean itself, and have no direction, so that these are alike; else it is 0.
+    """
     centred = features - mean
-    return centred / np.linalg.norm(centred, axis=1, keepdims=True).clip(1e-12), mean
+    length = np.linalg.norm(centred, axis=1, keepdims=True)
+    none = length <= ROUNDING * np.linalg.norm(features, axis=1, keepdims=True)
+    return np.concatenate([np.where(none, 0, centred / np.where(none, 1, length)), none], 1).astype(np.float32)
+
+
+def mean_of(features: np.ndarray) -> np.ndarray:
+    """The mean of features [N, D] that is taken from them: zeros for fewer rows than FEW."""
+    if len(features) < FEW:
+        return np.zeros(features.shape[1], np.float32)
+    return features.mean(0, dtype=np.float64).astype(np.float32)
 
 
 def nearest_to(query: np.ndarray, found: Features, count: int) -> str:
     """A table of the rows that are most similar to features [D], the most similar first."""
-    known, mean = directions(found.features)
-    asked = (query - mean) / max(np.linalg.norm(query - mean), 1e-12)
-    similarity = known @ asked
+    mean = mean_of(found.features)
+    similarity = directions(found.features, mean) @ directions(query[None], mean)[0]
     order = np.argsort(-similarity, kind="stable")[:count]
     lines = [f"{similarity[row]:10.4f}  {_name(found, row)}" for row in order]
     return "\n".join(["similarity  image", *lines])
@@ -40,8 +52,9 @@ def pairs_above(found: Features, least: float) -> list[tuple[float, int, int]]:
     Of more than EXACT rows the index of faiss finds those among OF_EACH neighbours of each. Raises UserError where it
     is needed and not installed.
     """
-    known, _ = directions(found.features)
-    pairs = _all_pairs(known, least) if len(known) <= EXACT else _pairs_of_index(known, least)
+    known = directions(found.features, mean_of(found.features))
+    find = _all_pairs if len(known) <= EXACT else _pairs_of_index
+    pairs = find(known, least - ROUNDING)
     return sorted(pairs, key=lambda pair: (-pair[0], pair[1:]))
 
 
@@ -63,12 +76,14 @@ def _pairs_of_index(known: np.ndarray, least: float) -> Iterator[tuple[float, in
     index.train(known)
     index.add(known)
     index.nprobe = 16
+    pairs = {}
     for start in range(0, len(known), BLOCK):
         similarity, others = index.search(known[start : start + BLOCK], OF_EACH)
-        for row, other in zip(
-            *np.nonzero((similarity >= least) & (others > np.arange(start, start + len(others))[:, None])), strict=True
-        ):
-            yield float(similarity[row, other]), start + int(row), int(others[row, other])
+        for row, column in zip(*np.nonzero((similarity >= least) & (others >= 0)), strict=True):
+            one, other = start + int(row), int(others[row, column])
+            if one != other:  # either may be among the neighbours of the other alone
+                pairs[min(one, other), max(one, other)] = float(similarity[row, column])
+    return ((similarity, *pair) for pair, similarity in pairs.items())
 
 
 def list_duplicates(found: Features, least: float, table: Path) -> str:

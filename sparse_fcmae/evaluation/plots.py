@@ -1,15 +1,28 @@
 """Classes as pictures: a confusion matrix, and a map of an image. Needs matplotlib."""
 
+import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from sparse_fcmae.runtime.errors import UserError
 from sparse_fcmae.runtime.files import write_atomic
 
 STRONGEST = 0.65  # share of a certain class's colour in a pixel of a map
 IN_LEGEND = 20  # classes
+
+
+def check_installed(option: str, module: str, package: str, extra: str) -> None:
+    """Raises UserError where what an option needs is not installed."""
+    if importlib.util.find_spec(module) is None:
+        raise UserError(f"`{option}` needs {module}: pip install {package} (the extra {extra})")
+
+
+def plain(text: str) -> str:
+    """A text that matplotlib shows as it is, and not as a formula."""
+    return text.replace("$", r"\$")
 
 
 def draw_confusion(confusion: dict[str, Any], path: Path) -> None:
@@ -19,7 +32,7 @@ def draw_confusion(confusion: dict[str, Any], path: Path) -> None:
     """
     from matplotlib.figure import Figure
 
-    classes, counts = confusion["classes"], np.array(confusion["counts"], dtype=float)
+    classes, counts = [plain(name) for name in confusion["classes"]], np.array(confusion["counts"], dtype=float)
     fractions = counts / counts.sum(1, keepdims=True).clip(1)
     side = min(12, max(4, 0.35 * len(classes)))
     figure = Figure(figsize=(side + 1, side), layout="constrained")
@@ -54,13 +67,14 @@ def draw_class_map(
         axes.imshow(pixels)
         axes.set_axis_off()
     counts = np.bincount(probabilities.argmax(1), minlength=len(classes))
+    percent = (100 * counts / len(boxes)).round().astype(int)
     patches = [
-        Patch(color=colours[label], label=f"{classes[label]}: {100 * counts[label] / len(boxes):.0f} % of the windows")
+        Patch(color=colours[label], label=f"{plain(classes[label])}: {percent[label]} % of the windows")
         for label in counts.argsort(kind="stable")[::-1][:IN_LEGEND]
         if counts[label]
     ]
     figure.legend(handles=patches, loc="outside lower center", ncols=min(4, len(patches)), frameon=False)
-    figure.suptitle(name)
+    figure.suptitle(plain(name))
     write_atomic(path, lambda p: figure.savefig(p, format="png", dpi=100))
 
 

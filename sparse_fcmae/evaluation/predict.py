@@ -14,9 +14,9 @@ from sparse_fcmae.evaluation.answer_tables import Row, answer, check_table, writ
 from sparse_fcmae.evaluation.chunks import Chunks, settings_for
 from sparse_fcmae.evaluation.config import PredictConfig
 from sparse_fcmae.evaluation.pictures import rgb, shown
-from sparse_fcmae.evaluation.plots import draw_class_map
+from sparse_fcmae.evaluation.plots import check_installed, draw_class_map
 from sparse_fcmae.evaluation.run import EvaluationView, check_any, view_of
-from sparse_fcmae.evaluation.samples import Samples, say_unreadable
+from sparse_fcmae.evaluation.samples import Samples, check_apart, say_unreadable
 from sparse_fcmae.model.classifier import Classifier
 from sparse_fcmae.runtime.distributed import process_group
 from sparse_fcmae.runtime.errors import UserError
@@ -92,6 +92,11 @@ def checked(options: dict[str, Any]) -> PredictConfig:
     with writing(out):
         out.parent.mkdir(parents=True, exist_ok=True)
     check_writable(out)
+    check_apart(config.data, out)
+    if config.maps:
+        check_installed("maps", "matplotlib", "matplotlib", "plots")
+        if Path(config.maps).exists() and not Path(config.maps).is_dir():
+            raise UserError(f"`maps` {config.maps} is a file: name a folder")
     return config
 
 

@@ -8,6 +8,7 @@ import torch
 
 from sparse_fcmae.evaluation.feature_files import Features
 from sparse_fcmae.evaluation.pictures import rgb, shown
+from sparse_fcmae.evaluation.plots import plain
 from sparse_fcmae.evaluation.run import EvaluationView
 from sparse_fcmae.evaluation.samples import Samples
 from sparse_fcmae.runtime.errors import UserError
@@ -15,11 +16,13 @@ from sparse_fcmae.runtime.files import write_atomic
 
 CELLS = 14  # of the map along each side, in each of which one image is shown
 POINTS = 20_000  # that are drawn at most, evenly over the rows
+LEAST_FOR_UMAP = 16  # images, one more than it looks at around each
 LEGEND = 20  # classes that have a colour of their own
 
 
 def draw_preview(found: Features, samples: Samples, view: EvaluationView, path: Path, by: str) -> None:
     """Writes a PNG of the images' places and of some of the images. by: "pca" or "umap"."""
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
     from matplotlib.offsetbox import AnnotationBbox, OffsetImage
 
@@ -30,9 +33,10 @@ def draw_preview(found: Features, samples: Samples, view: EvaluationView, path: 
     if found.labels is None or len(found.classes) > LEGEND:
         points.scatter(*places.T, s=12, color="tab:blue", alpha=0.6, linewidths=0)
     else:
+        colours = colormaps["tab10" if len(found.classes) <= 10 else "tab20"].colors
         for label, name in enumerate(found.classes):
             own = places[found.labels[rows] == label]
-            points.scatter(*own.T, s=14, alpha=0.7, linewidths=0, label=name, color=f"C{label}" if label < 10 else None)
+            points.scatter(*own.T, s=14, alpha=0.7, linewidths=0, label=plain(name), color=[colours[label]])
         points.legend(markerscale=2, fontsize=9)
     points.set(xlabel=axes_names[0], ylabel=axes_names[1], title=f"{len(rows)} of {len(found.features)} images")
     chosen = _spread(places)
@@ -55,10 +59,9 @@ def _by_components(features: np.ndarray) -> tuple[np.ndarray, tuple[str, str]]:
 
 
 def _by_umap(features: np.ndarray) -> tuple[np.ndarray, tuple[str, str]]:
-    try:
-        umap = importlib.import_module("umap")
-    except ImportError:
-        raise UserError("`preview=umap` needs umap: pip install umap-learn (the extra umap)") from None
+    if len(features) < LEAST_FOR_UMAP:
+        raise UserError(f"`preview=umap` needs {LEAST_FOR_UMAP} images at least: give `preview=True`")
+    umap = importlib.import_module("umap")  # takes half a minute
     places = umap.UMAP(n_components=2, metric="cosine", random_state=0, n_jobs=1).fit_transform(features)
     return places, ("UMAP 1", "UMAP 2")
 

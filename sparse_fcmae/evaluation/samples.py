@@ -1,5 +1,6 @@
 """What a model sees of the images of any source: the images, their pages, or the windows that cover them."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,12 @@ from sparse_fcmae.data.config import SourceConfig
 from sparse_fcmae.data.sources import BadImage, ImageSource
 from sparse_fcmae.data.sources.class_folder import open_described
 from sparse_fcmae.data.sources.labelled import Labelled
+from sparse_fcmae.data.sources.opening import is_named
 from sparse_fcmae.data.sources.pages import by_page, labelled_by_page
 from sparse_fcmae.data.sources.parts import labelled_parts
 from sparse_fcmae.data.sources.windows import Covering
 from sparse_fcmae.evaluation.run import EvaluationView
+from sparse_fcmae.runtime.errors import UserError
 from sparse_fcmae.runtime.files import write_atomic
 
 NAMED = 3  # unreadable images that a line names
@@ -57,6 +60,13 @@ class Samples:
     def labels(self, samples: np.ndarray) -> np.ndarray:
         """int64, the classes of samples."""
         return self.source.labels[samples].numpy()
+
+
+def check_apart(data: Any, out: Path) -> None:
+    """Raises UserError where a file to write lies in a folder of images, among which it would be found another time."""
+    for name in [data] if isinstance(data, str | os.PathLike) else data:
+        if is_named(name) and os.path.isdir(name) and out.resolve().is_relative_to(Path(name).resolve()):
+            raise UserError(f"`out` {out} lies among the images of {name}: choose another")
 
 
 def say_unreadable(bad: Sequence[BadImage], out: Path) -> None:

@@ -66,11 +66,14 @@ def processor_config(weights: Weights) -> dict[str, Any]:
     return config
 
 
-def statistics_in(processor: dict[str, Any]) -> dict[str, Any]:
-    """Mean and deviation that a processor's steps come to, of values between 0 and 1, as `Settings.of` takes them."""
-    mean, std = processor.get("image_mean"), processor.get("image_std")
-    if not mean or not std:
+def statistics_in(processor: dict[str, Any], channels: int) -> dict[str, Any]:
+    """Mean and deviation that a processor's steps come to, of values between 0 and 1, as `Settings.of` takes them.
+
+    None where there is no processor. Where it does not say them they are the library's 0.5.
+    """
+    if not processor:
         return {}
+    mean, std = (processor.get(name) or [0.5] * channels for name in ("image_mean", "image_std"))
     if not processor.get("do_normalize", True):
         mean, std = [0.0] * len(mean), [1.0] * len(std)
     factor = BYTE * processor.get("rescale_factor", 1 / BYTE) if processor.get("do_rescale", True) else BYTE
@@ -109,12 +112,15 @@ class HuggingFace(Adapter):
     def read_config(self, config: dict[str, Any], folder: Path) -> Settings | None:
         if config.get("model_type") != "convnextv2":
             return None
-        classes = [name for _, name in sorted(config.get("id2label", {}).items(), key=lambda item: int(item[0]))]
+        names = {int(number): name for number, name in config.get("id2label", {}).items()}
+        if sorted(names) != list(range(len(names))):
+            raise ValueError("id2label does not count its classes from 0")
+        classes = [names[number] for number in range(len(names))]
         processor = read_json(folder / PROCESSOR) if (folder / PROCESSOR).is_file() else {}
         return Settings.of(
             config.get("image_size"),
             None if classes[:1] == [UNNAMED.format(0)] else classes,
-            processor.get("image_format") or statistics_in(processor),
+            processor.get("image_format") or statistics_in(processor, config.get("num_channels", 3)),
         )
 
     def shapes_in(self, config: dict[str, Any]) -> dict[str, Any]:

@@ -41,6 +41,19 @@ class Foreign:
     def __setstate__(self, state: Any) -> None: ...
 
 
+def plain_dict(*values: Any) -> dict[Any, Any]:
+    """Stands for a kind of dictionary, which is then filled."""
+    return {}
+
+
+def plain_list(*values: Any) -> list[Any]:
+    """Stands for a kind of list."""
+    return []
+
+
+PLAIN = {"collections.defaultdict": plain_dict, "collections.deque": plain_list}
+
+
 def weights_file(path: Path, whole: bool = False) -> Path:
     """The file with the weights in what a user names, or the folder with their shards.
 
@@ -110,6 +123,8 @@ def load(file: Path) -> tuple[dict[str, Tensor], list[str]]:
     except pickle.UnpicklingError as error:
         name = re.search(r"GLOBAL (\S+)", str(error))
         what = f"needs {name[1]} to be read, that is code: refused" if name else "can't be read as a PyTorch file"
+        if Foreign.__name__ in str(error):  # of a kind of list or dictionary, which an empty object can't be
+            what = "holds an object beside the tensors that is filled piece by piece, and can't be passed over"
         raise UserError(f"{file} {what}; save the state_dict alone, as safetensors or by torch.save") from None
     except Exception as error:  # safetensors, zipfile and the unpickler raise many types on a damaged file
         kind = "safetensors" if file.suffix == ".safetensors" else "a PyTorch file"
@@ -128,8 +143,10 @@ def _load_pickled(file: Path) -> tuple[Any, list[str]]:
             foreign = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(str(file)))
         except Exception:  # of PyTorch before 1.6, or damaged: what is to be said of it, loading says
             foreign = []
-        with torch.serialization.safe_globals([(Foreign, name) for name in foreign]):
+        stand_ins = [(PLAIN.get(name, Foreign), name) for name in foreign]
+        with torch.serialization.safe_globals(stand_ins):
             content = torch.load(file, map_location="cpu", weights_only=True)
+    foreign = [name for name in foreign if name not in PLAIN]
     what = "left out objects of foreign classes, whose code was not run"
     return content, [f"{what}: {listed(foreign)}"] if foreign else []
 
@@ -138,7 +155,7 @@ def unwrap(found: Any, file: Path) -> tuple[dict[str, Tensor], list[str]]:
     """The tensors by name, out of what trainers wrap them in, and notes on what lay beside them."""
     notes: list[str] = []
     wrappers = 0
-    while isinstance(found, dict) and (inner := next((k for k in WRAPPERS if isinstance(found.get(k), dict)), None)):
+    while isinstance(found, dict) and (inner := next((k for k in WRAPPERS if _holds_tensors(found.get(k))), None)):
         if wrappers == MOST_WRAPPERS:
             raise UserError(f"{file} wraps its tensors more than {MOST_WRAPPERS} times: save the state_dict alone")
         wrappers += 1
@@ -152,6 +169,14 @@ def unwrap(found: Any, file: Path) -> tuple[dict[str, Tensor], list[str]]:
     if others := [key for key in found if key not in tensors]:
         notes.append(f"left out what is no tensor with a name: {listed(others)}")
     return tensors, notes
+
+
+def _holds_tensors(value: Any, wrappers: int = 0) -> bool:
+    """Whether tensors lie in a dictionary, or in what it wraps; one that has no end may as well hold some."""
+    if not isinstance(value, dict) or wrappers > MOST_WRAPPERS:
+        return isinstance(value, dict)
+    held = any(isinstance(inner, Tensor) for inner in value.values())
+    return held or any(_holds_tensors(value.get(key), wrappers + 1) for key in WRAPPERS)
 
 
 def listed(keys: Collection[Any]) -> str:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from sparse_fcmae.data.transform import Transform
 from sparse_fcmae.model.classifier import Classifier
 from sparse_fcmae.model.convnext import STEM_STRIDES, SparseEncoder, name_of
+from sparse_fcmae.model.fcmae import FCMAE
 from sparse_fcmae.runtime.checkpoint_folder import STEP, damaged_checkpoints
 from sparse_fcmae.runtime.errors import UserError
 from sparse_fcmae.runtime.files import one_line, read_json
@@ -101,6 +102,11 @@ def understand(tensors: dict[str, Tensor], file: Path) -> Weights:
         config=config,
         notes=tuple(notes),
     )
+    if weights.classes and len(weights.classes) != weights.num_classes:
+        raise UserError(
+            f"{file}: its {CONFIG} names {len(weights.classes)} classes, its head has {weights.num_classes} outputs: "
+            "put the config right, or move it away"
+        )
     if unlike := config and _unlike_shapes(adapter, config, weights):
         raise UserError(f"{file}: {unlike}: put the config right, or move it away")
     return weights
@@ -228,7 +234,16 @@ def _expected(named: dict[str, Tensor], adapter: Adapter, shape: dict[str, Any],
         if head is None and adapter.rename("norm.weight") in named:
             norm = nn.LayerNorm(model.num_features)
             expected |= {"norm.weight": norm.weight, "norm.bias": norm.bias}
-    return expected | {name: value for name, value in named.items() if DECODER.match(name)}
+        if "mask_token" in named:
+            expected |= _decoder(named, shape)
+    return expected
+
+
+def _decoder(named: dict[str, Tensor], shape: dict[str, Any]) -> dict[str, Tensor]:
+    """Tensors without values of a decoder as deep and as wide as the one that there is."""
+    depth = len({match[1] for match in map(re.compile(r"decoder\.(\d+)\.").match, named) if match})
+    size = {"decoder_dim": max(1, named["mask_token"].numel()), "decoder_depth": max(1, depth)}
+    return {name: value for name, value in FCMAE(**shape, **size).state_dict().items() if DECODER.match(name)}
 
 
 def _ends_in_identity(state: dict[str, Tensor]) -> bool:

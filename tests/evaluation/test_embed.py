@@ -7,6 +7,8 @@ import subprocess
 import sys
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 import tifffile
 import torch
@@ -16,9 +18,9 @@ from PIL import Image
 from sparse_fcmae import UserError, create_encoder, embed, load_encoder
 from sparse_fcmae.cli import main
 from sparse_fcmae.data.format import ImageFormat
-from sparse_fcmae.evaluation import chunks, neighbours
+from sparse_fcmae.evaluation import chunks, feature_files, neighbours
 from sparse_fcmae.evaluation.feature_files import read_features
-from sparse_fcmae.evaluation.neighbours import pairs_above
+from sparse_fcmae.evaluation.neighbours import nearest_to, pairs_above
 from sparse_fcmae.weights.convert import export_model
 
 FILES = ["features.npz", "features.parquet", "features.npy"]
@@ -185,11 +187,11 @@ def test_a_map_copies_and_neighbours(colours, encoder, tmp_path, capsys):
     shutil.copytree(colours / "val", tmp_path / "data")
     shutil.copy(tmp_path / "data" / "red" / "1.png", tmp_path / "data" / "green" / "copy.png")
     embed(data=tmp_path / "data", init=encoder, out=tmp_path / "x.npz", duplicates=0.99999, preview=True, num_workers=0)
-    with (tmp_path / "x.duplicates.csv").open() as file:
+    with (tmp_path / "x.npz.duplicates.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert {"similarity": "1.000000", "image": "green/copy.png", "other": "red/1.png"} in rows
     assert "pairs are at least 0.99999 similar" in capsys.readouterr().out
-    with Image.open(tmp_path / "x.preview.png") as picture:
+    with Image.open(tmp_path / "x.npz.preview.png") as picture:
         assert picture.size == (1980, 990)
         assert len(picture.getcolors(1 << 22)) > 100
 
@@ -243,3 +245,76 @@ def test_mistakes_in_one_line(colours, encoder, tmp_path, capsys):
     assert f"--nearest {tmp_path / 'no.png'}: " in fails(
         capsys, *options, tmp_path / "x.npz", "--nearest", tmp_path / "no.png"
     )
+
+
+def test_images_that_changed_under_their_names_are_said_where_nothing_tells_it(colours, encoder, tmp_path, capsys):
+    data = str(tmp_path / "data.parquet")
+    files = sorted(colours.rglob("*.png"))[:6]
+    pyarrow.parquet.write_table(
+        pyarrow.table({"image": [{"bytes": f.read_bytes(), "path": None} for f in files]}), data
+    )
+    options = {"data": data, "init": encoder, "out": tmp_path / "x.npz", "num_workers": 0}
+    embed(**options)
+    embed(**options)
+    assert "whether images changed under the same names can't be told for this data" in capsys.readouterr().out
+
+
+def test_options_of_reading_are_settings_too(colours, encoder, tmp_path):
+    options = {"data": colours / "val", "init": encoder, "out": tmp_path / "x.npz", "num_workers": 0}
+    embed(**options, max_megapixels=1.0)
+    with pytest.raises(UserError, match="exists, of another reading"):
+        embed(**options, max_megapixels=2.0)
+
+
+def test_nothing_beside_the_file_is_lost(colours, encoder, tmp_path):
+    (tmp_path / "x.json").write_text("precious")
+    (tmp_path / "x.npy.chunks").mkdir()
+    (tmp_path / "x.npy.chunks" / "thesis.txt").write_text("precious")
+    options = {"data": colours / "val", "init": encoder, "out": tmp_path / "x.npy", "num_workers": 0}
+    with pytest.raises(
+        UserError, match=r"x.npy.chunks holds thesis.txt, which is not of this command: move the folder"
+    ):
+        embed(**options)
+    (tmp_path / "x.npy.chunks" / "thesis.txt").rename(tmp_path / "thesis.txt")
+    embed(**options)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["thesis.txt", "x.json", "x.npy", "x.npy.json"]
+    assert (tmp_path / "x.json").read_text() == "precious"
+    with pytest.raises(UserError, match="lies among the images of"):
+        embed(**options | {"data": tmp_path})
+
+
+def test_an_array_without_its_other_file_counts_for_nothing(colours, encoder, tmp_path, monkeypatch):
+    options = {"data": colours / "val", "init": encoder, "out": tmp_path / "x.npy", "num_workers": 0}
+    embed(**options)
+    monkeypatch.setattr(feature_files, "write_atomic", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        embed(**options, stage=3, overwrite=True)
+    monkeypatch.undo()
+    with pytest.raises(UserError, match="exists, of another content"):
+        embed(**options, stage=3)
+
+
+def test_a_chunk_that_is_not_whole_is_made_again(colours, encoder, tmp_path, small_chunks, monkeypatch):
+    options = {"data": colours / "val", "init": encoder, "batch_size": 4, "num_workers": 0}
+    whole = embed(out=tmp_path / "whole.npz", **options).read_bytes()
+    monkeypatch.setattr("sparse_fcmae.evaluation.embed.write_rows", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        embed(out=tmp_path / "x.npz", **options)
+    monkeypatch.undo()
+    monkeypatch.setattr(chunks, "SAMPLES", 8)
+    chunk = tmp_path / "x.npz.chunks" / "00000001.npz"
+    chunk.write_bytes(chunk.read_bytes()[:100])
+    assert embed(out=tmp_path / "x.npz", **options).read_bytes() == whole
+
+
+@pytest.mark.parametrize("count", [2, 5, 12])
+def test_copies_are_found_however_few_there_are(count, monkeypatch):
+    monkeypatch.setattr(neighbours, "BLOCK", 7)
+    rng = np.random.default_rng(0)
+
+    class Found:
+        files, boxes = np.arange(count).astype(str), None
+        features = np.repeat(rng.standard_normal((1, 6)).astype(np.float32), count, 0)
+
+    assert len(pairs_above(Found, 1.0)) == count * (count - 1) // 2
+    assert nearest_to(Found.features[0], Found, 1).splitlines()[1].split()[0] == "1.0000"

@@ -1,5 +1,6 @@
 """Weights as people have them: inside other models, beside other objects, under other names, on the hub."""
 
+import collections
 import json
 import os
 import subprocess
@@ -181,7 +182,7 @@ def test_images_are_normalised_as_the_processor_does(tmp_path, export_encoder, c
     [
         ("huggingface", {"depths": [3, 3, 9, 3]}, r"says depths \[3, 3, 9, 3\], its tensors have"),
         ("huggingface", {"patch_size": 2}, "says patch_size 2, its tensors have 4"),
-        ("huggingface", {"id2label": {"0": "a"}}, "says classes in id2label 1, its tensors have 3"),
+        ("huggingface", {"id2label": {"0": "a"}}, "names 1 classes, its head has 3 outputs"),
         ("timm", {"architecture": "convnextv2_tiny"}, "says architecture convnextv2_tiny, its tensors have"),
         ("timm", {"num_classes": 9}, "says num_classes 9, its tensors have 3"),
         ("timm", {"model_args": {"in_chans": 4}}, "says in_chans 4, its tensors have 3"),
@@ -257,3 +258,59 @@ def test_public_weights_by_name(tmp_path, export_encoder):
     offline = loaded(place | {"HF_HUB_OFFLINE": "1"}, [*names, "hf:someone/other"])
     assert [float(value) for value in offline[:2]] == pytest.approx([expected] * 2, rel=1e-6)
     assert offline[2].startswith("hf:someone/other can't be downloaded")
+
+
+def test_kinds_of_dictionaries_and_lists_beside_the_tensors(tmp_path, state):
+    losses = collections.defaultdict(list, {"train": [0.3]})
+    torch.save({"state_dict": state, "losses": losses, "last": collections.deque([1, 2])}, tmp_path / "x.pth")
+    assert same(read_weights(tmp_path / "x.pth").state, state)
+    torch.save({"model": {"depth": 3}, "state_dict": state}, tmp_path / "y.pth")
+    assert same(read_weights(tmp_path / "y.pth").state, state)
+    torch.save({"state_dict": state, "options": Options(a=1)}, tmp_path / "z.pth")
+    with pytest.raises(UserError, match="holds an object beside the tensors that is filled piece by piece"):
+        read_weights(tmp_path / "z.pth")
+
+
+class Options(dict):
+    pass
+
+
+@pytest.mark.parametrize("to", ["official", "timm", "huggingface"])
+def test_names_of_other_classes_than_the_head_has_are_refused(tmp_path, export_classifier, to):
+    export_classifier()
+    convert(tmp_path / "ours", tmp_path / "theirs", to=to)
+    file = tmp_path / "theirs" / "config.json"
+    config = json.loads(file.read_text())
+    names = {"classes": ["a", "b"], "label_names": ["a", "b", "c", "d"], "id2label": {"1": "a", "2": "b", "3": "c"}}
+    key = {"official": "classes", "timm": "label_names", "huggingface": "id2label"}[to]
+    file.write_text(json.dumps(config | {key: names[key]}))
+    message = "id2label does not count its classes from 0" if to == "huggingface" else "its head has 3 outputs"
+    with pytest.raises(UserError, match=message):
+        read_weights(tmp_path / "theirs")
+
+
+@pytest.mark.parametrize(
+    ("processor", "mean", "std"),
+    [
+        ({"do_normalize": False}, 0, 255),
+        ({"do_normalize": False, "do_rescale": False}, 0, 1),
+        ({"do_normalize": True}, 127.5, 127.5),
+    ],
+)
+def test_processors_that_do_not_say_their_statistics(tmp_path, export_encoder, processor, mean, std):
+    export_encoder()
+    convert(tmp_path / "ours", tmp_path / "theirs", to="huggingface")
+    (tmp_path / "theirs" / "preprocessor_config.json").write_text(json.dumps(processor))
+    form = read_weights(tmp_path / "theirs").form
+    assert form.mean == pytest.approx([mean] * 3)
+    assert form.std == pytest.approx([std] * 3)
+
+
+@pytest.mark.parametrize(
+    "others",
+    [{"mask_token": torch.zeros(1, 99)}, {"mask_token": torch.zeros(1), "decoder.conv.weight": torch.zeros(3)}],
+)
+def test_another_models_decoder_is_not_taken_for_ours(tmp_path, state, others):
+    save_file({f"encoder.{name}": value for name, value in state.items()} | others, tmp_path / "x.safetensors")
+    with pytest.raises(UserError, match=r"is no ConvNeXt V2 atto: .* is missing"):
+        read_weights(tmp_path / "x.safetensors")
