@@ -33,4 +33,4 @@ class Transform:
             return self.form.normalise(self.view(file if page is None else Page(file, page))[None])[0]
         except OSError as error:
             name = file if isinstance(file, str | os.PathLike) else f"the {type(file).__name__}"
-            raise OSError(f"{name}: {error}") from None
+            raise OSError(f"{name}: {error.strerror or error}") from None

@@ -9,7 +9,7 @@ import json
 import re
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from sparse_fcmae.runtime.files import read_json, write_atomic, write_json, writ
 from sparse_fcmae.runtime.lock import lock_folder
 from sparse_fcmae.weights.weights import Weights
 
-SAMPLES = 2048  # of a chunk, about
+SAMPLES = 512  # of a chunk, about
 SETTINGS = "settings.json"
 FORMAT = "sparse-fcmae {}"
 # files in a folder of chunks
@@ -50,10 +50,10 @@ class Chunks:
         self.each = max(1, round(SAMPLES / view.batch_size)) * view.batch_size
         self.count = -(-len(samples) // self.each)
 
-    def begin(self) -> Any:
+    def begin(self, overwrite: bool = False) -> Any:
         """Makes the folder, or says that it goes on in it; returns what keeps other calls out of it until it is closed.
 
-        Raises UserError where the folder is of other settings.
+        overwrite: begin anew where the chunks there are of other settings, for which UserError is raised otherwise.
         """
         with writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -61,11 +61,15 @@ class Chunks:
         if not file.exists() and (foreign := [path.name for path in self.folder.iterdir() if not OWN.match(path.name)]):
             raise UserError(f"{self.folder} holds {foreign[0]}, which is not of this command: move the folder away")
         lock = lock_folder(self.folder)
-        if not file.exists():
+        before = read_json(file) if file.exists() else None
+        if before != self.settings:
+            if any(self.folder.glob("*.npz")) and not overwrite:
+                lock.close()
+                other = differing(before, self.settings)
+                raise UserError(f"{self.folder} was begun with another {other}: give `overwrite=True` to begin anew")
+            for chunk in self.folder.glob("*.npz"):
+                chunk.unlink()
             write_json(file, self.settings)
-        elif read_json(file) != self.settings:
-            lock.close()
-            raise UserError(f"{self.folder} was begun with other options, weights or images: delete it first")
         elif done := self.count - len(self._missing()):
             print(f"going on: {done} of {self.count} chunks are in {self.folder}{doubt(self.settings)}")
         return lock
@@ -93,7 +97,7 @@ class Chunks:
             disable=not ranks.main,
             dynamic_ncols=True,
         )
-        with bar, loader.explained():
+        with bar, loader.explained(), self._said(ranks):
             loaded = iter(loader) if own else iter(())
             for number in own:
                 kept, bad = [], []
@@ -104,6 +108,17 @@ class Chunks:
                         kept.append(self._run(function, batch))
                     bar.update(len(batch.pixels) + len(batch.bad))
                 self._write(number, kept, bad)
+
+    @contextmanager
+    def _said(self, ranks: Ranks) -> Iterator[None]:
+        """Says where an interruption leaves what was done."""
+        try:
+            yield
+        except KeyboardInterrupt:
+            if ranks.main:
+                done = self.count - len(self._missing())
+                print(f"interrupted: {done} of {self.count} chunks are in {self.folder}; the same command goes on")
+            raise
 
     @torch.no_grad()
     def _run(self, function: Callable[[Tensor], dict[str, Tensor]], batch: Batch) -> Arrays:
@@ -195,3 +210,10 @@ def settings_for(
 def doubt(settings: dict[str, Any]) -> str:
     """Words to add where values made with these settings are used again, on images that nothing tells the change of."""
     return "" if settings["version"] else "; whether images changed under the same names can't be told for this data"
+
+
+def differing(before: dict[str, Any] | None, settings: dict[str, Any]) -> str:
+    """What is another in settings that a file or folder has, in a word."""
+    return next(
+        (name.replace("_", " ") for name in settings if before and before.get(name) != settings[name]), "content"
+    )

@@ -63,7 +63,7 @@ class EmbedConfig(SeeingConfig):
     init: str = option_of(EvaluateConfig, "init")
     out: str = option(help="file for the features: .npz, .parquet or .npy", path=True)
     overwrite: bool = option(False, help="replace what is in `out`")
-    stage: int = option(4, help="whose features, at strides of 4, 8, 16 and 32 pixels", choices=(1, 2, 3, 4))
+    stage: int = option(4, help="whose features, at 1, 2, 4 and 8 times the stem's stride", choices=(1, 2, 3, 4))
     maps: bool = option(False, help="keep the features of every position instead of their mean")
     preview: str | bool = option(
         False,
@@ -74,7 +74,9 @@ class EmbedConfig(SeeingConfig):
     duplicates: float | None = option(
         None, help="list pairs of images at least so similar, as 0.98, in a table beside `out`", above=-1, at_most=1
     )
-    nearest: str | None = option(None, help="an image, of which those most similar to it are printed", path=True)
+    nearest: str | None = option(
+        None, help="an image, or the window in its middle, of which those most similar are printed", path=True
+    )
     neighbours: int = option(10, help="how many of these", above=0)
 
 

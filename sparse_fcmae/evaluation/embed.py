@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sparse_fcmae.data.transform import Transform
 from sparse_fcmae.data.views import CentreView
-from sparse_fcmae.evaluation.chunks import Arrays, Chunks, doubt, settings_for
+from sparse_fcmae.evaluation.chunks import Arrays, Chunks, differing, doubt, settings_for
 from sparse_fcmae.evaluation.config import EmbedConfig
 from sparse_fcmae.evaluation.feature_files import Rows, check_suffix, read_features, settings_of, shape_of, write_rows
 from sparse_fcmae.evaluation.neighbours import list_duplicates, nearest_to
@@ -46,7 +46,7 @@ def embed(options: dict[str, Any]) -> Path:
         settings |= {"stage": config.stage, "maps": config.maps}
         features = features_by(weights.encoder(config.backend).to(ranks.device), config)
         if ranks.by_main(lambda: is_to_be_made(out, settings, config.overwrite)):
-            make(out, settings, samples, features, view, ranks)
+            make(out, settings, samples, features, view, ranks, config.overwrite)
         if ranks.main:
             show(out, samples, features, config, view)
     return out
@@ -96,18 +96,24 @@ def is_to_be_made(out: Path, settings: dict[str, Any], overwrite: bool) -> bool:
     if found == settings:
         print(f"{out} is there already, of the same images, weights and options{doubt(settings)}")
         return False
-    differing = next((name for name in settings if found and found.get(name) != settings[name]), "content")
-    raise UserError(f"`out` {out} exists, of another {differing}: choose another or give `overwrite=True`")
+    other = differing(found, settings)
+    raise UserError(f"`out` {out} exists, made with another {other}: choose another or give `overwrite=True`")
 
 
 def make(
-    out: Path, settings: dict[str, Any], samples: Samples, features: Encode, view: EvaluationView, ranks: Ranks
+    out: Path,
+    settings: dict[str, Any],
+    samples: Samples,
+    features: Encode,
+    view: EvaluationView,
+    ranks: Ranks,
+    overwrite: bool = False,
 ) -> None:
-    """Computes the features of all samples, and writes the file."""
+    """Computes the features of all samples, and writes the file. overwrite: as in `Chunks.begin`."""
     if ranks.main:
         print("\n".join([*samples.notes, f"features of {len(samples)} samples go to {out}"]), flush=True)
     chunks = Chunks(out, settings, samples.source, view)
-    lock = ranks.on_main(chunks.begin)
+    lock = ranks.on_main(lambda: chunks.begin(overwrite))
     chunks.make(lambda images: {"features": features(images)}, ranks, "embedding")
     ranks.barrier()
     if not ranks.main:

@@ -92,4 +92,4 @@ def class_overlay(picture: np.ndarray, boxes: np.ndarray, probabilities: np.ndar
     window_at = np.lexsort((middles[:, 0], middles[:, 1])).reshape(len(down), len(across))
     of_pixel = window_at[rows[:, None], columns]
     alpha = STRONGEST * probabilities.max(1)[of_pixel][..., None]
-    return (1 - alpha) * picture / 255 + alpha * colours[probabilities.argmax(1)][of_pixel]
+    return ((1 - alpha) * picture / 255 + alpha * colours[probabilities.argmax(1)][of_pixel]).clip(0, 1)

@@ -60,7 +60,7 @@ def predict(options: dict[str, Any]) -> Path:
         if ranks.main:
             print("\n".join([*samples.notes, f"predictions of {len(samples)} samples go to {out}"]), flush=True)
         chunks = Chunks(out, settings, samples.source, view)
-        lock = ranks.on_main(chunks.begin)
+        lock = ranks.on_main(lambda: chunks.begin(config.overwrite))
         model = weights.classifier(config.backend).to(ranks.device)
         chunks.make(logits_by(model, config.flips), ranks, "predicting")
         ranks.barrier()

@@ -97,7 +97,8 @@ def test_a_call_that_was_killed_goes_on_to_the_same_bytes(
     monkeypatch.undo()
     monkeypatch.setattr(chunks, "SAMPLES", 8)
     assert not (tmp_path / "cut" / name).exists()
-    with pytest.raises(UserError, match="was begun with other options, weights or images: delete it first"):
+    assert f"interrupted: 2 of 5 chunks are in {tmp_path / 'cut' / name}.chunks; the same" in capsys.readouterr().out
+    with pytest.raises(UserError, match="was begun with another stage: give `overwrite=True` to begin anew"):
         embed(out=tmp_path / "cut" / name, **options, stage=3)
     cut = embed(out=tmp_path / "cut" / name, **options)
     assert f"going on: 2 of 5 chunks are in {tmp_path / 'cut' / name}.chunks" in capsys.readouterr().out
@@ -116,10 +117,12 @@ def test_a_file_that_is_there_is_not_made_again_nor_replaced(colours, encoder, t
     assert said[2].split() == ["similarity", "image"]
     assert said[3].split() == ["1.0000", "train/red/1.png"]  # of the same colour, and earlier
     assert len(said) == 6
-    with pytest.raises(UserError, match=r"`out` .*x.npz exists, of another stage: choose another or give `overwrite"):
+    with pytest.raises(
+        UserError, match=r"`out` .*x.npz exists, made with another stage: choose another or give `overwrite"
+    ):
         embed(**options, stage=2)
     np.savez(tmp_path / "mine.npz", a=np.zeros(3))
-    with pytest.raises(UserError, match="exists, of another content"):
+    with pytest.raises(UserError, match="exists, made with another content"):
         embed(**options | {"out": tmp_path / "mine.npz"})
     assert (tmp_path / "x.npz").read_bytes() == before
     embed(**options, stage=2, overwrite=True)
@@ -262,7 +265,7 @@ def test_images_that_changed_under_their_names_are_said_where_nothing_tells_it(c
 def test_options_of_reading_are_settings_too(colours, encoder, tmp_path):
     options = {"data": colours / "val", "init": encoder, "out": tmp_path / "x.npz", "num_workers": 0}
     embed(**options, max_megapixels=1.0)
-    with pytest.raises(UserError, match="exists, of another reading"):
+    with pytest.raises(UserError, match="exists, made with another reading"):
         embed(**options, max_megapixels=2.0)
 
 
@@ -290,8 +293,26 @@ def test_an_array_without_its_other_file_counts_for_nothing(colours, encoder, tm
     with pytest.raises(ZeroDivisionError):
         embed(**options, stage=3, overwrite=True)
     monkeypatch.undo()
-    with pytest.raises(UserError, match="exists, of another content"):
+    with pytest.raises(UserError, match="exists, made with another content"):
         embed(**options, stage=3)
+
+
+def test_chunks_of_other_options_are_replaced_where_that_is_asked_for_or_there_are_none(
+    colours, encoder, tmp_path, small_chunks, monkeypatch
+):
+    options = {"data": colours / "val", "init": encoder, "out": tmp_path / "x.npz", "num_workers": 0, "batch_size": 4}
+    for stop in ("begin", "write_rows"):
+        with monkeypatch.context() as patch:
+            if stop == "begin":
+                patch.setattr(chunks.Chunks, "_write", lambda *_: 1 / 0)
+            else:
+                patch.setattr("sparse_fcmae.evaluation.embed.write_rows", lambda *_: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                embed(**options)
+        (tmp_path / "x.npz").unlink(missing_ok=True)
+        embed(**options, stage=2, overwrite=stop == "write_rows")
+        assert read_features(tmp_path / "x.npz").features.shape == (12, 80)
+        (tmp_path / "x.npz").unlink()
 
 
 def test_a_chunk_that_is_not_whole_is_made_again(colours, encoder, tmp_path, small_chunks, monkeypatch):
