@@ -8,11 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from sparse_fcmae import __version__
 from sparse_fcmae.data.config import NATIVE_SCALE, RATIOS, ViewConfig, range_of
 from sparse_fcmae.data.decoders.image import reading_of
 from sparse_fcmae.data.format import ImageFormat
 from sparse_fcmae.data.sources import ImageSource
 from sparse_fcmae.data.sources.labelled import Labelled
+from sparse_fcmae.data.sources.opening import is_named
 from sparse_fcmae.data.sources.pages import labelled_by_page
 from sparse_fcmae.data.survey import asked_reading, reading_options, survey
 from sparse_fcmae.data.views import Augment, CentreView, NativeView, RandomView, default_crop_fraction
@@ -247,3 +249,14 @@ def evaluation_view(
         num_workers=loader_processes(device, config.num_workers, batch_bytes)[0],
         native=config.crop == "native",
     )
+
+
+def origin_of(
+    config: PretrainConfig | FinetuneConfig, how: str, images: str, names: tuple[str, ...]
+) -> tuple[str, ...]:
+    """How the weights of a run came about, in sentences for a model card. names: the options that it names."""
+    data = [config.data] if is_named(config.data) and isinstance(config.data, str) else config.data
+    folders = " and ".join(Path(name).name for name in data) if is_named(data) else "a data set in Python"
+    begun = f"from the weights {Path(config.init).name}" if config.init else "from random weights"
+    options = ", ".join(f"{name.replace('_', ' ')} {getattr(config, name)}" for name in names)
+    return (f"It was {how} by sparse-fcmae {__version__}, {begun}, on {images} of {folders}.", f"Options: {options}.")

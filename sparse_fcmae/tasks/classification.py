@@ -31,7 +31,7 @@ from sparse_fcmae.runtime.distributed import Ranks, process_group
 from sparse_fcmae.runtime.errors import UserError
 from sparse_fcmae.runtime.options import given_flags, image_size_of, keywords_of
 from sparse_fcmae.runtime.streams import Stream, torch_seed
-from sparse_fcmae.tasks.build import build_classifier, evaluation_view, moving_average, training_view
+from sparse_fcmae.tasks.build import build_classifier, evaluation_view, moving_average, origin_of, training_view
 from sparse_fcmae.tasks.config import FinetuneConfig
 from sparse_fcmae.training.config import OF_WEIGHTS
 from sparse_fcmae.training.configure import configure
@@ -160,9 +160,15 @@ class Classification(Task):
             ema = whole_state(self.ema.module, self.ranks)
         if not self.ranks.main:
             return
-        export_model(self.model, exported, self.source.classes, self.form, state)
+        origin = origin_of(
+            self.config,
+            "fine-tuned as a classifier",
+            f"{len(self.source)} images or windows of {len(self.source.classes)} classes",
+            ("epochs", "batch_size", "lr", "layer_decay", "drop_path", "seed"),
+        )
+        export_model(self.model, exported, self.source.classes, self.form, state, origin)
         if ema:
-            export_model(self.model, run / "exported-ema", self.source.classes, self.form, ema)
+            export_model(self.model, run / "exported-ema", self.source.classes, self.form, ema, origin)
             log.say(f"moving average of the weights in {exported}-ema")
         log.draw(lambda: draw_loss(run, "loss", "loss"))
         log.draw(lambda: draw_accuracy(run / "evaluations.jsonl", run / "accuracy.png"))

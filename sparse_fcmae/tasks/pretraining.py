@@ -35,6 +35,7 @@ from sparse_fcmae.tasks.build import (
     format_of_run,
     moving_average,
     options_of_weights,
+    origin_of,
     training_flops,
     training_view,
 )
@@ -195,9 +196,15 @@ class Pretraining(Task):
         ema = whole_state(self.ema.module.encoder, self.ranks) if self.ema else None
         if not self.ranks.main:
             return
-        export_model(self.model.encoder, exported, form=self.form, state=state)
+        origin = origin_of(
+            self.config,
+            "pretrained by fully convolutional masked autoencoding",
+            f"{len(self.source)} images or windows",
+            ("epochs", "batch_size", "lr", "mask_ratio", "min_crop", "seed"),
+        )
+        export_model(self.model.encoder, exported, form=self.form, state=state, origin=origin)
         if ema:
-            export_model(self.model.encoder, run / "exported-ema", form=self.form, state=ema)
+            export_model(self.model.encoder, run / "exported-ema", form=self.form, state=ema, origin=origin)
             log.say(f"moving average of the weights in {exported}-ema")
         log.draw(lambda: draw_loss(run, "loss on masked patches", "val_loss"))
         log.say(f"pretrained encoder in {exported}; use it with\n\n{usage_example(self.model.encoder, exported)}")

@@ -23,6 +23,7 @@ from sparse_fcmae.runtime.options import image_size_of
 from sparse_fcmae.weights.weights import DECODER, Weights
 
 CONFIG = "config.json"
+CARD = "README.md"  # for people
 LARGEST = 1 << 20  # pixels along a side of an image
 Names = tuple[tuple[str, str], ...]  # regular expressions, each with its replacement, applied one after the other
 Outputs = dict[str, Tensor]  # of a model: "features" [B, D, H/P, W/P], "stage1" to "stage4", "logits" or "pooled"
@@ -37,9 +38,17 @@ class Settings:
     classes: tuple[str, ...] | None = None
     form: ImageFormat | None = None
     grn_scope: str = "image"
+    origin: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, image_size: Any, classes: Any, images: dict[str, Any], grn_scope: str = "image") -> "Settings":
+    def of(
+        cls,
+        image_size: Any,
+        classes: Any,
+        images: dict[str, Any],
+        grn_scope: str = "image",
+        origin: Any = (),
+    ) -> "Settings":
         """The settings in values of a JSON file, None for what it does not say.
 
         images: a format as `ImageFormat.as_json` gives it, or "mean" and "std" alone, of 8-bit values between 0 and 1.
@@ -50,7 +59,7 @@ class Settings:
             raise ValueError(f"no image has {size[0]}x{size[1]} pixels")
         if images.get("mean") and images.get("std"):
             form = ImageFormat.of_json(images) if "dtype" in images else of_units(images["mean"], images["std"])
-        return cls(size, tuple(map(str, classes)) if classes else None, form, grn_scope)
+        return cls(size, tuple(map(str, classes)) if classes else None, form, grn_scope, tuple(map(str, origin)))
 
 
 class Target(ABC):
@@ -65,6 +74,7 @@ class Target(ABC):
     ends_in_norm: whether an encoder without a head has a final norm there.
     keeps_grn_scope: whether its configs say what the response norm pools over.
     library: the Python module that runs what is written, None where none is known to.
+    hub_library: what model hubs call the library that loads a folder, None where they don't know it.
     tolerance: the greatest relative error of what that computes.
     """
 
@@ -76,6 +86,7 @@ class Target(ABC):
     ends_in_norm = False
     keeps_grn_scope = False
     library: str | None = None
+    hub_library: str | None = None
     tolerance = TOLERANCE
 
     def refusal(self, architecture: dict[str, Any]) -> str | None:
@@ -101,13 +112,17 @@ class Target(ABC):
             else:
                 write_json(folder / name, content)
 
+    @abstractmethod
+    def usage(self, weights: Weights) -> str:
+        """Python code that loads a folder of this kind, which it calls FOLDER."""
+
     def files(self, file: Path) -> list[Path]:
         """The files that `save` may make when it is to write `file`."""
         return [file]
 
     def folder_files(self) -> list[str]:
         """The names of all files that a folder may hold."""
-        return [file.name for file in self.files(Path(self.weights_file))] + list(self.configs)
+        return [file.name for file in self.files(Path(self.weights_file))] + [*self.configs, CARD]
 
     def outputs(self, weights: Weights) -> tuple[str, ...]:
         """The names of the outputs that a model has before and after its weights are written here."""

@@ -11,8 +11,9 @@ from sparse_fcmae.model.convnext import SparseEncoder
 from sparse_fcmae.runtime.errors import UserError
 from sparse_fcmae.runtime.files import new_folder, writing
 from sparse_fcmae.runtime.options import check
-from sparse_fcmae.weights.adapter import Target
+from sparse_fcmae.weights.adapter import CARD, Target
 from sparse_fcmae.weights.adapters import TARGETS
+from sparse_fcmae.weights.card import model_card
 from sparse_fcmae.weights.config import ConvertConfig
 from sparse_fcmae.weights.destination import Destination
 from sparse_fcmae.weights.graph import GraphTarget
@@ -71,12 +72,13 @@ def export_model(
     classes: tuple[str, ...] | None = None,
     form: ImageFormat | None = None,
     state: dict[str, Tensor] | None = None,
+    origin: tuple[str, ...] = (),
 ) -> None:
     """Writes an encoder or classifier under the official names, with the config that `load_encoder` reads, verified.
 
-    state: the weights, where the model does not have them, or has others.
+    state: the weights, where the model does not have them, or has others. origin: how they came about, in sentences.
     """
-    weights, target = Weights.of(model, classes, form, state), TARGETS["official"]
+    weights, target = replace(Weights.of(model, classes, form, state), origin=origin), TARGETS["official"]
     with new_folder(folder) as temporary:
         with writing(folder):
             write(weights, target, temporary)
@@ -97,6 +99,7 @@ def write(weights: Weights, target: Target, path: Path) -> list[str]:
     if path.is_dir():
         done = target.save(fitting, path / target.weights_file)
         target.write_configs(fitting, path)
+        (path / CARD).write_text(model_card(fitting, target))
     else:
         done = target.save(fitting, path)
     present = {part_of(key) for key in weights.state}

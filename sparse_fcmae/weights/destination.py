@@ -10,8 +10,9 @@ from pathlib import Path
 
 from sparse_fcmae.runtime.errors import UserError
 from sparse_fcmae.runtime.files import new_folder, write_atomic, writing
-from sparse_fcmae.weights.adapter import Target
+from sparse_fcmae.weights.adapter import CARD, Target
 from sparse_fcmae.weights.adapters import TARGETS
+from sparse_fcmae.weights.card import OURS
 
 WEIGHTS_SUFFIXES = (".safetensors", ".pt", ".pth", ".onnx", ".pt2", ".bin", ".ckpt")  # how files with weights end
 WRITTEN = {name for target in TARGETS.values() for name in target.folder_files()}
@@ -62,7 +63,11 @@ class Destination:
             return
         if not overwrite:
             raise UserError(f"{path} is not empty: choose another folder or give `overwrite=True`")
-        if foreign := {file.name for file in path.iterdir()} - WRITTEN:
+        foreign = {file.name for file in path.iterdir()} - WRITTEN
+        card = path / CARD
+        if card.is_file() and OURS not in card.read_text(errors="replace"):
+            foreign.add(CARD)  # someone has written it
+        if foreign:
             raise UserError(f"{path} holds more than a conversion ({min(foreign)}): choose another folder")
 
     @contextmanager

@@ -11,8 +11,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from sparse_fcmae.model.convnext import size_of
 from sparse_fcmae.weights.adapter import CONFIG, Adapter
 from sparse_fcmae.weights.official import model_config
+from sparse_fcmae.weights.weights import Weights
 
 CONVOLUTION = r"^(stages\.\d\.\d+\.dwconv|downsample_layers\.[123]\.1)"  # a layer's official name
 KERNEL = re.compile(CONVOLUTION + r"\.weight$")
@@ -39,6 +41,15 @@ class Fcmae(Adapter):
     drops = ("norm", "head")
     keeps_grn_scope = True
     sparse = True
+
+    def usage(self, weights: Weights) -> str:
+        return (
+            "import torch\n"
+            "from models.fcmae import fcmae  # of the official code\n\n"
+            f"model = fcmae(depths={list(size_of(weights.architecture['name'])[0])}, "
+            f"dims={list(size_of(weights.architecture['name'])[1])})\n"
+            'model.load_state_dict(torch.load("FOLDER/model.pt")["model"], strict=False)'
+        )
 
     def pack(self, key: str, value: Tensor, width: int) -> Tensor:
         if KERNEL.match(key):

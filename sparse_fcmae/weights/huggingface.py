@@ -100,7 +100,7 @@ class HuggingFace(Adapter):
     telltale = re.compile(r"^(convnextv2\.)?embeddings\.")
     configs: ClassVar = {CONFIG: model_config, PROCESSOR: processor_config}
     ends_in_norm = True
-    library = "transformers"
+    library = hub_library = "transformers"
 
     def losses(self, weights: Weights, single: bool) -> list[str]:
         lines = super().losses(weights, single)
@@ -137,6 +137,10 @@ class HuggingFace(Adapter):
         if not 0 < self.norm_eps(config) <= EPS:
             return f"layer_norm_eps {config['layer_norm_eps']!r}, not {EPS} or less"
         return first_unlike({"hidden_act": config.get("hidden_act", "gelu")}, {"hidden_act": ("gelu",)})
+
+    def usage(self, weights: Weights) -> str:
+        name = "AutoModelForImageClassification" if weights.num_classes else "AutoModel"
+        return f'from transformers import {name}\n\nmodel = {name}.from_pretrained("FOLDER")'
 
     def run(self, path: Path, weights: Weights, images: Tensor) -> Outputs:
         if weights.num_classes:

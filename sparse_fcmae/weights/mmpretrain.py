@@ -62,6 +62,9 @@ class MMPretrain(Adapter):
     configs: ClassVar = {"config.py": model_config}
     ends_in_norm = True
 
+    def usage(self, weights: Weights) -> str:
+        return '_base_ = ["FOLDER/config.py"]  # in a config of mmpretrain\nload_from = "FOLDER/model.pth"'
+
     def is_extra(self, name: str, names: Collection[str]) -> bool:
         """A backbone whose stages all have a norm has no final one: that of the last stage is one of them."""
         of_all = any(STAGE_NORM.match(other) and "norm3" not in other for other in names)

@@ -18,6 +18,8 @@ def model_config(weights: Weights) -> dict[str, Any]:
     config = {"format": f"{FORMAT} {kind}"} | weights.architecture | weights.form.as_json()
     if weights.num_classes:
         config |= {"num_classes": weights.num_classes, "classes": weights.classes}
+    if weights.origin:
+        config["origin"] = weights.origin
     return config
 
 
@@ -36,9 +38,19 @@ class Official(Adapter):
             return None
         images = config.get("images") or config  # a run has its options at the top, `mean` and `std` among them
         scope = config.get("grn_scope", "image")
-        return Settings.of(config.get("image_size"), config.get("classes"), images, scope)
+        return Settings.of(config.get("image_size"), config.get("classes"), images, scope, config.get("origin") or ())
+
+    def usage(self, weights: Weights) -> str:
+        what, call = ("classifier", "logits") if weights.num_classes else ("encoder", "features")
+        return (
+            f"from sparse_fcmae import load_{what}\n\n"
+            f'{what} = load_{what}("FOLDER")\n'
+            f'{call} = {what}({what}.preprocess("image.png"))'
+        )
 
     def shapes_in(self, config: dict[str, Any]) -> dict[str, Any]:
+        if str(config["format"]).endswith(" run"):  # what was asked for, where `init` may have said otherwise
+            return {}
         return {name: config.get(name) for name in ("name", "in_chans", "stem_stride", "num_classes")}
 
     def recognises(self, names: Collection[str]) -> bool:

@@ -23,6 +23,7 @@ class Onnx(GraphTarget):
     weights_file = "model.onnx"
     suffixes = (".onnx",)
     library = "onnxruntime"
+    hub_library = "onnx"
 
     def files(self, file: Path) -> list[Path]:
         """The graph, and the weights where they are too large to lie in it."""
@@ -36,6 +37,13 @@ class Onnx(GraphTarget):
                 message = f"`to=onnx` needs {package}: pip install onnx onnxscript onnxruntime, extra onnx"
                 raise UserError(message) from None
         return super().save(weights, file)
+
+    def usage(self, weights: Weights) -> str:
+        return (
+            "import onnxruntime\n\n"
+            'session = onnxruntime.InferenceSession("FOLDER/model.onnx")\n'
+            f'outputs = session.run({list(self.outputs(weights))}, {{"images": images}})'
+        )
 
     def export(self, graph: Graph, images: Tensor, shapes: dict[str, Any], names: tuple[str, ...], file: Path) -> None:
         size = sum(parameter.numel() * parameter.element_size() for parameter in graph.parameters())

@@ -101,6 +101,7 @@ def understand(tensors: dict[str, Tensor], file: Path) -> Weights:
         original=named,
         config=config,
         notes=tuple(notes),
+        origin=settings.origin,
     )
     if weights.classes and len(weights.classes) != weights.num_classes:
         raise UserError(

@@ -88,7 +88,7 @@ class Timm(Adapter):
     telltale = re.compile(r"^stem[._]0\.weight$")
     configs: ClassVar = {CONFIG: model_config}
     ends_in_norm = True
-    library = "timm"
+    library = hub_library = "timm"
 
     def pack(self, key: str, value: Tensor, width: int) -> Tensor:
         if width in CONV_MLP and re.search(r"pwconv\d\.weight$", key):
@@ -120,6 +120,9 @@ class Timm(Adapter):
         if not name.startswith("convnextv2"):
             return f"architecture {name!r}, not one of convnextv2"
         return first_unlike(config.get("model_args", {}), MODEL_ARGS)
+
+    def usage(self, weights: Weights) -> str:
+        return 'import timm\n\nmodel = timm.create_model("local-dir:FOLDER", pretrained=True)'
 
     def run(self, path: Path, weights: Weights, images: Tensor) -> Outputs:
         model = entry("timm", "create_model")(f"local-dir:{path}", pretrained=True).eval()

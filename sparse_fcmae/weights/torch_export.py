@@ -9,6 +9,7 @@ from torch import Tensor
 from sparse_fcmae.runtime.errors import UserError
 from sparse_fcmae.runtime.files import one_line
 from sparse_fcmae.weights.graph import Graph, GraphTarget
+from sparse_fcmae.weights.weights import Weights
 
 
 class TorchExport(GraphTarget):
@@ -19,6 +20,9 @@ class TorchExport(GraphTarget):
     suffixes = (".pt2",)
     library = "torch.export"
     least = 2  # as the program guards against maps of one position, whose memory may be read in either order
+
+    def usage(self, weights: Weights) -> str:
+        return 'import torch\n\nmodel = torch.export.load("FOLDER/model.pt2").module()'
 
     def export(self, graph: Graph, images: Tensor, shapes: dict[str, Any], names: tuple[str, ...], file: Path) -> None:
         torch.export.save(torch.export.export(graph, (images,), dynamic_shapes=shapes), file)
@@ -34,6 +38,9 @@ class AOTInductor(GraphTarget):
     weights_file = "model.pt2"
     suffixes = (".pt2",)
     library = "AOTInductor"
+
+    def usage(self, weights: Weights) -> str:
+        return 'import torch\n\nmodel = torch._inductor.aoti_load_package("FOLDER/model.pt2")'
 
     def export(self, graph: Graph, images: Tensor, shapes: dict[str, Any], names: tuple[str, ...], file: Path) -> None:
         program = torch.export.export(graph, (images,), dynamic_shapes=shapes)

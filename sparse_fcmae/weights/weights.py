@@ -35,6 +35,7 @@ class Weights:
     original: the tensors as they were read, under the names that the layout has for them.
     config: what the library that they are from configures them by, where it lay beside them.
     notes: what was left out when they were read, and why, a line each.
+    origin: how they came about, in sentences, where that is known.
     """
 
     state: dict[str, Tensor]
@@ -46,6 +47,7 @@ class Weights:
     original: dict[str, Tensor] = field(default_factory=dict)
     config: dict[str, Any] | None = None
     notes: tuple[str, ...] = ()
+    origin: tuple[str, ...] = ()
 
     @classmethod
     def of(

@@ -195,7 +195,7 @@ def test_overwrite_replaces_an_earlier_conversion(tmp_path, export_encoder):
     export_encoder()
     convert(tmp_path / "ours", tmp_path / "out", to="huggingface")
     convert(tmp_path / "ours", tmp_path / "out", to="timm", overwrite=True)
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["README.md", "config.json", "model.safetensors"]
     assert json.loads((tmp_path / "out" / "config.json").read_text())["architecture"] == "convnextv2_atto"
     for _ in range(2):
         convert(tmp_path / "ours", tmp_path / "one.safetensors", to="timm", overwrite=True)

@@ -1,0 +1,68 @@
+"""The model card that lies beside exported weights: README.md, as model hubs show it."""
+
+from sparse_fcmae.model.convnext import size_of
+from sparse_fcmae.weights.adapter import Target
+from sparse_fcmae.weights.weights import Weights, patch_size_of
+
+OURS = "<!-- written by sparse-fcmae; take this line out when you edit the card, so that no conversion replaces it -->"
+SHOWN = 20  # classes that a card names
+
+
+def model_card(weights: Weights, target: Target) -> str:
+    """What the weights are, how they came about, the images that they take, and how they are loaded."""
+    shape, form = weights.architecture, weights.form
+    depths, dims = size_of(shape["name"])
+    height, width = shape["image_size"]
+    patch = patch_size_of(shape)
+    task = "image-classification" if weights.num_classes else "image-feature-extraction"
+    kind = f"classifier of {weights.num_classes} classes" if weights.num_classes else "encoder"
+    named = shape["name"] if ":" not in shape["name"] else "of its own size"
+    millions = sum(tensor.numel() for tensor in weights.state.values()) / 1e6
+    read = ", ".join(map(str, form.channels or ()))
+    channels = f" Of a file the channels {read} are read." if read else ""
+    seen = "Windows in the image's own resolution are seen." if form.native else "The image is resized."
+    lines = [
+        "---",
+        *([f"library_name: {target.hub_library}"] if target.hub_library else []),
+        f"pipeline_tag: {task}",
+        "tags: [convnextv2, fcmae, self-supervised]",
+        "---",
+        OURS,
+        "",
+        f"# ConvNeXt V2 {named}, {kind}",
+        "",
+        f"{millions:.1f} million parameters. Blocks {list(depths)}, channels {list(dims)}.",
+        f"The stem's stride is {shape['stem_stride']}.",
+        "",
+        "## How it came about",
+        "",
+        *(weights.origin or ("This is not recorded in the weights that it was made of.",)),
+        "",
+        "## Images",
+        "",
+        f"{height} x {width} pixels, or other multiples of {patch}. Channels: {form.in_chans}, of {form.dtype}.",
+        f"{seen}{channels}",
+        "Each channel is normalised by its mean and deviation, in the images' own units:",
+        "",
+        f"- mean {', '.join(f'{value:.6g}' for value in form.mean)}",
+        f"- deviation {', '.join(f'{value:.6g}' for value in form.std)}",
+        "",
+        *(_classes(weights.classes) if weights.classes else []),
+        "## How to load it",
+        "",
+        "```python",
+        target.usage(weights),
+        "```",
+        "",
+        "## Licence",
+        "",
+        "Whoever publishes these weights says here under which terms, as the images' own terms allow.",
+        "",
+        "The method is that of ConvNeXt V2 (Woo et al., 2023, arXiv:2301.00808).",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _classes(classes: tuple[str, ...]) -> list[str]:
+    more = f", and {len(classes) - SHOWN} more in the config" if len(classes) > SHOWN else ""
+    return ["## Classes", "", ", ".join(classes[:SHOWN]) + more, ""]
