@@ -10,23 +10,11 @@ from typing import Any
 from torch import Tensor
 
 from sparse_fcmae.data.decoders.image import library
-from sparse_fcmae.runtime.errors import UserError
 from sparse_fcmae.runtime.files import write_atomic
 
-SUFFIXES = (".csv", ".jsonl", ".parquet")
+TABLES = (".csv", ".jsonl", ".parquet")
 BLOCK = 10_000  # rows of a group in Parquet
 Row = dict[str, Any]
-
-
-def check_table(name: str, path: Path) -> None:
-    """Raises UserError where the option `name` is no table that can be written, or a library is missing for it."""
-    if path.suffix not in SUFFIXES:
-        raise UserError(f"`{name}` {path} must end in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}")
-    if path.suffix == ".parquet":
-        try:
-            library("pyarrow", "datasets")
-        except OSError as error:
-            raise UserError(f"`{name}` {path} {error}") from None
 
 
 def answer(logits: Tensor, classes: Sequence[str], top: int) -> Row:

@@ -53,7 +53,8 @@ class Chunks:
     def begin(self, overwrite: bool = False) -> Any:
         """Makes the folder, or says that it goes on in it; returns what keeps other calls out of it until it is closed.
 
-        overwrite: begin anew where the chunks there are of other settings, for which UserError is raised otherwise.
+        overwrite: begin anew where the chunks there are of other settings, for which UserError is raised otherwise, and
+        where nothing tells whether they are of the same images.
         """
         with writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -62,7 +63,7 @@ class Chunks:
             raise UserError(f"{self.folder} holds {foreign[0]}, which is not of this command: move the folder away")
         lock = lock_folder(self.folder)
         before = read_json(file) if file.exists() else None
-        if before != self.settings:
+        if before != self.settings or (overwrite and doubt(self.settings)):
             if any(self.folder.glob("*.npz")) and not overwrite:
                 lock.close()
                 other = differing(before, self.settings)

@@ -12,17 +12,17 @@ from sparse_fcmae.data.transform import Transform
 from sparse_fcmae.data.views import CentreView
 from sparse_fcmae.evaluation.chunks import Arrays, Chunks, differing, doubt, settings_for
 from sparse_fcmae.evaluation.config import EmbedConfig
-from sparse_fcmae.evaluation.feature_files import Rows, check_suffix, read_features, settings_of, shape_of, write_rows
+from sparse_fcmae.evaluation.feature_files import SUFFIXES, Rows, read_features, settings_of, shape_of, write_rows
 from sparse_fcmae.evaluation.neighbours import list_duplicates, nearest_to
 from sparse_fcmae.evaluation.plots import check_installed
 from sparse_fcmae.evaluation.preview import draw_preview
 from sparse_fcmae.evaluation.run import EvaluationView, check_any, view_of
-from sparse_fcmae.evaluation.samples import Samples, check_apart, say_unreadable
+from sparse_fcmae.evaluation.samples import Samples, check_apart, check_ending, say_unreadable
 from sparse_fcmae.model.convnext import SparseEncoder
 from sparse_fcmae.runtime.distributed import Ranks, process_group
 from sparse_fcmae.runtime.errors import UserError
 from sparse_fcmae.runtime.files import check_writable, writing
-from sparse_fcmae.runtime.options import check, check_paths, keywords_of
+from sparse_fcmae.runtime.options import check, check_given, check_paths, keywords_of
 from sparse_fcmae.weights.read import read_weights
 
 Encode = Callable[[Tensor], Tensor]  # images [B, C, H, W] -> features, a row for each
@@ -40,6 +40,8 @@ def embed(options: dict[str, Any]) -> Path:
     out = Path(config.out)
     with process_group(config.device) as ranks:
         weights = read_weights(config.init).per_image()
+        for note in weights.notes if ranks.main else ():
+            print(note)
         view = view_of(config, weights, ranks.device)
         samples = ranks.main_first(lambda: Samples(config.data, view, config))
         settings = settings_for("features", weights, view, samples, config)
@@ -55,12 +57,10 @@ def embed(options: dict[str, Any]) -> Path:
 def checked(options: dict[str, Any]) -> EmbedConfig:
     """The config of options. Raises UserError for options that can't be; touches nothing on the disk."""
     check_paths(EmbedConfig, options)
-    for name, what in (("data", "the images"), ("init", "the weights"), ("out", "the file for the features")):
-        if not options.get(name):
-            raise UserError(f"`{name}` is missing: name {what}")
+    check_given(options, {"data": "the images", "init": "the weights", "out": "the file for the features"})
     config = EmbedConfig(**options)
     check(config)
-    check_suffix(Path(config.out))
+    check_ending("out", Path(config.out), SUFFIXES)
     asked = {"preview": config.preview, "duplicates": config.duplicates is not None, "nearest": config.nearest}
     wanting = next((name for name, value in asked.items() if value), None)
     if wanting and config.maps:

@@ -16,15 +16,16 @@ from sparse_fcmae.data.sources.labelled import Labelled
 from sparse_fcmae.data.sources.pages import labelled_by_page
 from sparse_fcmae.data.splits import few_labels
 from sparse_fcmae.evaluation.accuracy import TOP, accuracy
-from sparse_fcmae.evaluation.answer_tables import check_table, rows_of, write_table
+from sparse_fcmae.evaluation.answer_tables import TABLES, rows_of, write_table
 from sparse_fcmae.evaluation.config import EvaluateConfig
 from sparse_fcmae.evaluation.imagenet import CORRUPTIONS, mean_corruption_error, outputs_of, wordnet_ids
 from sparse_fcmae.evaluation.plots import draw_confusion
 from sparse_fcmae.evaluation.probes import features_of, linear_probe, nearest_neighbours
 from sparse_fcmae.evaluation.run import EvaluationSet, EvaluationView, check_any, run_model, view_of
+from sparse_fcmae.evaluation.samples import check_ending
 from sparse_fcmae.runtime.errors import UserError
 from sparse_fcmae.runtime.files import check_writable, write_atomic, write_json, writing
-from sparse_fcmae.runtime.options import check, check_paths, keywords_of
+from sparse_fcmae.runtime.options import check, check_given, check_paths, keywords_of
 from sparse_fcmae.runtime.run_folder import RunFolder
 from sparse_fcmae.weights.read import Weights, read_weights
 
@@ -40,6 +41,8 @@ def evaluate(options: dict[str, Any]) -> dict[str, Any]:
     """
     config = checked(options)
     weights = read_weights(config.init).per_image()
+    for note in weights.notes:
+        print(note)
     view = view_of(config, weights)
     out = Path(config.out) if config.out else None
     if out:
@@ -55,15 +58,13 @@ def evaluate(options: dict[str, Any]) -> dict[str, Any]:
 def checked(options: dict[str, Any]) -> EvaluateConfig:
     """The config of options. Raises UserError for options that can't be; touches nothing on the disk."""
     check_paths(EvaluateConfig, options)
-    for name, what in (("data", "the images"), ("init", "the weights")):
-        if not options.get(name):
-            raise UserError(f"`{name}` is missing: name {what}")
+    check_given(options, {"data": "the images", "init": "the weights"})
     config = EvaluateConfig(**options)
     check(config)
     if config.labels_per_class is not None and not (config.knn or config.linear_probe):
         raise UserError("`labels_per_class` goes with `knn` or `linear_probe` alone")
     if config.per_image:
-        check_table("per_image", Path(config.per_image))
+        check_ending("per_image", Path(config.per_image), TABLES)
         check_writable(Path(config.per_image))
         if config.knn or config.linear_probe:
             raise UserError("`per_image` is of a classifier: leave out `knn` and `linear_probe`")

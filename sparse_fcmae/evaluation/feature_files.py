@@ -55,17 +55,6 @@ class Features:
     boxes: np.ndarray | None = None
 
 
-def check_suffix(out: Path) -> None:
-    """Raises UserError for a name of another kind of file, or where a library is missing for it."""
-    if out.suffix not in SUFFIXES:
-        raise UserError(f"`out` {out} must end in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}")
-    if out.suffix == ".parquet":
-        try:
-            library("pyarrow", "datasets")
-        except OSError as error:
-            raise UserError(f"`out` {out} {error}") from None
-
-
 def write_rows(rows: Rows, out: Path) -> None:
     """Writes a file, atomically."""
     write = {".npz": _write_npz, ".parquet": _write_parquet, ".npy": _write_npy}[out.suffix]

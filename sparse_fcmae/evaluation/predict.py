@@ -10,18 +10,18 @@ import torch
 from torch import Tensor
 
 from sparse_fcmae.data.decoders import open_image
-from sparse_fcmae.evaluation.answer_tables import Row, answer, check_table, write_table
+from sparse_fcmae.evaluation.answer_tables import TABLES, Row, answer, write_table
 from sparse_fcmae.evaluation.chunks import Chunks, settings_for
 from sparse_fcmae.evaluation.config import PredictConfig
 from sparse_fcmae.evaluation.pictures import rgb, shown
 from sparse_fcmae.evaluation.plots import check_installed, draw_class_map
 from sparse_fcmae.evaluation.run import EvaluationView, check_any, view_of
-from sparse_fcmae.evaluation.samples import Samples, check_apart, say_unreadable
+from sparse_fcmae.evaluation.samples import Samples, check_apart, check_ending, say_unreadable
 from sparse_fcmae.model.classifier import Classifier
 from sparse_fcmae.runtime.distributed import process_group
 from sparse_fcmae.runtime.errors import UserError
 from sparse_fcmae.runtime.files import check_writable, writing
-from sparse_fcmae.runtime.options import check, check_paths, keywords_of
+from sparse_fcmae.runtime.options import check, check_given, check_paths, keywords_of
 from sparse_fcmae.weights.read import read_weights
 
 FLIPS = {None: ((),), "horizontal": ((), (3,)), "both": ((), (3,), (2,), (2, 3))}  # axes that images are flipped along
@@ -58,7 +58,10 @@ def predict(options: dict[str, Any]) -> Path:
         samples = ranks.main_first(lambda: Samples(config.data, view, config))
         settings = settings_for("predictions", weights, view, samples, config) | {"flips": config.flips}
         if ranks.main:
-            print("\n".join([*samples.notes, f"predictions of {len(samples)} samples go to {out}"]), flush=True)
+            print(
+                "\n".join([*weights.notes, *samples.notes, f"predictions of {len(samples)} samples go to {out}"]),
+                flush=True,
+            )
         chunks = Chunks(out, settings, samples.source, view)
         lock = ranks.on_main(lambda: chunks.begin(config.overwrite))
         model = weights.classifier(config.backend).to(ranks.device)
@@ -80,13 +83,11 @@ def predict(options: dict[str, Any]) -> Path:
 def checked(options: dict[str, Any]) -> PredictConfig:
     """The config of options. Raises UserError for options that can't be, and where `out` is there already."""
     check_paths(PredictConfig, options)
-    for name, what in (("data", "the images"), ("init", "the weights"), ("out", "the table")):
-        if not options.get(name):
-            raise UserError(f"`{name}` is missing: name {what}")
+    check_given(options, {"data": "the images", "init": "the weights", "out": "the table"})
     config = PredictConfig(**options)
     check(config)
     out = Path(config.out)
-    check_table("out", out)
+    check_ending("out", out, TABLES)
     if out.exists() and not config.overwrite:
         raise UserError(f"`out` {out} exists: choose another or give `overwrite=True`")
     with writing(out):
@@ -97,6 +98,8 @@ def checked(options: dict[str, Any]) -> PredictConfig:
         check_installed("maps", "matplotlib", "matplotlib", "plots")
         if Path(config.maps).exists() and not Path(config.maps).is_dir():
             raise UserError(f"`maps` {config.maps} is a file: name a folder")
+        if Path(config.maps).is_dir() and any(Path(config.maps).iterdir()) and not config.overwrite:
+            raise UserError(f"`maps` {config.maps} is not empty: choose another or give `overwrite=True`")
     return config
 
 

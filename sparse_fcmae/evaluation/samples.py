@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from sparse_fcmae.data.config import SourceConfig
+from sparse_fcmae.data.decoders.image import library
 from sparse_fcmae.data.sources import BadImage, ImageSource
 from sparse_fcmae.data.sources.class_folder import open_described
 from sparse_fcmae.data.sources.labelled import Labelled
@@ -60,6 +61,17 @@ class Samples:
     def labels(self, samples: np.ndarray) -> np.ndarray:
         """int64, the classes of samples."""
         return self.source.labels[samples].numpy()
+
+
+def check_ending(option: str, file: Path, endings: tuple[str, ...]) -> None:
+    """Raises UserError for a file that ends as none that can be written, or that a library is missing for."""
+    if file.suffix not in endings:
+        raise UserError(f"`{option}` {file} must end in {', '.join(endings[:-1])} or {endings[-1]}")
+    if file.suffix == ".parquet":
+        try:
+            library("pyarrow", "datasets")
+        except OSError as error:
+            raise UserError(f"`{option}` {file} {error}") from None
 
 
 def check_apart(data: Any, out: Path) -> None:

@@ -100,6 +100,13 @@ def check_paths(kind: type, options: dict[str, Any]) -> None:
             raise UserError(f"`{f.name}` is of the type {type(value).__name__}: give a path")
 
 
+def check_given(options: dict[str, Any], what: dict[str, str]) -> None:
+    """Raises UserError for the first of some options that is not given. what: by its name, what it names."""
+    for name, meaning in what.items():
+        if not options.get(name):
+            raise UserError(f"`{name}` is missing: name {meaning}")
+
+
 def check(config: Any) -> None:
     """Raises UserError for the first option of another type, not finite, not among its choices, or out of bounds.
 

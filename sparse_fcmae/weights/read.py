@@ -20,6 +20,7 @@ from sparse_fcmae.model.fcmae import FCMAE
 from sparse_fcmae.runtime.checkpoint_folder import STEP, damaged_checkpoints
 from sparse_fcmae.runtime.errors import UserError
 from sparse_fcmae.runtime.files import one_line, read_json
+from sparse_fcmae.runtime.notices import say_once
 from sparse_fcmae.weights.adapter import CONFIG, Adapter, Settings
 from sparse_fcmae.weights.adapters import ADAPTERS
 from sparse_fcmae.weights.opening import listed, load, shown, weights_file
@@ -30,16 +31,26 @@ INSIDE_A_MODEL = re.compile(r"(^|\.)encoder\.downsample")  # the names of an enc
 
 
 def load_encoder(path: str | Path, *, backend: str = "auto") -> SparseEncoder:
-    """An encoder with the weights of any checkpoint that `read_weights` reads, in evaluation mode."""
-    return read_weights(path).encoder(backend)
+    """An encoder with the weights of any checkpoint that `read_weights` reads, in evaluation mode.
+
+    What was left out of a checkpoint is said once.
+    """
+    return _read_and_say(path).encoder(backend)
 
 
 def load_classifier(path: str | Path, *, backend: str = "auto") -> Classifier:
     """A classifier with the weights of any checkpoint that `read_weights` reads, in evaluation mode.
 
-    Raises UserError where it has no head.
+    Raises UserError where it has no head. What was left out of a checkpoint is said once.
     """
-    return read_weights(path).classifier(backend)
+    return _read_and_say(path).classifier(backend)
+
+
+def _read_and_say(path: str | Path) -> Weights:
+    weights = read_weights(path)
+    for note in weights.notes:
+        say_once(f"{path}: {note}")
+    return weights
 
 
 def load_transform(path: str | Path, crop_fraction: float | None = None) -> Transform:

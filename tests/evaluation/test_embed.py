@@ -250,7 +250,9 @@ def test_mistakes_in_one_line(colours, encoder, tmp_path, capsys):
     )
 
 
-def test_images_that_changed_under_their_names_are_said_where_nothing_tells_it(colours, encoder, tmp_path, capsys):
+def test_images_that_changed_under_their_names_are_said_where_nothing_tells_it(
+    colours, encoder, tmp_path, capsys, monkeypatch
+):
     data = str(tmp_path / "data.parquet")
     files = sorted(colours.rglob("*.png"))[:6]
     pyarrow.parquet.write_table(
@@ -260,6 +262,12 @@ def test_images_that_changed_under_their_names_are_said_where_nothing_tells_it(c
     embed(**options)
     embed(**options)
     assert "whether images changed under the same names can't be told for this data" in capsys.readouterr().out
+    monkeypatch.setattr(chunks, "SAMPLES", 2)
+    monkeypatch.setattr("sparse_fcmae.evaluation.embed.write_rows", lambda *_: 1 / 0)
+    for overwrite, goes_on in ((False, False), (False, True), (True, False)):
+        with pytest.raises(ZeroDivisionError):
+            embed(**options | {"out": tmp_path / "y.npz"}, overwrite=overwrite, batch_size=2)
+        assert ("going on: 3 of 3 chunks" in capsys.readouterr().out) == goes_on
 
 
 def test_options_of_reading_are_settings_too(colours, encoder, tmp_path):

@@ -175,6 +175,11 @@ def test_mistakes_in_one_line(colours, classifier, tmp_path, capsys):
     for option in (["--windows"], ["--maps", tmp_path / "maps"]):
         line = fails(capsys, *options, classifier, "--out", tmp_path / "x.csv", *option)
         assert "--windows and --maps are of native windows: give --crop native" in line
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "mine.png").write_text("mine")
+    assert "is not empty: choose another or give --overwrite" in fails(
+        capsys, *options, classifier, "--out", tmp_path / "x.csv", "--maps", tmp_path / "there"
+    )
     (tmp_path / "there.csv").write_text("mine")
     assert "exists: choose another or give --overwrite" in fails(
         capsys, *options, classifier, "--out", tmp_path / "there.csv"

@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoImageProcessor, ConvNextV2Backbone, ConvNextV2Config
 
-from sparse_fcmae import UserError, convert, load_encoder, load_transform
+from sparse_fcmae import UserError, convert, embed, load_encoder, load_transform
 from sparse_fcmae.weights.read import read_weights
 
 
@@ -60,6 +60,16 @@ def test_an_encoder_beside_a_head_of_ones_own(tmp_path, state):
         "took the encoder at encoder.",
         "left out what is no part of the encoder: decoder.up.weight, head.weight",
     )
+
+
+def test_what_was_left_out_is_said(tmp_path, state, caplog, colours, capsys):
+    save_file({f"net.{name}": value for name, value in state.items()} | BESIDE, tmp_path / "x.safetensors")
+    load_encoder(tmp_path / "x.safetensors")
+    beside = "left out what is no part of the encoder: " + ", ".join(sorted(BESIDE))
+    assert f"{tmp_path / 'x.safetensors'}: {beside}" in caplog.text
+    data = {"data": colours / "val", "init": tmp_path / "x.safetensors", "image_size": 32, "num_workers": 0}
+    embed(**data, out=tmp_path / "x.npz")
+    assert beside in capsys.readouterr().out
 
 
 def test_of_two_encoders_none_is_chosen(tmp_path, state):
