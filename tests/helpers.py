@@ -68,15 +68,19 @@ def dense_encoder(state: dict[str, Tensor], images: Tensor, mask: Tensor, scope:
             name = f"stages.{stage}.{block}"
             y = norm(conv(x * keep, f"{name}.dwconv", padding=3, groups=x.shape[-1]), f"{name}.norm")
             y = F.gelu(F.linear(y, state[f"{name}.pwconv1.weight"], state[f"{name}.pwconv1.bias"]))
-            response = ((y * keep) ** 2).sum((0, 1, 2) if scope == "batch" else (1, 2), keepdim=True).clamp_min(
-                1e-38
-            ) ** 0.5
-            y = state[f"{name}.grn.gamma"] * (y * response / (response.mean(-1, keepdim=True) + 1e-6)) + (
-                state[f"{name}.grn.beta"] + y
-            )
-            x = x + F.linear(y, state[f"{name}.pwconv2.weight"], state[f"{name}.pwconv2.bias"])
+            if f"{name}.grn.gamma" in state:
+                y = dense_grn(y, keep, state[f"{name}.grn.gamma"], state[f"{name}.grn.beta"], scope)
+            y = F.linear(y, state[f"{name}.pwconv2.weight"], state[f"{name}.pwconv2.bias"])
+            x = x + state.get(f"{name}.gamma", 1) * y
             block += 1
     return (x * keep).permute(0, 3, 1, 2)
+
+
+def dense_grn(y: Tensor, keep: Tensor, gamma: Tensor, beta: Tensor, scope: str) -> Tensor:
+    """Global response normalisation of [B, H, W, C], pooled where `keep` is true."""
+    squares = ((y * keep) ** 2).sum((0, 1, 2) if scope == "batch" else (1, 2), keepdim=True)
+    response = squares.clamp_min(1e-38) ** 0.5
+    return gamma * (y * response / (response.mean(-1, keepdim=True) + 1e-6)) + beta + y
 
 
 def flags(options: dict[str, object]) -> list[str]:

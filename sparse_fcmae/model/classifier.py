@@ -57,6 +57,8 @@ def create_classifier(
     backend: str = "auto",
     stem_stride: int = 4,
     grn_scope: str = "image",
+    grn: bool = True,
+    layer_scale: bool = False,
 ) -> Classifier:
     """A `Classifier` with new weights."""
     return Classifier(
@@ -68,4 +70,6 @@ def create_classifier(
         backend=backend,
         stem_stride=stem_stride,
         grn_scope=grn_scope,
+        grn=grn,
+        layer_scale=layer_scale,
     )

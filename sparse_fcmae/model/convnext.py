@@ -38,6 +38,7 @@ GIANTS: dict[str, Size] = {  # huge made wider, to 1.1 and 3.1 billion parameter
     "gigantic": ((3, 3, 27, 3), (768, 1536, 3072, 6144)),
 }
 STEM_STRIDES = (4, 2, 1)
+LAYER_SCALE = 1e-6  # at first, as in ConvNeXt V1
 OTHER = re.compile(r"(\d+(?:-\d+){3}):(\d+(?:-\d+){3})")  # how the name of any other size is made of its numbers
 
 
@@ -81,16 +82,20 @@ class Block(nn.Module):
     h * (1 + gamma * G / (mean of G over the channels + eps)) + beta. eps is 1e-6, in LN and in GRN. Only dwconv7x7
     looks at other positions, and only at visible ones (submanifold convolution).
 
+    For comparison, `grn=False` leaves GRN out, and `layer_scale=True` multiplies what is added by a learnt factor per
+    channel, 1e-6 at first. Both together are ConvNeXt V1's block (Liu et al., 2022), which runs layer by layer.
+
     `drop_path` and `checkpointed` are applied by `Stage`. A block that is called by itself heeds neither.
     """
 
-    def __init__(self, dim: int, grn_scope: str = "image") -> None:
+    def __init__(self, dim: int, grn_scope: str = "image", grn: bool = True, layer_scale: bool = False) -> None:
         super().__init__()
         self.dwconv = nn.Conv2d(dim, dim, kernel_size=7, padding=3, groups=dim)
         self.norm = nn.LayerNorm(dim, eps=EPS)
         self.pwconv1 = nn.Linear(dim, 4 * dim)
-        self.grn = GRN(4 * dim)
+        self.grn = GRN(4 * dim) if grn else None
         self.pwconv2 = nn.Linear(4 * dim, dim)
+        self.gamma = nn.Parameter(torch.full((dim,), LAYER_SCALE)) if layer_scale else None
         self.grn_scope = grn_scope
         self.drop_path = 0.0  # the probability with which an image skips this block in training
         self.checkpointed = False  # whether its inside is computed again in the backward pass, and not kept
@@ -98,14 +103,14 @@ class Block(nn.Module):
     def forward(self, x: Tensor, patches: Patches) -> Tensor:
         """Features [..., dim] of the patches -> features of the same shape and dtype."""
         layers = (self.dwconv, self.norm, self.pwconv1, self.grn, self.pwconv2)
-        if type(self.grn) is GRN and patches.fuses(*layers):
+        if type(self.grn) is GRN and self.gamma is None and patches.fuses(*layers):
             return patches.fused_block(x, self.ten_parameters(), self.grn_scope)
         y = patches.dwconv(x, self.dwconv)
         y = self.norm(y)
         y = self.pwconv1(y)
-        y = self.grn(y, patches, self.grn_scope)
+        y = F.gelu(y) if self.grn is None else self.grn(y, patches, self.grn_scope)
         y = self.pwconv2(y)
-        return x + y
+        return x + (y if self.gamma is None else self.gamma * y)
 
     def ten_parameters(self) -> list[Tensor]:
         """All parameters in the official order, as `ops.convnext_block` takes them."""
@@ -158,8 +163,8 @@ class SparseEncoder(nn.Module):
 
     name: as in `size_of`. image_size: pixels, (height, width) or one number for both, multiples of the patch; `forward`
     takes other multiples too. in_chans: channels of the images. stem_stride: 4, 2 or 1; the patch is 8 times that.
-    grn_scope: "image", or "batch" for the pooling over the whole batch of the public code. backend: see
-    `available_backends`. Raises UserError for a wrong name, size or option.
+    grn_scope: "image", or "batch" for the pooling over the whole batch of the public code. grn, layer_scale: as in
+    `Block`. backend: see `available_backends`. Raises UserError for a wrong name, size or option.
     """
 
     def __init__(
@@ -171,6 +176,8 @@ class SparseEncoder(nn.Module):
         backend: str = "auto",
         stem_stride: int = 4,
         grn_scope: str = "image",
+        grn: bool = True,
+        layer_scale: bool = False,
     ) -> None:
         super().__init__()
         depths, dims = size_of(name)
@@ -183,6 +190,7 @@ class SparseEncoder(nn.Module):
         check_backend(backend)
         self.name, self.in_chans, self.backend = name, in_chans, backend
         self.stem_stride, self.grn_scope = stem_stride, grn_scope
+        self.grn, self.layer_scale = grn, layer_scale
         self.patch_size = SIDES[0] * stem_stride
         self.image_size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
         self.grid(*self.image_size)
@@ -194,7 +202,8 @@ class SparseEncoder(nn.Module):
         downs = [Downsampling(nn.LayerNorm(dim, eps=EPS), nn.Conv2d(dim, out, 2, 2)) for dim, out in pairwise(dims)]
         self.downsample_layers = nn.ModuleList([stem, *downs])
         self.stages = nn.ModuleList(
-            Stage(*(Block(dim, grn_scope) for _ in range(depth))) for depth, dim in zip(depths, dims, strict=True)
+            Stage(*(Block(dim, grn_scope, grn, layer_scale) for _ in range(depth)))
+            for depth, dim in zip(depths, dims, strict=True)
         )
         self.apply(init_weights)
 
@@ -341,6 +350,8 @@ def create_encoder(
     backend: str = "auto",
     stem_stride: int = 4,
     grn_scope: str = "image",
+    grn: bool = True,
+    layer_scale: bool = False,
 ) -> SparseEncoder:
     """A `SparseEncoder` with new weights."""
     return SparseEncoder(
@@ -350,4 +361,6 @@ def create_encoder(
         backend=backend,
         stem_stride=stem_stride,
         grn_scope=grn_scope,
+        grn=grn,
+        layer_scale=layer_scale,
     )

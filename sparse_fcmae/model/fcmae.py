@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from sparse_fcmae.backends import resolve_backend
 from sparse_fcmae.backends.layers import is_tiling, say_called
 from sparse_fcmae.backends.patch_map import flat_positions
-from sparse_fcmae.backends.patches import Patches, product_dtype
+from sparse_fcmae.backends.patches import Patches, product_dtype, zero_masked
 from sparse_fcmae.model.convnext import Block, SparseEncoder, Stage, init_weights
 from sparse_fcmae.model.masking import num_visible_patches, random_mask
+from sparse_fcmae.ops.reference import normalise
 from sparse_fcmae.runtime.errors import UserError
 
 
@@ -52,8 +53,9 @@ class FCMAE(nn.Module):
     mask_ratio: fraction of the patches that is masked. mask_patch_size: pixels, a multiple of the patch P; masks are
     drawn in squares of this side. mask_grid: masks are drawn on a grid of this many rows and columns instead.
     norm_pix_loss: each target patch is normalised by its own mean and variance. decoder_dim, decoder_depth: the
-    decoder's width and blocks. The other arguments are `SparseEncoder`'s. Raises UserError for values that do not fit
-    together.
+    decoder's width and blocks. grn, layer_scale: of the encoder's blocks. sparse: False, for comparison, has the
+    encoder compute all patches densely, where masked pixels are zeros of normalised images. The other arguments are
+    `SparseEncoder`'s. Raises UserError for values that do not fit together.
     """
 
     def __init__(
@@ -71,10 +73,22 @@ class FCMAE(nn.Module):
         decoder_depth: int = 1,
         stem_stride: int = 4,
         grn_scope: str = "image",
+        grn: bool = True,
+        layer_scale: bool = False,
+        sparse: bool = True,
     ) -> None:
         super().__init__()
-        shared = {"image_size": image_size, "in_chans": in_chans, "stem_stride": stem_stride, "grn_scope": grn_scope}
-        self.encoder = SparseEncoder(name, backend=backend, **shared)
+        self.encoder = SparseEncoder(
+            name,
+            image_size=image_size,
+            in_chans=in_chans,
+            backend=backend,
+            stem_stride=stem_stride,
+            grn_scope=grn_scope,
+            grn=grn,
+            layer_scale=layer_scale,
+        )
+        self.sparse = sparse
         self.patch_size = self.encoder.patch_size
         self.mask_ratio, self.mask_patch_size, self.mask_grid = mask_ratio, mask_patch_size, mask_grid
         self.norm_pix_loss = norm_pix_loss
@@ -154,7 +168,11 @@ class FCMAE(nn.Module):
     ) -> tuple[Patches, Tensor, Tensor]:
         """The visible patches, what `decode` gives, and the flat positions of the masked patches, int64 [M]."""
         patches = self.encoder.patches(images, mask, num_visible)
-        decoded = self.decode(self.encoder(images, patches, statistics=statistics), patches)
+        if self.sparse:
+            x = self.encoder(images, patches, statistics=statistics)
+        else:
+            x = patches.gather(self.encoder(zero_masked(normalise(images, statistics), mask)))
+        decoded = self.decode(x, patches)
         of_image = None if num_visible is None else mask.shape[1] * mask.shape[2] - num_visible
         return patches, decoded, flat_positions(mask, of_image)
 

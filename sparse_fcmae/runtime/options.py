@@ -195,6 +195,8 @@ def as_flags(message: str, names: Iterable[str]) -> str:
         name, value = match.groups()
         if name not in known:
             return match[0]
+        if value == "False":
+            return flag(f"no_{name}")
         return flag(name) if value in (None, "True") else f"{flag(name)} {value}"
 
     return ARGUMENT.sub(replace, message)

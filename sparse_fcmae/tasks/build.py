@@ -95,6 +95,9 @@ def build_fcmae(config: PretrainConfig, resumed: bool, device: torch.device = CP
             decoder_depth=config.decoder_depth,
             stem_stride=config.stem_stride,
             grn_scope=config.grn_scope,
+            grn=config.grn,
+            layer_scale=config.layer_scale,
+            sparse=config.sparse,
         )
     return model, [] if resumed or not config.init else load_into(model, config.init)
 
@@ -114,7 +117,8 @@ def training_flops(config: PretrainConfig | PlanConfig, model: FCMAE) -> float:
         decoder_dim=config.decoder_dim,
         decoder_depth=config.decoder_depth,
     )
-    return 6 * (parts["encoder"].sparse + parts["decoder"].sparse)  # the backward pass is twice the forward
+    encoder = parts["encoder"].sparse if model.sparse else parts["encoder"].dense
+    return 6 * (encoder + parts["decoder"].sparse)  # the backward pass is twice the forward
 
 
 def load_into(model: FCMAE, path: str) -> list[str]:
@@ -130,9 +134,11 @@ def load_into(model: FCMAE, path: str) -> list[str]:
             f"`model={name}` without `depths` and `dims`" if name in MODELS else f"`depths={depths}` and `dims={dims}`"
         )
         raise UserError(f"`init` {path} is of the size {name}, not {model.encoder.name}: give {remedy}")
-    there, here = weights.architecture["stem_stride"], model.encoder.stem_stride
-    if there != here:
-        raise UserError(f"`init` {path} has `stem_stride` {there}, not {here}: give `stem_stride={there}`")
+    for name in ("stem_stride", "grn", "layer_scale"):
+        there, here = weights.architecture[name], getattr(model.encoder, name)
+        if there != here:
+            remedy = "leave `layer_scale` out" if (name, there) == ("layer_scale", False) else f"give `{name}={there}`"
+            raise UserError(f"`init` {path} has `{name}` {there}, not {here}: {remedy}")
     encoder, notes = weights.without("norm", "head", "decoder"), list(weights.notes)
     stem, in_chans = encoder[STEM], model.encoder.in_chans
     if stem.shape[1] != in_chans:
@@ -184,6 +190,7 @@ def build_classifier(
         )
         weights, size, notes = None, (224, 224), ["starting from random weights", *remarks]
         shape = {"name": model_name(config), "in_chans": form.in_chans, "stem_stride": config.stem_stride}
+        shape |= {"grn": config.grn, "layer_scale": config.layer_scale}
     else:
         weights = read_weights(source)
         form, notes = weights.form, list(weights.notes)

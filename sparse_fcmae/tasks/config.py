@@ -58,6 +58,9 @@ class PretrainConfig(RunConfig):
     mask_patch_size: int | None = option(None, help="draw masks in squares of this many pixels [the patch]", above=0)
     mask_grid: int | None = option(None, help="or draw masks on a grid of this many rows and columns", above=0)
     grn_scope: str = option("image", help="what the response norm pools over", choices=("image", "batch"))
+    grn: bool = option(True, help="have the response norm in the encoder's blocks; without it for comparison")
+    layer_scale: bool = option(False, help="scale what the encoder's blocks add, as in ConvNeXt V1, for comparison")
+    sparse: bool = option(True, help="encode the visible patches alone; dense, with zeros, for comparison")
     norm_pix_loss: bool = option(True, help="normalise each target patch")
     decoder_dim: int = option(512, help="width of the decoder", above=0, at_most=65536)
     decoder_depth: int = option(1, help="blocks of the decoder", above=0, at_most=1000)
@@ -180,6 +183,8 @@ class FinetuneConfig(RunConfig):
         None, help="pixels, as 224 or, height first, 224x320 [that of `init`, or 224]"
     )
     stem_stride: int = option(4, help="with `from_scratch`: the patch is 8 times that", choices=STRIDES)
+    grn: bool = option(True, help="with `from_scratch`: have the response norm in the blocks")
+    layer_scale: bool = option(False, help="with `from_scratch`: scale what blocks add, as in ConvNeXt V1")
 
     epochs: int | None = option(None, help="passes over the images [preset]", above=0, changes_run=True)
     batch_size: int = option(1024, help="images an optimiser step, over all ranks and micro-batches", above=0)

@@ -8,7 +8,10 @@ from sparse_fcmae.runtime.compute import ComputeConfig
 from sparse_fcmae.runtime.options import option
 
 # options that the weights fix which a run starts from
-OF_WEIGHTS = ("model", "depths", "dims", "in_chans", "stem_stride", "channels", "stats", "mean", "std", "value_range")
+OF_WEIGHTS = (
+    *("model", "depths", "dims", "in_chans", "stem_stride", "grn", "layer_scale"),
+    *("channels", "stats", "mean", "std", "value_range"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -73,6 +73,7 @@ class Target(ABC):
     drops: the parts of the weights that it has no place for.
     ends_in_norm: whether an encoder without a head has a final norm there.
     keeps_grn_scope: whether its configs say what the response norm pools over.
+    keeps_blocks: whether it has a place for blocks other than ConvNeXt V2's.
     library: the Python module that runs what is written, None where none is known to.
     hub_library: what model hubs call the library that loads a folder, None where they don't know it.
     tolerance: the greatest relative error of what that computes.
@@ -85,13 +86,19 @@ class Target(ABC):
     drops: tuple[str, ...] = ("decoder",)
     ends_in_norm = False
     keeps_grn_scope = False
+    keeps_blocks = False
     library: str | None = None
     hub_library: str | None = None
     tolerance = TOLERANCE
 
-    def refusal(self, architecture: dict[str, Any]) -> str | None:
-        """Why a folder of this kind can't describe a model, and what to do instead; None where it can."""
-        return None
+    def refusal(self, architecture: dict[str, Any], single: bool = False) -> str | None:
+        """Why a folder of this kind or, where `single`, a file can't hold a model, and what to do instead.
+
+        None where it can.
+        """
+        if self.keeps_blocks or (architecture["grn"] and not architecture["layer_scale"]):
+            return None
+        return f"{self.name} has no blocks without GRN or with layer scale: give `to=official`"
 
     def losses(self, weights: Weights, single: bool) -> list[str]:
         """What is not kept in a folder or, where `single`, in a file of the weights alone, a line each."""

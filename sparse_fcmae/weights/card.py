@@ -21,6 +21,9 @@ def model_card(weights: Weights, target: Target) -> str:
     read = ", ".join(map(str, form.channels or ()))
     channels = f" Of a file the channels {read} are read." if read else ""
     seen = "Windows in the image's own resolution are seen." if form.native else "The image is resized."
+    lacking = [] if shape["grn"] else ["no response norm (GRN)"]
+    lacking += ["a layer scale"] if shape["layer_scale"] else []
+    blocks = f" For comparison the blocks have {' and '.join(lacking)}." if lacking else ""
     lines = [
         "---",
         *([f"library_name: {target.hub_library}"] if target.hub_library else []),
@@ -32,7 +35,7 @@ def model_card(weights: Weights, target: Target) -> str:
         f"# ConvNeXt V2 {named}, {kind}",
         "",
         f"{millions:.1f} million parameters. Blocks {list(depths)}, channels {list(dims)}.",
-        f"The stem's stride is {shape['stem_stride']}.",
+        f"The stem's stride is {shape['stem_stride']}.{blocks}",
         "",
         "## How it came about",
         "",

@@ -55,8 +55,7 @@ def convert(
     whole = "decoder" not in target.drops
     place.check(weights_file(Path(source), whole), overwrite)
     weights = read_weights(source, whole=whole)
-    reason = target.refusal(weights.architecture)
-    if reason and not place.is_file:
+    if reason := target.refusal(weights.architecture, place.is_file):
         raise UserError(reason)
     lines = [_what_was_read(weights, source), *weights.notes, *target.losses(weights, place.is_file)]
     with place.written_beside(dry_run) as path:

@@ -38,6 +38,7 @@ class GraphTarget(Target):
     outputs are float16; sums over positions and channels are float32 all the same. least: patches along a side.
     """
 
+    keeps_blocks = True
     least = 1
     half = False
 

@@ -31,7 +31,7 @@ class Official(Adapter):
     telltale = re.compile(r"^(encoder\.)?downsample_layers\.0\.0\.weight$")
     wrapper = "model"
     configs: ClassVar = {CONFIG: model_config}
-    keeps_grn_scope = True
+    keeps_grn_scope = keeps_blocks = True
 
     def read_config(self, config: dict[str, Any], folder: Path) -> Settings | None:
         if not str(config.get("format")).startswith(FORMAT):

@@ -190,7 +190,7 @@ def _renamed(tensors: dict[str, Tensor], rename: Callable[[str], str], file: Pat
 
 
 def _infer_architecture(named: dict[str, Tensor], adapter: Adapter, file: Path) -> dict[str, Any]:
-    """Name, input channels and stem stride, from the shape of the stem, and from how many blocks there are."""
+    """The arguments of `SparseEncoder` that shapes and names tell: stem, blocks, and which parts these have."""
     name = adapter.rename("downsample_layers.0.0.weight")
     stem = named.get(name)
     if stem is None or stem.dim() != 4:
@@ -209,7 +209,12 @@ def _infer_architecture(named: dict[str, Tensor], adapter: Adapter, file: Path) 
             raise UserError(f"{file} is no ConvNeXt V2: it has no {adapter.rename(norms[0])}")
         depths.append(found[-1] + 1)
         dims.append(named[adapter.rename(norms[found[0]])].numel())
-    return {"name": name_of(tuple(depths), tuple(dims)), "in_chans": in_chans, "stem_stride": stride}
+    shape = {"name": name_of(tuple(depths), tuple(dims)), "in_chans": in_chans, "stem_stride": stride}
+    if not adapter.keeps_blocks:
+        return shape | {"grn": True, "layer_scale": False}
+    block = adapter.rename("stages.0.0.")
+    has_grn = any(name.startswith(block + "grn.") for name in named)
+    return shape | {"grn": has_grn, "layer_scale": block + "gamma" in named}
 
 
 def _official(named: dict[str, Tensor], adapter: Adapter, shape: dict[str, Any], file: Path) -> dict[str, Tensor]:

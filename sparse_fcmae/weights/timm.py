@@ -95,9 +95,9 @@ class Timm(Adapter):
             return value[:, :, None, None]
         return flat_grn(key, value)
 
-    def refusal(self, architecture: dict[str, Any]) -> str | None:
-        if architecture["stem_stride"] != 2:
-            return None
+    def refusal(self, architecture: dict[str, Any], single: bool = False) -> str | None:
+        if single or architecture["stem_stride"] != 2:
+            return super().refusal(architecture, single)
         # timm would put a further downsampling before the first stage.
         return "timm's ConvNeXt V2 has no stem of stride 2: give `to=huggingface` or `to=official`"
 

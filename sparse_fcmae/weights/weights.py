@@ -113,7 +113,7 @@ class Weights:
 
 def architecture_of(encoder: SparseEncoder) -> dict[str, Any]:
     """The arguments that make an encoder of the same shape, without the backend."""
-    names = ("name", "image_size", "in_chans", "stem_stride", "grn_scope")
+    names = ("name", "image_size", "in_chans", "stem_stride", "grn_scope", "grn", "layer_scale")
     return {name: getattr(encoder, name) for name in names}
 
 

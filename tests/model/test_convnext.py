@@ -57,6 +57,9 @@ def test_every_backend_equals_masked_dense_convolution(kind):
         ((32, 40), {"stem_stride": 1}),
         ((48, 32), {"stem_stride": 2}),
         ((64, 96), {"grn_scope": "batch"}),
+        ((64, 96), {"grn": False}),
+        ((96, 64), {"layer_scale": True}),
+        ((32, 64), {"grn": False, "layer_scale": True}),
     ],
 )
 def test_shapes_and_options(size, options):
@@ -87,10 +90,17 @@ def test_every_size_has_the_same_loss_and_gradients_on_all_backends(name):
     assert losses == pytest.approx(dict.fromkeys(losses, losses["masked"]), rel=1e-5)
 
 
-@pytest.mark.parametrize("name", ["atto", "tiny"])
-def test_without_a_mask_it_is_timms_encoder(name):
-    encoder = randomise(create_encoder(name))
-    model = timm.create_model(f"convnextv2_{name}", num_classes=0).eval()
+@pytest.mark.parametrize(
+    ("name", "timms", "options"),
+    [
+        ("atto", "convnextv2_atto", {}),
+        ("tiny", "convnextv2_tiny", {}),
+        ("tiny", "convnext_tiny", {"grn": False, "layer_scale": True}),
+    ],
+)
+def test_without_a_mask_it_is_timms_encoder(name, timms, options):
+    encoder = randomise(create_encoder(name, **options))
+    model = timm.create_model(timms, num_classes=0).eval()
     state = timm.models.convnext.checkpoint_filter_fn(dict(encoder.state_dict()), model)
     missing, unexpected = model.load_state_dict(state, strict=False)
     assert not unexpected

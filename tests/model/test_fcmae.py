@@ -4,7 +4,7 @@ from contextlib import nullcontext
 import numpy as np
 import pytest
 import torch
-from helpers import randomise, relative_error
+from helpers import dense_encoder, randomise, relative_error
 from torch.utils.flop_counter import FlopCounterMode
 
 from sparse_fcmae import UserError, available_backends, create_fcmae
@@ -40,6 +40,23 @@ def test_loss_is_the_published_one(norm_pix_loss):
             patch = (patch - patch.mean()) / np.sqrt(patch.var(ddof=1) + 1e-6)
         total += np.mean((prediction[b, row * 2 + col].detach().double().numpy() - patch) ** 2)
     assert loss.item() == pytest.approx(total / 3, rel=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["native", "torch", "masked"])
+def test_a_dense_encoder_sees_zeros_where_a_sparse_one_sees_nothing(backend):
+    model = randomise(create_fcmae("atto", image_size=64, sparse=False, backend=backend))
+    images = torch.randint(256, (2, 3, 64, 96), dtype=torch.uint8)
+    statistics = torch.tensor([[120.0, 100.0, 80.0], [50.0, 60.0, 70.0]], dtype=torch.float64)
+    mask = torch.tensor([[[True, False, True], [False, True, False]], [[False, True, True], [True, False, True]]])
+    pixels = (images - statistics[0][:, None, None]) / statistics[1][:, None, None]
+    pixels = pixels * ~mask.repeat_interleave(32, 1).repeat_interleave(32, 2)[:, None]
+    state = {key: value.double() for key, value in model.encoder.state_dict().items()}
+    features = dense_encoder(state, pixels, torch.zeros_like(mask)) * ~mask[:, None]
+    seen = []
+    model.proj.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0]))
+    model(images, mask, statistics=statistics).loss.backward()
+    assert relative_error(seen[0] * ~mask[:, None], features) < 1e-5
+    assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
 def test_patchify_and_back():

@@ -14,7 +14,7 @@ from helpers import OF_MACHINE, children_of, fails, flags, flip_bytes, go_back
 from PIL import Image
 from safetensors.torch import load_file
 
-from sparse_fcmae import UserError, available_backends, load_encoder, pretrain
+from sparse_fcmae import UserError, available_backends, load_classifier, load_encoder, pretrain
 from sparse_fcmae.cli import main
 from sparse_fcmae.tasks.pretraining import thin_out
 from sparse_fcmae.weights.read import read_weights
@@ -518,11 +518,32 @@ def test_pretraining_goes_on_from_weights_and_looks_at_neighbours(pictures, enco
     assert "going on from the encoder and decoder" in (again / "train.log").read_text()
     models = [load_file(r / "checkpoints" / f"step-{s:08d}" / "model.safetensors") for r, s in ((run, 8), (again, 4))]
     assert all((models[1][key] - value).abs().max() < 1e-6 for key, value in models[0].items())
-    for options, message in (({"model": "femto"}, "give `model=atto`"), ({"stem_stride": 2}, "give `stem_stride=1`")):
+    for options, message in (
+        ({"model": "femto"}, "give `model=atto`"),
+        ({"stem_stride": 2}, "give `stem_stride=1`"),
+        ({"layer_scale": True}, "has `layer_scale` False, not True: leave `layer_scale` out"),
+        ({"grn": False}, "has `grn` True, not False: give `grn=True`"),
+    ):
         with pytest.raises(UserError, match=message):
             pretrain(data=pictures, out=tmp_path / "x", init=encoder, epochs=1, **small | {"image_size": 64} | options)
     with pytest.raises(UserError, match="has no folder train"):
         pretrain(data=pictures, out=tmp_path / "x", knn=pictures, epochs=1, **small)
+    assert not (tmp_path / "x").exists()
+
+
+def test_variants_for_comparison_are_trained_exported_and_fine_tuned(pictures, tmp_path, capsys):
+    run, tuned = tmp_path / "run", tmp_path / "tuned"
+    options = ["--image-size", 32, "--stem-stride", 1, "--num-workers", 0, "--epochs", 1]
+    variant = ["--no-grn", "--layer-scale", "--no-sparse", "--batch-size", 10]
+    main(list(map(str, ["pretrain", "--data", pictures, "--out", run, *options, *variant])))
+    encoder = load_encoder(run)
+    assert (encoder.grn, encoder.layer_scale) == (False, True)
+    assert "can't be converted for timm: timm has no blocks without GRN" in (run / "train.log").read_text()
+    few = ["--batch-size", 20, "--val-split", 0.5, "--num-workers", 0, "--epochs", 1, "--ema-decay", 0]
+    main(list(map(str, ["finetune", "--data", pictures, "--init", run, "--out", tuned, *few])))
+    assert load_classifier(tuned).stages[0][0].gamma.shape == (40,)
+    wrong = ["pretrain", "--data", pictures, "--init", run, "--out", tmp_path / "x", *options, "--batch-size", 10]
+    assert "has --grn False, not True: give --no-grn" in fails(capsys, *wrong)
     assert not (tmp_path / "x").exists()
 
 

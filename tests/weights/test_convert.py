@@ -56,6 +56,22 @@ def test_a_whole_models_file_and_a_pooled_encoder(tmp_path):
     assert "left out the final norm" in back.notes[0]
 
 
+@pytest.mark.parametrize("options", [{"grn": False}, {"layer_scale": True}, {"grn": False, "layer_scale": True}])
+def test_blocks_for_comparison_go_where_there_is_a_place_for_them(tmp_path, export_encoder, options):
+    encoder = export_encoder(**options)
+    again = load_encoder(tmp_path / "ours")
+    assert (again.grn, again.layer_scale) == (encoder.grn, encoder.layer_scale)
+    assert all(torch.equal(v, again.state_dict()[k]) for k, v in encoder.state_dict().items())
+    assert "For comparison the blocks have" in (tmp_path / "ours" / "README.md").read_text()
+    convert(tmp_path / "ours", tmp_path / "official.pth", to="official")
+    assert read_weights(tmp_path / "official.pth").architecture["grn"] is encoder.grn
+    assert "verified" in convert(tmp_path / "ours", tmp_path / "x.pt2", to="torch-export")
+    for to, file in (("timm", "timm"), ("timm", "x.safetensors"), ("huggingface", "hf"), ("fcmae", "fcmae")):
+        with pytest.raises(UserError, match=f"{to} has no blocks without GRN"):
+            convert(tmp_path / "ours", tmp_path / file, to=to)
+        assert not (tmp_path / file).exists()
+
+
 def test_a_wrong_mapping_is_caught_and_nothing_written(tmp_path, export_encoder, monkeypatch):
     export_encoder()
     swapped = ((r"\.grn\.gamma$", ".mlp.grn.bias"), (r"\.grn\.beta$", ".mlp.grn.weight"))
