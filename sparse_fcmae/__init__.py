@@ -13,13 +13,14 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time see __getattr__
     from sparse_fcmae.model.fcmae import create_fcmae as create_fcmae
     from sparse_fcmae.model.masking import random_mask as random_mask
     from sparse_fcmae.runtime.errors import UserError as UserError
-    from sparse_fcmae.tasks.classification import finetune as finetune
+    from sparse_fcmae.tasks.finetuning import finetune as finetune
     from sparse_fcmae.tasks.inspection import inspect as inspect
     from sparse_fcmae.tasks.pretraining import pretrain as pretrain
     from sparse_fcmae.weights.convert import convert as convert
     from sparse_fcmae.weights.read import load_classifier as load_classifier
     from sparse_fcmae.weights.read import load_encoder as load_encoder
     from sparse_fcmae.weights.read import load_transform as load_transform
+    from sparse_fcmae.weights.segmenter import load_segmenter as load_segmenter
 
 __version__ = "0.1.0"
 
@@ -32,9 +33,10 @@ PUBLIC = {  # name: the module that it is imported from when it is first used
     "create_fcmae": "model.fcmae",
     "embed": "evaluation.embed",
     "evaluate": "evaluation.evaluate",
-    "finetune": "tasks.classification",
+    "finetune": "tasks.finetuning",
     "inspect": "tasks.inspection",
     "load_classifier": "weights.read",
+    "load_segmenter": "weights.segmenter",
     "load_transform": "weights.read",
     "load_encoder": "weights.read",
     "predict": "evaluation.predict",

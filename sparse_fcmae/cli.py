@@ -42,9 +42,9 @@ COMMANDS = {
     ),
     "pretrain": Command("pretrain on a folder of images", "tasks.config:PretrainConfig", "tasks.pretraining:pretrain"),
     "finetune": Command(
-        "train a classifier on class folders, from pretrained weights",
+        "train a classifier or a segmentation model, from pretrained weights",
         "tasks.config:FinetuneConfig",
-        "tasks.classification:finetune",
+        "tasks.finetuning:finetune",
     ),
     "plan": Command(
         "memory, time, checkpoints and bandwidth that pretraining will take",

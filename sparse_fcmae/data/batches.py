@@ -11,7 +11,7 @@ import signal
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from multiprocessing.process import BaseProcess
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 from weakref import WeakSet
 
 import numpy as np
@@ -33,32 +33,36 @@ LOADER_PROCESSES: WeakSet[BaseProcess] = WeakSet()  # that this process has star
 
 class Sample(NamedTuple):
     """pixels: [H, W, C] from the view, or None where no image could be read. index: of the image in its source. bad:
-    the unreadable images that were met on the way. box: of a window in its image, else None."""
+    the unreadable images that were met on the way. box: of a window in its image, else None. labels: of the pixels,
+    int16 [h, w], where the view gives them, else None."""
 
     pixels: Tensor | None
     index: int
     bad: list[BadImage]
     box: Box | None = None
+    labels: Tensor | None = None
 
 
 class Batch(NamedTuple):
     """pixels: [B, H, W, C]. index: int64 [B], of the images in their source. bad: the unreadable images that were
-    met on the way. boxes: int64 [B, 4], left, top, right, bottom of windows in their images; None of whole images."""
+    met on the way. boxes: int64 [B, 4], left, top, right, bottom of windows in their images; None of whole images.
+    labels: of the pixels of each, int16 [h, w]; None where the view gives none."""
 
     pixels: Tensor
     index: Tensor
     bad: list[BadImage]
     boxes: Tensor | None = None
+    labels: list[Tensor] | None = None
 
 
 class TrainingImages(Dataset):
-    """Random views of a source's images, by keys (epoch, index).
+    """Random views of a source's images, by keys (epoch, index). A view gives pixels, or pixels and their labels.
 
     Another random image takes the place of one that can't be read. Where TRIES images in a row can't be read, the
     sample has no pixels.
     """
 
-    def __init__(self, source: ImageSource, view: Callable[[BinaryIO, np.random.Generator], Tensor], seed: int) -> None:
+    def __init__(self, source: ImageSource, view: Callable[[Any, np.random.Generator], Any], seed: int) -> None:
         self.source, self.view, self.seed = source, view, seed
 
     def __getitem__(self, key: tuple[int, int]) -> Sample:
@@ -68,7 +72,8 @@ class TrainingImages(Dataset):
         for _ in range(TRIES):
             try:
                 with self.source.open(index) as file:
-                    return Sample(self.view(file, rng), index, bad)
+                    pixels, labels = _apart(self.view(file, rng))
+                    return Sample(pixels, index, bad, labels=labels)
             except Exception as error:  # Pillow's decoders raise nearly anything on a broken file
                 bad.append(BadImage(self.source.name(index), one_line(error)))
                 index = int(rng.integers(len(self.source)))
@@ -78,13 +83,14 @@ class TrainingImages(Dataset):
 class EvaluationImages(Dataset):
     """Fixed views of a source's images, by index. The sample of an image that can't be read has no pixels."""
 
-    def __init__(self, source: ImageSource, view: Callable[[BinaryIO], Tensor]) -> None:
+    def __init__(self, source: ImageSource, view: Callable[[Any], Any]) -> None:
         self.source, self.view = source, view
 
     def __getitem__(self, index: int) -> Sample:
         try:
             with self.source.open(index) as file:
-                return Sample(self.view(file), index, [], getattr(file, "box", None))
+                pixels, labels = _apart(self.view(file))
+                return Sample(pixels, index, [], getattr(file, "box", None), labels)
         except Exception as error:
             return Sample(None, index, [BadImage(self.source.name(index), one_line(error))])
 
@@ -171,6 +177,11 @@ class Loader(DataLoader):
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
+def _apart(seen: Tensor | tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor | None]:
+    """Pixels and their labels, of what a view gives."""
+    return seen if isinstance(seen, tuple) else (seen, None)
+
+
 def _collate(samples: list[Sample]) -> Batch:
     """A batch of the samples that have pixels."""
     readable = [sample for sample in samples if sample.pixels is not None]
@@ -180,6 +191,7 @@ def _collate(samples: list[Sample]) -> Batch:
         torch.tensor([sample.index for sample in readable], dtype=torch.int64),
         [image for sample in samples for image in sample.bad],
         torch.tensor([sample.box for sample in readable]) if readable and readable[0].box else None,
+        [sample.labels for sample in readable] if readable and readable[0].labels is not None else None,
     )
 
 

@@ -30,6 +30,26 @@ class SourceConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MaskConfig(SourceConfig):
+    """Options of where the masks of images are, and which classes these have."""
+
+    masks: str | None = option(
+        None,
+        help="for segmentation: folder of masks that have the images' paths [in `data`, as images/ and masks/]",
+        path=True,
+        resumable=True,
+    )
+    mask_column: str | None = option(None, help="of a table: the column of the masks' paths [mask, annotation, ...]")
+    mask_name: str | None = option(
+        None, help="what images' names have, and masks' in its place, as leftImg8bit=gtFine_labelTrainIds"
+    )
+    ignore: str = option("255", help="values of pixels in masks that do not count, as 0,255")
+    class_names: str | None = option(
+        None, help="names of masks' classes in ascending order of their values, as sky,road, or a file with one a line"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class ReadingConfig(SourceConfig):
     """Options of how images are read."""
 

@@ -6,6 +6,7 @@ A view is called with an image's file and returns its pixels, [height, width, ch
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -34,6 +35,20 @@ class View:
         return math.prod(self.size) * self.reading.in_chans * np.dtype(self.reading.dtype).itemsize
 
 
+class Crop(NamedTuple):
+    """A part of an image: its box, the size (height, width) that it is brought to, and how it is turned then."""
+
+    box: Box
+    size: tuple[int, int]
+    flipped: bool
+    quarter_turns: int
+
+    def turned(self, pixels: np.ndarray) -> Tensor:
+        """Pixels [height, width, ...] flipped horizontally where that is so, and turned."""
+        pixels = pixels[:, ::-1] if self.flipped else pixels  # as torch can't turn all dtypes
+        return torch.from_numpy(np.ascontiguousarray(np.rot90(pixels, self.quarter_turns)))
+
+
 @dataclass(frozen=True)
 class RandomView(View):
     """A random resized crop, flipped horizontally in half of the cases, and augmented where `augment` is given.
@@ -50,14 +65,18 @@ class RandomView(View):
     rotate: bool = False
 
     def __call__(self, file: File, rng: np.random.Generator) -> Tensor:
+        return self.with_crop(file, rng)[0]
+
+    def with_crop(self, file: File, rng: np.random.Generator) -> tuple[Tensor, Crop]:
+        """The pixels, and which part of the image they are."""
         image = open_image(file, self.reading)
         quarter_turns = int(rng.integers(4)) if self.rotate else 0
         size, ratios = self.size, self.ratios
         if quarter_turns % 2:
             size, ratios = size[::-1], (1 / ratios[1], 1 / ratios[0])
         box = random_crop_box(*image.size, rng, (self.min_area, 1.0), ratios)
-        flipped = rng.random() < 0.5 and (self.hflip or self.rotate)
-        return turned(image.resized_crop(box, size), self.augment, rng, flipped, quarter_turns)
+        crop = Crop(box, size, rng.random() < 0.5 and (self.hflip or self.rotate), quarter_turns)
+        return turned(image.resized_crop(box, size), self.augment, rng, crop), crop
 
 
 @dataclass(frozen=True)
@@ -84,16 +103,21 @@ class NativeView(View):
             check_window(width, height, round(self.scale[0] * tall), round(self.scale[0] * wide))
 
     def __call__(self, file: File, rng: np.random.Generator) -> Tensor:
+        return self.with_crop(file, rng)[0]
+
+    def with_crop(self, file: File, rng: np.random.Generator) -> tuple[Tensor, Crop]:
+        """The pixels, and which part of the image they are."""
         image = open_image(file, self.reading)
         self.check(*image.size)
         quarter_turns = int(rng.integers(4)) if self.rotate else 0
         size = self.size[::-1] if quarter_turns % 2 else self.size
         flipped = rng.random() < 0.5 and (self.hflip or self.rotate)
         for _ in range(TRIES):
-            pixels = image.resized_crop(random_window(*image.size, size, rng, self.scale), size)
+            crop = Crop(random_window(*image.size, size, rng, self.scale), size, flipped, quarter_turns)
+            pixels = image.resized_crop(crop.box, size)
             if self._shows_enough(pixels):
                 break
-        return turned(pixels, self.augment, rng, flipped, quarter_turns)
+        return turned(pixels, self.augment, rng, crop), crop
 
     def _shows_enough(self, pixels: Tensor) -> bool:
         if not (self.min_valid or self.min_std):
@@ -157,14 +181,11 @@ def random_crop_box(
     return left, top, left + w, top + h
 
 
-def turned(
-    pixels: Tensor, augment: Augment | None, rng: np.random.Generator, flipped: bool, quarter_turns: int
-) -> Tensor:
-    """A crop augmented, flipped horizontally and turned."""
+def turned(pixels: Tensor, augment: Augment | None, rng: np.random.Generator, crop: Crop) -> Tensor:
+    """A crop's pixels augmented and turned."""
     if augment:
         pixels = to_tensor(augment(Image.fromarray(pixels.squeeze(-1).numpy()), rng))
-    array = pixels.numpy()[:, ::-1] if flipped else pixels.numpy()  # as torch can't turn all dtypes
-    return torch.from_numpy(np.ascontiguousarray(np.rot90(array, quarter_turns)))
+    return crop.turned(pixels.numpy())
 
 
 def random_window(

@@ -23,7 +23,6 @@ from sparse_fcmae.data.batches import Batch, EvaluationImages, make_loader
 from sparse_fcmae.data.sources import BadImage, ImageSource
 from sparse_fcmae.evaluation.config import SeeingConfig
 from sparse_fcmae.evaluation.run import EvaluationView
-from sparse_fcmae.evaluation.samples import Samples
 from sparse_fcmae.runtime.distributed import Ranks
 from sparse_fcmae.runtime.errors import UserError
 from sparse_fcmae.runtime.files import read_json, write_atomic, write_json, writing
@@ -183,7 +182,7 @@ def _save(path: Path, arrays: Arrays) -> None:
 
 
 def settings_for(
-    what: str, weights: Weights, view: EvaluationView, samples: Samples, config: SeeingConfig
+    what: str, weights: Weights, view: EvaluationView, source: ImageSource, config: SeeingConfig
 ) -> dict[str, Any]:
     """What the values of chunks depend on, as JSON has it."""
     digest = hashlib.sha256()
@@ -193,8 +192,8 @@ def settings_for(
         "format": FORMAT.format(what),
         "weights": digest.hexdigest(),
         "architecture": weights.architecture,
-        "images": samples.source.fingerprint,
-        "version": samples.source.version(),
+        "images": source.fingerprint,
+        "version": source.version(),
         "normalised": weights.form.as_json(),
         "reading": asdict(view.reading),
         "size": view.size,

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from sparse_fcmae.data.config import ReadingConfig
+from sparse_fcmae.data.config import MaskConfig, ReadingConfig
 from sparse_fcmae.runtime.compute import ComputeConfig
 from sparse_fcmae.runtime.options import option, option_of, seed_option
 
@@ -31,7 +31,7 @@ class SeeingConfig(ReadingConfig, ComputeConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateConfig(SeeingConfig):
+class EvaluateConfig(SeeingConfig, MaskConfig):
     """Options of `sparse-fcmae evaluate`."""
 
     data: str = option(
@@ -86,7 +86,11 @@ class PredictConfig(SeeingConfig):
 
     data: str | tuple[str, ...] = option_of(EmbedConfig, "data")
     init: str = option_of(EvaluateConfig, "init")
-    out: str = option(help="table of what the classifier says of each image: .csv, .jsonl or .parquet", path=True)
+    out: str = option(
+        help="table of what a classifier says of each image: .csv, .jsonl or .parquet; of a segmentation model the "
+        "folder for masks",
+        path=True,
+    )
     overwrite: bool = option(False, help="replace what is in `out`")
     top_k: int = option(5, help="classes of each image, the most probable first", above=0)
     flips: str | None = option(
@@ -95,4 +99,6 @@ class PredictConfig(SeeingConfig):
         choices=("horizontal", "both"),
     )
     windows: bool = option(False, help="a row for each native window instead of one for each image")
-    maps: str | None = option(None, help="folder for maps of the classes of each image's native windows", path=True)
+    maps: str | None = option(
+        None, help="folder for maps of the classes of each image's native windows, or of its pixels", path=True
+    )

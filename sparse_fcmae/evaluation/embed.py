@@ -44,7 +44,7 @@ def embed(options: dict[str, Any]) -> Path:
             print(note)
         view = view_of(config, weights, ranks.device)
         samples = ranks.main_first(lambda: Samples(config.data, view, config))
-        settings = settings_for("features", weights, view, samples, config)
+        settings = settings_for("features", weights, view, samples.source, config)
         settings |= {"stage": config.stage, "maps": config.maps}
         features = features_by(weights.encoder(config.backend).to(ranks.device), config)
         if ranks.by_main(lambda: is_to_be_made(out, settings, config.overwrite)):

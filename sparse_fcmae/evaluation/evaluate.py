@@ -23,11 +23,13 @@ from sparse_fcmae.evaluation.plots import draw_confusion
 from sparse_fcmae.evaluation.probes import features_of, linear_probe, nearest_neighbours
 from sparse_fcmae.evaluation.run import EvaluationSet, EvaluationView, check_any, run_model, view_of
 from sparse_fcmae.evaluation.samples import check_ending
+from sparse_fcmae.evaluation.segmentation import evaluate_segmenter
 from sparse_fcmae.runtime.errors import UserError
 from sparse_fcmae.runtime.files import check_writable, write_atomic, write_json, writing
 from sparse_fcmae.runtime.options import check, check_given, check_paths, keywords_of
 from sparse_fcmae.runtime.run_folder import RunFolder
 from sparse_fcmae.weights.read import Weights, read_weights
+from sparse_fcmae.weights.segmenter import holds_segmenter
 
 EVALUATION, CONFUSION, PICTURE = "evaluation.json", "confusion.json", "confusion.png"  # files in the folder `out`
 EXPORTED = "exported"  # how the folders in a run's folder begin that hold weights
@@ -35,20 +37,23 @@ EXPORTED = "exported"  # how the folders in a run's folder begin that hold weigh
 
 @keywords_of(EvaluateConfig)
 def evaluate(options: dict[str, Any]) -> dict[str, Any]:
-    """Evaluates a classifier, or with `knn` or `linear_probe` an encoder, and prints a report.
+    """Evaluates a classifier or a segmentation model, or with `knn` or `linear_probe` an encoder, and prints a report.
 
     Returns what was measured, as fractions between 0 and 1. Raises UserError for what the user can put right.
     """
     config = checked(options)
-    weights = read_weights(config.init).per_image()
-    for note in weights.notes:
-        print(note)
-    view = view_of(config, weights)
     out = Path(config.out) if config.out else None
     if out:
         with writing(out):
             out.mkdir(parents=True, exist_ok=True)
-    found = {"weights": config.init, **measured(config, weights, view)}
+    if holds_segmenter(config.init) and not (config.knn or config.linear_probe):
+        found = evaluate_segmenter(config)
+    else:
+        weights = read_weights(config.init).per_image()
+        for note in weights.notes:
+            print(note)
+        found = measured(config, weights, view_of(config, weights))
+    found = {"weights": config.init, **found}
     print(report(found))
     if out:
         save(found, out)
@@ -227,6 +232,12 @@ def report(found: dict[str, Any]) -> str:
     lines = [f"{found['images']} images of {found['data']}"]
     if found.get("unreadable"):
         lines.append(f"{len(found['unreadable'])} more are unreadable, such as {found['unreadable'][0]}")
+    for name, shown in (("miou", "mIoU"), ("pixel_accuracy", "pixel accuracy"), ("mean_accuracy", "mean accuracy")):
+        if name in found:
+            lines.append(f"{shown} {100 * found[name]:.2f} %")
+    if "iou_by_class" in found:
+        worst = sorted(found["iou_by_class"].items(), key=lambda item: item[1])[:20]
+        lines.append("IoU by class, the worst first: " + ", ".join(f"{name} {100 * iou:.1f} %" for name, iou in worst))
     for name in ("top1", "top5", "knn_top1", "linear_probe_top1"):
         if name in found:
             lines.append(f"{name.replace('_', ' ').replace('top', 'top-')} {100 * found[name]:.2f} %")

@@ -1,5 +1,6 @@
-"""Classes as pictures: a confusion matrix, and a map of an image. Needs matplotlib."""
+"""Classes as pictures: a confusion matrix, and maps of an image. What is named draw_ needs matplotlib."""
 
+import colorsys
 import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
@@ -55,27 +56,58 @@ def draw_class_map(
     picture: np.ndarray, boxes: np.ndarray, probabilities: np.ndarray, classes: Sequence[str], name: str, path: Path
 ) -> None:
     """Writes a PNG of an image, uint8 [H, W, 3], beside what `class_overlay` makes of it, with a legend."""
-    from matplotlib import colormaps
+    colours = colours_of(len(classes))
+    overlay = class_overlay(picture, boxes, probabilities, colours)
+    _draw_beside(picture, overlay, probabilities.argmax(1), colours, classes, "windows", name, path)
+
+
+def draw_pixel_map(picture: np.ndarray, labels: np.ndarray, classes: Sequence[str], name: str, path: Path) -> None:
+    """Writes a PNG of an image, uint8 [H, W, 3], beside itself in the colours of its pixels' classes, [H, W]."""
+    colours = colours_of(len(classes))
+    _draw_beside(picture, overlaid(picture, labels, colours), labels.ravel(), colours, classes, "pixels", name, path)
+
+
+def _draw_beside(
+    picture: np.ndarray,
+    overlay: np.ndarray,
+    labels: np.ndarray,
+    colours: np.ndarray,
+    classes: Sequence[str],
+    what: str,
+    name: str,
+    path: Path,
+) -> None:
+    """Writes a PNG of two pictures beside each other, with a legend. labels: the classes of all that is coloured."""
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
     height, width = picture.shape[:2]
-    colours = np.array([colormaps["tab20"](label % 20)[:3] for label in range(len(classes))])
     figure = Figure(figsize=(14, 7 * height / width + 1), layout="constrained")
-    pictures = picture, class_overlay(picture, boxes, probabilities, colours)
-    for axes, pixels in zip(figure.subplots(1, 2), pictures, strict=True):
+    for axes, pixels in zip(figure.subplots(1, 2), (picture, overlay), strict=True):
         axes.imshow(pixels)
         axes.set_axis_off()
-    counts = np.bincount(probabilities.argmax(1), minlength=len(classes))
-    percent = (100 * counts / len(boxes)).round().astype(int)
+    counts = np.bincount(labels, minlength=len(classes))
+    percent = (100 * counts / len(labels)).round().astype(int)
     patches = [
-        Patch(color=colours[label], label=f"{plain(classes[label])}: {percent[label]} % of the windows")
+        Patch(color=colours[label], label=f"{plain(classes[label])}: {percent[label]} % of the {what}")
         for label in counts.argsort(kind="stable")[::-1][:IN_LEGEND]
         if counts[label]
     ]
     figure.legend(handles=patches, loc="outside lower center", ncols=min(4, len(patches)), frameon=False)
     figure.suptitle(plain(name))
     write_atomic(path, lambda p: figure.savefig(p, format="png", dpi=100))
+
+
+def colours_of(classes: int) -> np.ndarray:
+    """A colour for each class, float [K, 3] between 0 and 1. The hues of neighbours are far apart."""
+    golden = (5**0.5 - 1) / 2
+    return np.array([colorsys.hsv_to_rgb((0.6 + golden * label) % 1, 0.75, 0.95) for label in range(classes)])
+
+
+def overlaid(picture: np.ndarray, labels: np.ndarray, colours: np.ndarray) -> np.ndarray:
+    """A picture, uint8 [H, W, 3], in the colours of its pixels' classes, uint8; grey where the label is negative."""
+    coloured = np.where(labels[..., None] < 0, 0.5, colours[labels.clip(0)])
+    return ((1 - STRONGEST) * picture + STRONGEST * 255 * coloured).round().astype(np.uint8)
 
 
 def class_overlay(picture: np.ndarray, boxes: np.ndarray, probabilities: np.ndarray, colours: np.ndarray) -> np.ndarray:

@@ -1,6 +1,5 @@
 """The command `predict`: what a classifier says of each image of a source, in a table."""
 
-import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,17 +14,17 @@ from sparse_fcmae.evaluation.chunks import Chunks, settings_for
 from sparse_fcmae.evaluation.config import PredictConfig
 from sparse_fcmae.evaluation.pictures import rgb, shown
 from sparse_fcmae.evaluation.plots import check_installed, draw_class_map
-from sparse_fcmae.evaluation.run import EvaluationView, check_any, view_of
-from sparse_fcmae.evaluation.samples import Samples, check_apart, check_ending, say_unreadable
+from sparse_fcmae.evaluation.predict_masks import predict_masks
+from sparse_fcmae.evaluation.run import FLIPS, EvaluationView, check_any, view_of
+from sparse_fcmae.evaluation.samples import UNFIT, Samples, check_apart, check_ending, say_unreadable
 from sparse_fcmae.model.classifier import Classifier
 from sparse_fcmae.runtime.distributed import process_group
 from sparse_fcmae.runtime.errors import UserError
 from sparse_fcmae.runtime.files import check_writable, writing
 from sparse_fcmae.runtime.options import check, check_given, check_paths, keywords_of
 from sparse_fcmae.weights.read import read_weights
+from sparse_fcmae.weights.segmenter import holds_segmenter
 
-FLIPS = {None: ((),), "horizontal": ((), (3,)), "both": ((), (3,), (2,), (2, 3))}  # axes that images are flipped along
-UNFIT = re.compile(r"[^\w.-]+")  # for the name of a file
 MAP_SIDE = 1024  # pixels along the longer side of an image that a map of classes shows
 
 
@@ -40,13 +39,21 @@ class Answered(NamedTuple):
 
 @keywords_of(PredictConfig)
 def predict(options: dict[str, Any]) -> Path:
-    """Writes what a classifier says of images into a table, a row each, and draws maps of classes if asked to.
+    """Writes what a model says of images: a classifier's answers into a table, masks of each by a segmentation model.
 
-    What was computed before a call was killed is kept, and the same call goes on from there. Returns the table. Raises
-    UserError for what the user can put right.
+    Maps of classes are drawn if asked for. What was computed before a call was killed is kept, and the same call goes
+    on from there. Returns the table, or the folder of masks. Raises UserError for what the user can put right.
     """
-    config = checked(options)
-    out = Path(config.out)
+    check_paths(PredictConfig, options)
+    check_given(options, {"data": "the images", "init": "the weights", "out": "the table"})
+    config = PredictConfig(**options)
+    check(config)
+    return predict_masks(config) if holds_segmenter(config.init) else predict_classes(config)
+
+
+def predict_classes(config: PredictConfig) -> Path:
+    """Writes what a classifier says of images into a table, a row each, and returns that."""
+    out = check_table(config)
     with process_group(config.device) as ranks:
         weights = read_weights(config.init).per_image()
         if not weights.num_classes:
@@ -56,7 +63,7 @@ def predict(options: dict[str, Any]) -> Path:
         if not view.native and (config.windows or config.maps):
             raise UserError("`windows` and `maps` are of native windows: give `crop=native`")
         samples = ranks.main_first(lambda: Samples(config.data, view, config))
-        settings = settings_for("predictions", weights, view, samples, config) | {"flips": config.flips}
+        settings = settings_for("predictions", weights, view, samples.source, config) | {"flips": config.flips}
         if ranks.main:
             print(
                 "\n".join([*weights.notes, *samples.notes, f"predictions of {len(samples)} samples go to {out}"]),
@@ -80,12 +87,8 @@ def predict(options: dict[str, Any]) -> Path:
     return out
 
 
-def checked(options: dict[str, Any]) -> PredictConfig:
-    """The config of options. Raises UserError for options that can't be, and where `out` is there already."""
-    check_paths(PredictConfig, options)
-    check_given(options, {"data": "the images", "init": "the weights", "out": "the table"})
-    config = PredictConfig(**options)
-    check(config)
+def check_table(config: PredictConfig) -> Path:
+    """The table to write. Raises UserError for options that can't be, and where it is there already."""
     out = Path(config.out)
     check_ending("out", out, TABLES)
     if out.exists() and not config.overwrite:
@@ -100,7 +103,7 @@ def checked(options: dict[str, Any]) -> PredictConfig:
             raise UserError(f"`maps` {config.maps} is a file: name a folder")
         if Path(config.maps).is_dir() and any(Path(config.maps).iterdir()) and not config.overwrite:
             raise UserError(f"`maps` {config.maps} is not empty: choose another or give `overwrite=True`")
-    return config
+    return out
 
 
 def logits_by(model: Classifier, flips: str | None) -> Callable[[Tensor], dict[str, Tensor]]:

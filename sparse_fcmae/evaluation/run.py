@@ -25,6 +25,8 @@ from sparse_fcmae.runtime.errors import UserError
 from sparse_fcmae.runtime.options import image_size_of
 from sparse_fcmae.weights.weights import Weights
 
+FLIPS = {None: ((),), "horizontal": ((), (3,)), "both": ((), (3,), (2,), (2, 3))}  # axes that images are flipped along
+
 
 @dataclass(frozen=True)
 class EvaluationView:

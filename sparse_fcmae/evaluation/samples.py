@@ -1,6 +1,7 @@
 """What a model sees of the images of any source: the images, their pages, or the windows that cover them."""
 
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from sparse_fcmae.evaluation.run import EvaluationView
 from sparse_fcmae.runtime.errors import UserError
 from sparse_fcmae.runtime.files import write_atomic
 
+UNFIT = re.compile(r"[^\w.-]+")  # for the name of a file
 NAMED = 3  # unreadable images that a line names
 
 

@@ -24,15 +24,11 @@ class Classifier(SparseEncoder):
         super().__init__(name, **encoder_options)
         if num_classes < 1:
             raise UserError(f"{num_classes} classes: there must be at least 1")
-        if not 0 <= drop_path < 1:
-            raise UserError(f"`drop_path` {drop_path} must be 0 or more and less than 1")
         self.num_classes = num_classes
         self.classes: tuple[str, ...] | None = None  # the names of the outputs, where they are known
         self.norm = nn.LayerNorm(self.num_features, eps=EPS)
         self.head = nn.Linear(self.num_features, num_classes)
-        blocks = [block for stage in self.stages for block in stage]
-        for i, block in enumerate(blocks):
-            block.drop_path = drop_path * i / (len(blocks) - 1)
+        set_drop_path(self, drop_path)
         self.new_head()
 
     def new_head(self) -> None:
@@ -45,6 +41,18 @@ class Classifier(SparseEncoder):
         """images [B, C, H, W] -> logits [B, num_classes]. Raises UserError for images of another shape."""
         features = super().forward(images)
         return self.head(self.norm(features.mean((2, 3))))
+
+
+def set_drop_path(encoder: SparseEncoder, rate: float) -> None:
+    """Has images skip blocks in training: the last one with this probability, and earlier ones less, the first never.
+
+    Raises UserError for what is no probability below 1.
+    """
+    if not 0 <= rate < 1:
+        raise UserError(f"`drop_path` {rate} must be 0 or more and less than 1")
+    blocks = [block for stage in encoder.stages for block in stage]
+    for i, block in enumerate(blocks):
+        block.drop_path = rate * i / (len(blocks) - 1)
 
 
 def create_classifier(

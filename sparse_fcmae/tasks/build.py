@@ -1,5 +1,6 @@
 """The models that tasks start with, and their views of images in training and in evaluation."""
 
+from collections.abc import Callable, Sized
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from sparse_fcmae import __version__
 from sparse_fcmae.data.config import NATIVE_SCALE, RATIOS, ViewConfig, range_of
-from sparse_fcmae.data.decoders.image import reading_of
+from sparse_fcmae.data.decoders.image import Reading, reading_of
 from sparse_fcmae.data.format import ImageFormat
 from sparse_fcmae.data.sources import ImageSource
 from sparse_fcmae.data.sources.labelled import Labelled
@@ -23,6 +24,7 @@ from sparse_fcmae.model.classifier import Classifier
 from sparse_fcmae.model.convnext import name_of, size_of
 from sparse_fcmae.model.fcmae import FCMAE
 from sparse_fcmae.model.flops import count
+from sparse_fcmae.model.segmenter import Segmenter
 from sparse_fcmae.runtime.device import loader_processes
 from sparse_fcmae.runtime.errors import UserError
 from sparse_fcmae.runtime.options import image_size_of, shown_size
@@ -33,6 +35,7 @@ from sparse_fcmae.training.config import RunConfig
 from sparse_fcmae.weights.read import read_weights
 
 STEM = "downsample_layers.0.0.weight"
+WIDE = 96  # channels of the first stage from which on UperNet is as wide as published
 CPU = torch.device("cpu")
 
 
@@ -67,7 +70,7 @@ def written(name: str) -> tuple[str, str]:
 def format_of_run(config: PretrainConfig, source: ImageSource) -> tuple[ImageFormat, list[str]]:
     """The images that pretraining takes: those of the run that is resumed, or what its source is found to hold."""
     if config.resume:
-        saved = RunFolder(config.out, config.task).saved_options() or {}
+        saved = RunFolder(config.out, config.kind).saved_options() or {}
         known = saved.get("images")  # which runs of earlier versions have not
         return (ImageFormat.of_json(known) if known else ImageFormat.imagenet(config.in_chans)), []
     weights = read_weights(config.init, whole=True).form if config.init else None
@@ -215,6 +218,46 @@ def build_classifier(
     config = replace(config, image_size=shown_size(size), in_chans=form.in_chans, crop=crop)
     form = replace(form, native=crop == "native")
     return model, form, config, ([] if checkpoint else notes) + recipe
+
+
+def build_segmenter(
+    config: FinetuneConfig,
+    images: ImageSource,
+    classes: Callable[[Reading], Sized],
+    checkpoint: Path | None = None,
+) -> tuple[Segmenter, ImageFormat, FinetuneConfig, list[str]]:
+    """The segmentation model that fine-tuning starts with, and what else `build_classifier` gives.
+
+    classes: finds the classes of the masks, given as what their images are read.
+    """
+    source = checkpoint or config.init
+    if source is None:
+        form, remarks = survey(images, config, config.seed, max_bad_images=config.max_bad_images)
+        weights, size, notes = None, (224, 224), ["starting from random weights", *remarks]
+        shape = {"name": model_name(config), "in_chans": form.in_chans, "stem_stride": config.stem_stride}
+        shape |= {"grn": config.grn, "layer_scale": config.layer_scale}
+    else:
+        weights = read_weights(source)
+        form, notes = weights.form, [f"starting from the encoder of {source}", *weights.notes]
+        shape = {**weights.architecture, "grn_scope": "image"}
+        size = shape.pop("image_size")
+    if form.pages == "images":
+        raise UserError("pages that are images of their own can't be paired with masks: save them as files")
+    config, recipe = finetuning_recipe(config, shape["name"], len(images) if config.max_steps else 0)
+    size = image_size_of(config.image_size) if config.image_size else size
+    head_channels = config.head_channels or (512 if size_of(shape["name"])[1][0] >= WIDE else 128)
+    options = {"image_size": size, "backend": config.backend, "drop_path": config.drop_path}
+    found = classes(reading_of(form, **reading_options(config)))
+    torch.manual_seed(config.seed)
+    model = Segmenter(**shape, **options, num_classes=len(found), head_channels=head_channels)
+    if weights:
+        model.backbone.load_state_dict(weights.without("norm", "head", "decoder"))
+    model.backbone.requires_grad_(not config.freeze_encoder)
+    crop = config.crop or ("native" if form.native else "resized")
+    config = replace(
+        config, image_size=shown_size(size), in_chans=form.in_chans, crop=crop, head_channels=head_channels
+    )
+    return model, replace(form, native=crop == "native"), config, ([] if checkpoint else notes) + recipe
 
 
 def moving_average(model: nn.Module, decay: float) -> AveragedModel:

@@ -27,41 +27,21 @@ from sparse_fcmae.evaluation.run import EvaluationSet
 from sparse_fcmae.model.convnext import size_of
 from sparse_fcmae.model.flops import count
 from sparse_fcmae.runtime.checkpoint_folder import newest_checkpoint
-from sparse_fcmae.runtime.distributed import Ranks, process_group
+from sparse_fcmae.runtime.distributed import Ranks
 from sparse_fcmae.runtime.errors import UserError
-from sparse_fcmae.runtime.options import given_flags, image_size_of, keywords_of
+from sparse_fcmae.runtime.options import given_flags, image_size_of
 from sparse_fcmae.runtime.streams import Stream, torch_seed
 from sparse_fcmae.tasks.build import build_classifier, evaluation_view, moving_average, origin_of, training_view
 from sparse_fcmae.tasks.config import FinetuneConfig
-from sparse_fcmae.training.config import OF_WEIGHTS
-from sparse_fcmae.training.configure import configure
 from sparse_fcmae.training.log import RunLog
-from sparse_fcmae.training.loop import train
 from sparse_fcmae.training.optim import adamw, layer_scale
 from sparse_fcmae.training.parallel import device_of_new_model, place, whole_state
-from sparse_fcmae.training.plots import draw_accuracy, draw_loss
+from sparse_fcmae.training.plots import draw_evaluations, draw_loss
 from sparse_fcmae.training.task import Task
 from sparse_fcmae.weights.convert import export_model
 from sparse_fcmae.weights.examples import classifier_example
 
 BETAS = (0.9, 0.999)
-
-
-@keywords_of(FinetuneConfig)
-def finetune(options: dict[str, Any]) -> Path:
-    """Fine-tunes a classifier on labelled images and returns the folder that it is exported to.
-
-    With `resume=True` only `out` is needed: what is left out is as the run was started with. Raises UserError for what
-    the user can put right, and Interrupted, after saving a checkpoint, on Ctrl-C or SIGTERM.
-    """
-    config = configure(FinetuneConfig, options)
-    if bool(config.init) == config.from_scratch:
-        raise UserError("give `init` with the weights to fine-tune, or `from_scratch=True` for none")
-    for name in OF_WEIGHTS:
-        if config.init and name in options:
-            raise UserError(f"`{name}` goes with `from_scratch` alone: the weights of `init` have their own")
-    with process_group(config.device) as ranks:
-        return train(Classification(config, ranks))
 
 
 class ClassificationObjective(nn.Module):
@@ -85,6 +65,9 @@ class Classification(Task):
 
     def __init__(self, config: FinetuneConfig, ranks: Ranks) -> None:
         self.ranks = ranks
+        for name in ("masks", "mask_column", "mask_name", "class_names", "head_channels"):
+            if getattr(config, name) is not None:
+                raise UserError(f"`{name}` is of `task=segmentation`: leave it out, or give that")
         opening = (config.data, config.val_split, config.seed, config.out, config)
         self.source, held_out = ranks.main_first(lambda: open_splits(*opening))
         if config.labels_per_class:
@@ -171,7 +154,7 @@ class Classification(Task):
             export_model(self.model, run / "exported-ema", self.source.classes, self.form, ema, origin)
             log.say(f"moving average of the weights in {exported}-ema")
         log.draw(lambda: draw_loss(run, "loss", "loss"))
-        log.draw(lambda: draw_accuracy(run / "evaluations.jsonl", run / "accuracy.png"))
+        log.draw(lambda: draw_evaluations(run / "evaluations.jsonl", "top1", "top-1", run / "accuracy.png"))
         config = self.config
         reading = given_flags(config, ReadingConfig)
         example = classifier_example(self.model, exported, config.data, config.val_split, config.seed, reading)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from sparse_fcmae.data.config import ViewConfig
+from sparse_fcmae.data.config import MaskConfig, ViewConfig
 from sparse_fcmae.runtime.options import option, option_of, seed_option
 from sparse_fcmae.training.config import RunConfig
 
@@ -26,7 +26,7 @@ STRIDES = (4, 2, 1)
 class PretrainConfig(RunConfig):
     """Options of `sparse-fcmae pretrain`; what is None follows from the recipe (see `tasks.recipes`)."""
 
-    task: ClassVar[str] = "pretraining"
+    kind: ClassVar[str] = "pretraining"
     command: ClassVar[str] = "pretrain"
 
     data: str | tuple[str, ...] | None = option(
@@ -147,10 +147,10 @@ class PlanConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinetuneConfig(RunConfig):
+class FinetuneConfig(RunConfig, MaskConfig):
     """Options of `sparse-fcmae finetune`; what is None is the preset's (see `tasks.recipes`)."""
 
-    task: ClassVar[str] = "fine-tuning"
+    kind: ClassVar[str] = "fine-tuning"
     command: ClassVar[str] = "finetune"
 
     data: str | None = option(
@@ -161,6 +161,11 @@ class FinetuneConfig(RunConfig):
         resumable=True,
     )
     out: str = option("runs/finetune", help="run folder to make", path=True, resumable=True)
+    task: str = option(
+        "classification",
+        help="what labels are of: images, or with segmentation their pixels, by masks",
+        choices=("classification", "segmentation"),
+    )
     init: str | None = option(None, help="weights to fine-tune: run or other folder, or file, of any layout", path=True)
     from_scratch: bool = option(False, help="start from random weights instead, the baseline")
     preset: str | None = option(
@@ -174,7 +179,10 @@ class FinetuneConfig(RunConfig):
     labels_per_class: int | None = option(
         None, help="train on so many images of each class, chosen by `seed` [all]", above=0
     )
-    freeze_encoder: bool = option(False, help="train the final norm and the head alone")
+    freeze_encoder: bool = option(False, help="train what is behind the encoder alone")
+    head_channels: int | None = option(
+        None, help="of segmentation: width of UperNet [128, from tiny on 512]", above=0, at_most=8192
+    )
 
     model: str = option("atto", help="with `from_scratch`: size of the encoder", choices=MODELS)
     depths: str | None = option(None, help="with `from_scratch`: blocks of the four stages, as 3,3,9,3")
@@ -187,7 +195,9 @@ class FinetuneConfig(RunConfig):
     layer_scale: bool = option(False, help="with `from_scratch`: scale what blocks add, as in ConvNeXt V1")
 
     epochs: int | None = option(None, help="passes over the images [preset]", above=0, changes_run=True)
-    batch_size: int = option(1024, help="images an optimiser step, over all ranks and micro-batches", above=0)
+    batch_size: int | None = option(
+        None, help="images an optimiser step, over all ranks and micro-batches [1024, of segmentation 16]", above=0
+    )
     micro_batch_size: int = option(
         64, help="images a rank takes through the model, and mixes, at once", above=0, changes_run=True
     )

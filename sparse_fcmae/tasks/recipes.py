@@ -114,6 +114,17 @@ PROBE = {  # this package's own: crops and flips alone in front of a frozen enco
     "rand_augment": 0.0,
     "ema_decay": 0.0,
 }
+SEGMENTATION = {  # mmsegmentation's for ConvNeXt on ADE20K in epochs, with the cosine that all runs here have
+    "batch_size": 16,
+    "epochs": 100,
+    "warmup_epochs": 1.0,
+    "base_lr": 1.6e-3,
+    "weight_decay": 0.05,
+    "layer_decay": 0.9,
+    "layer_decay_type": "single",
+    "drop_path": 0.1,
+    "ema_decay": 0.0,
+}
 PRESETS: dict[str, dict[str, Any]] = {
     "atto": ATTO,
     "femto": ATTO,
@@ -126,6 +137,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "probe": PROBE,
 }
 TOLD = (  # the options that a run's log tells as its recipe
+    "batch_size",
     "epochs",
     "warmup_epochs",
     "lr",
@@ -156,7 +168,11 @@ def finetuning_recipe(config: FinetuneConfig, model: str, images: int = 0) -> tu
     What was left open is as the preset has it: the one asked for, else that of the model's size. A run shorter than the
     preset's warms up for the same fraction of it.
     """
-    preset = dict(PRESETS[config.preset or ("probe" if config.freeze_encoder else nearest(model))])
+    if config.task == "segmentation":
+        preset = dict(SEGMENTATION)
+    else:
+        preset = {"batch_size": 1024} | PRESETS[config.preset or ("probe" if config.freeze_encoder else nearest(model))]
+    config = replace(config, batch_size=config.batch_size or preset["batch_size"])
     epochs = config.max_steps * config.batch_size / images if config.max_steps else config.epochs
     if epochs is not None:
         preset["warmup_epochs"] *= min(1.0, epochs / preset["epochs"])

@@ -18,10 +18,10 @@ OF_WEIGHTS = (
 class RunConfig(ViewConfig, ComputeConfig):
     """Options that `sparse-fcmae pretrain` and `finetune` have in common.
 
-    task names the kind of run in messages and in its config.json, command is the one that starts it.
+    kind names the run in messages and in its config.json, command is the one that starts it.
     """
 
-    task: ClassVar[str]
+    kind: ClassVar[str]
     command: ClassVar[str]
 
     # options whose defaults and help differ between the tasks

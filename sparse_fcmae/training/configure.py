@@ -30,7 +30,7 @@ def configure(kind: type[Config], given: dict[str, Any]) -> Config:
         os.fspath(options.get("out", "")).encode()
     except UnicodeEncodeError:  # safetensors could not write there at the end
         raise UserError("`out` must be named in UTF-8: choose another") from None
-    run = RunFolder(options.get("out", kind.out), kind.task)
+    run = RunFolder(options.get("out", kind.out), kind.kind)
     if options.get("resume") == "auto" and run.saved_options() is None:
         options["resume"] = False
     run.check(options.get("resume", False), options.get("overwrite", False))
@@ -62,8 +62,8 @@ def _of_file(kind: type[Config], given: dict[str, Any]) -> dict[str, Any]:
         raise UserError(f"`config` {path} holds no options by their names")
     found = {name.replace("-", "_"): value for name, value in found.items()}
     made = found.pop("format", None)
-    if made not in (None, RunFolder(path.parent, kind.task).format):
-        raise UserError(f"`config` {path} is of a {made}, and this is {kind.task}")
+    if made not in (None, RunFolder(path.parent, kind.kind).format):
+        raise UserError(f"`config` {path} is of a {made}, and this is {kind.kind}")
     if made:  # a run's, which has more than options, and its own folder
         found = {name: value for name, value in found.items() if name in {f.name for f in fields(kind)} - {"out"}}
     known = [f.name for f in fields(kind)]

@@ -43,7 +43,7 @@ def train(task: Task) -> Path:
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without which cuBLAS is refused
         torch.use_deterministic_algorithms(True)
-    run = RunFolder(config.out, config.task)
+    run = RunFolder(config.out, config.kind)
     if config.resume:
         ranks.by_main(lambda: check_images(run, task))  # before the schedule, which other images would not fit either
     if len(set(ranks.gather(task.source.fingerprint))) > 1:
@@ -155,8 +155,11 @@ def _rehearse(task: Task, optimizer: torch.optim.Optimizer, schedule: Schedule) 
     pixels = torch.from_numpy(np.zeros((images, *view.size, view.reading.in_chans), view.reading.dtype))
     inputs = task.inputs(Batch(pixels, torch.zeros(images, dtype=torch.int64), []), 0, 0)
     step = TrainStep(task.objective, optimizer, images_per_rank=images, bf16=task.config.dtype == "bf16")
+    statistics = [value.clone() for value in task.model.buffers()]
     step.add(*inputs, last=True)
     optimizer.zero_grad()
+    for value, before in zip(task.model.buffers(), statistics, strict=True):
+        value.copy_(before)
 
 
 def _begin(task: Task, run: RunFolder, start: int) -> tuple[Writers, list[str]]:

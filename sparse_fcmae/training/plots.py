@@ -42,11 +42,11 @@ def draw_lr_range(path: Path, rates: np.ndarray, losses: np.ndarray, smooth: np.
     _write(figure, axes, path)
 
 
-def draw_accuracy(evaluations: Path, path: Path) -> None:
-    """Writes a PNG of the top-1 accuracies measured over the epochs, from evaluations.jsonl."""
+def draw_evaluations(evaluations: Path, value: str, shown: str, path: Path) -> None:
+    """Writes a PNG of a value measured over the epochs, from evaluations.jsonl. shown: what the axis calls it."""
     rows = _rows(evaluations)
-    figure, axes = _axes(xlabel="epoch", ylabel="top-1 on held-out images, %")
-    for name, label in (("top1", "weights"), ("ema_top1", "their moving average")):
+    figure, axes = _axes(xlabel="epoch", ylabel=f"{shown} on held-out images, %")
+    for name, label in ((value, "weights"), (f"ema_{value}", "their moving average")):
         if name in rows[-1]:
             axes.plot([row["epoch"] for row in rows], [100 * row[name] for row in rows], marker=".", label=label)
     _write(figure, axes, path)

@@ -1,5 +1,8 @@
 """The model card that lies beside exported weights: README.md, as model hubs show it."""
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 from sparse_fcmae.model.convnext import size_of
 from sparse_fcmae.weights.adapter import Target
 from sparse_fcmae.weights.weights import Weights, patch_size_of
@@ -10,14 +13,31 @@ SHOWN = 20  # classes that a card names
 
 def model_card(weights: Weights, target: Target) -> str:
     """What the weights are, how they came about, the images that they take, and how they are loaded."""
+    task = "image-classification" if weights.num_classes else "image-feature-extraction"
+    kind = f"classifier of {weights.num_classes} classes" if weights.num_classes else "encoder"
+    return _card(weights, task, kind, target.usage(weights), target.hub_library)
+
+
+def segmenter_card(weights: Weights, classes: Sequence[str], parameters: int) -> str:
+    """The same of a segmentation model, whose encoder has these weights."""
+    usage = (
+        'from sparse_fcmae import load_segmenter\n\nmodel = load_segmenter("FOLDER")\n'
+        'logits = model(model.backbone.preprocess("image.png"))  # of the image\'s middle'
+    )
+    named = replace(weights, classes=tuple(classes))
+    kind = f"with UperNet, segmentation into {len(classes)} classes"
+    return _card(named, "image-segmentation", kind, usage, None, parameters)
+
+
+def _card(
+    weights: Weights, task: str, kind: str, usage: str, hub_library: str | None, parameters: int | None = None
+) -> str:
     shape, form = weights.architecture, weights.form
     depths, dims = size_of(shape["name"])
     height, width = shape["image_size"]
     patch = patch_size_of(shape)
-    task = "image-classification" if weights.num_classes else "image-feature-extraction"
-    kind = f"classifier of {weights.num_classes} classes" if weights.num_classes else "encoder"
     named = shape["name"] if ":" not in shape["name"] else "of its own size"
-    millions = sum(tensor.numel() for tensor in weights.state.values()) / 1e6
+    millions = (parameters or sum(tensor.numel() for tensor in weights.state.values())) / 1e6
     read = ", ".join(map(str, form.channels or ()))
     channels = f" Of a file the channels {read} are read." if read else ""
     seen = "Windows in the image's own resolution are seen." if form.native else "The image is resized."
@@ -26,7 +46,7 @@ def model_card(weights: Weights, target: Target) -> str:
     blocks = f" For comparison the blocks have {' and '.join(lacking)}." if lacking else ""
     lines = [
         "---",
-        *([f"library_name: {target.hub_library}"] if target.hub_library else []),
+        *([f"library_name: {hub_library}"] if hub_library else []),
         f"pipeline_tag: {task}",
         "tags: [convnextv2, fcmae, self-supervised]",
         "---",
@@ -54,7 +74,7 @@ def model_card(weights: Weights, target: Target) -> str:
         "## How to load it",
         "",
         "```python",
-        target.usage(weights),
+        usage,
         "```",
         "",
         "## Licence",

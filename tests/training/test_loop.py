@@ -39,7 +39,7 @@ from sparse_fcmae.training.writers import Writer
 
 @dataclass(frozen=True, kw_only=True)
 class ColourConfig(RunConfig):
-    task: ClassVar[str] = "colour"
+    kind: ClassVar[str] = "colour"
     command: ClassVar[str] = "paint"
 
     data: str | None = option(None, help="images", path=True, resumable=True)
@@ -221,7 +221,7 @@ def test_a_run_without_a_checkpoint_begins_again(pictures, whole, tmp_path):
 
 @dataclass(frozen=True, kw_only=True)
 class GreyConfig(RunConfig):
-    task: ClassVar[str] = "grey"
+    kind: ClassVar[str] = "grey"
     command: ClassVar[str] = "brighten"
 
     data: str | None = option("MEMORY", help="images")

@@ -1,5 +1,7 @@
 """A window of an image as an image of its own."""
 
+import math
+
 from torch import Tensor
 
 from sparse_fcmae.data.decoders.image import Box, OpenImage
@@ -30,18 +32,19 @@ class Window(OpenImage):
         self.resized_crop((0, 0, width, height), (height, width))
 
 
-def covering(width: int, height: int, window: tuple[int, int]) -> list[Box]:
+def covering(width: int, height: int, window: tuple[int, int], overlap: float = 0.0) -> list[Box]:
     """The boxes of as few windows of (height, width) pixels as cover an image, row by row, evenly spread.
 
-    They overlap where the image's sides are no multiples of theirs. There are none where the image is smaller.
+    They overlap where the image's sides are no multiples of theirs, and by a fraction of their sides at least. There
+    are none where the image is smaller.
     """
-    rows, columns = _starts(height, window[0]), _starts(width, window[1])
+    rows, columns = (_starts(side, length, overlap) for side, length in zip((height, width), window, strict=True))
     return [(left, top, left + window[1], top + window[0]) for top in rows for left in columns]
 
 
-def _starts(side: int, window: int) -> list[int]:
+def _starts(side: int, window: int, overlap: float) -> list[int]:
     """Where the windows along a side begin."""
     if side < window:
         return []
-    last = -(-side // window) - 1
+    last = math.ceil((side - window) / max(1, math.floor(window * (1 - overlap))))
     return [round(number * (side - window) / last) if last else 0 for number in range(last + 1)]

@@ -63,7 +63,7 @@ class Parts(Derived):
         self.notes.insert(len(self.source.notes), f"{len(self)} {what}")
 
     def __len__(self) -> int:
-        return int(self.ends[-1])
+        return int(self.ends[-1]) if len(self.ends) else 0
 
     def whole(self, index: int) -> int:
         """The image that a part is of."""

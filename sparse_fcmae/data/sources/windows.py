@@ -2,6 +2,7 @@
 
 import math
 import os
+from abc import abstractmethod
 from contextlib import ExitStack
 from typing import Any, NamedTuple
 
@@ -22,23 +23,21 @@ class Opened(NamedTuple):
     files: ExitStack
 
 
-class Covering(Parts):
-    """The windows of (height, width) pixels that cover the images of a source, each an image of its own.
+class Boxes(Parts):
+    """Boxes of the images of a source, each an image of its own. A subclass says which, by `boxes`.
 
-    Images that can't be opened, or are smaller than a window, are left out. A process keeps the image open that it has
-    opened last, so that neighbouring windows decode it once.
+    A process keeps the image open that it has opened last, so that neighbouring boxes decode it once. what: the boxes,
+    for their count to be kept by. Images that can't be opened, or have no box, are left out.
     """
 
-    def __init__(self, source: ImageSource, window: tuple[int, int], reading: Reading) -> None:
-        self.window, self.reading = window, reading
+    def __init__(self, source: ImageSource, reading: Reading, what: str) -> None:
+        self.reading = reading
         self._opened: Opened | None = None
-        height, width = window
-        super().__init__(source, reading, f"covering {height}x{width}", self._count, max_bad_images=None)
-        self.describe(f"windows of {height}x{width} pixels cover {self.readable} images")
+        super().__init__(source, reading, what, lambda image: len(self.boxes(*image.size)), max_bad_images=None)
 
-    def _count(self, image: OpenImage) -> int:
-        check_window(*image.size, *self.window)
-        return len(covering(*image.size, self.window))
+    @abstractmethod
+    def boxes(self, width: int, height: int) -> list[Box]:
+        """Those of an image. Raises OSError for one that has none."""
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_opened": None}
@@ -60,8 +59,24 @@ class Covering(Parts):
                 self._opened = None
             with ExitStack() as files:
                 image = open_image(files.enter_context(self.source.open(whole)), self.reading)
-                self._opened = Opened(key, image, covering(*image.size, self.window), files.pop_all())
+                self._opened = Opened(key, image, self.boxes(*image.size), files.pop_all())
         return self._opened
+
+
+class Covering(Boxes):
+    """The windows of (height, width) pixels that cover the images of a source, each an image of its own.
+
+    Images that are smaller than a window are left out.
+    """
+
+    def __init__(self, source: ImageSource, window: tuple[int, int], reading: Reading) -> None:
+        self.window, (height, width) = window, window
+        super().__init__(source, reading, f"covering {height}x{width}")
+        self.describe(f"windows of {height}x{width} pixels cover {self.readable} images")
+
+    def boxes(self, width: int, height: int) -> list[Box]:
+        check_window(width, height, *self.window)
+        return covering(width, height, self.window)
 
 
 class Windows(Parts):

@@ -1,0 +1,279 @@
+"""Images that each have a mask: paired by their paths, or by the rows of a table or data set."""
+
+import csv
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from sparse_fcmae.data.config import MaskConfig
+from sparse_fcmae.data.decoders import open_image
+from sparse_fcmae.data.decoders.image import Reading
+from sparse_fcmae.data.masks import read_mask
+from sparse_fcmae.data.sources import ImageSource
+from sparse_fcmae.data.sources.derived import Derived
+from sparse_fcmae.data.sources.files import ImageFiles, printable
+from sparse_fcmae.data.sources.folder import check_folder, images_among, paths_below
+from sparse_fcmae.data.sources.hugging_face import names_dataset
+from sparse_fcmae.data.sources.labelled import SPLITS, Some
+from sparse_fcmae.data.sources.opening import open_rows
+from sparse_fcmae.data.sources.shards import names_shards
+from sparse_fcmae.data.sources.table import DELIMITERS, names_table
+from sparse_fcmae.runtime.errors import UserError
+from sparse_fcmae.runtime.files import one_line
+from sparse_fcmae.runtime.streams import Stream, numpy_generator
+
+IMAGE_FOLDERS = ("images", "image", "imgs", "img")  # what the folders are called, where both are below one
+MASK_FOLDERS = ("masks", "mask", "annotations", "labels", "gt")
+MASK_COLUMNS = ("mask", "mask_path", "annotation", "segmentation_mask", "segmentation", "label_map")
+HELD_OUT = ("val", "test")
+NAMED = 3  # images that a message names
+ARRAYS = (".npy", ".npz")
+
+
+@dataclass
+class Pair:
+    """An image and its mask, open."""
+
+    image: Any
+    mask: Any
+
+
+class MaskedImages(Derived):
+    """Images of a source, and a mask for each. source, masks: as many of both, in the same order."""
+
+    def __init__(self, source: ImageSource, masks: ImageSource) -> None:
+        self.source, self.masks, self.notes = source, masks, list(source.notes)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        return sha256(f"{self.source.fingerprint} {self.masks.fingerprint}".encode()).hexdigest()
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def whole(self, index: int) -> int:
+        """The same number, as the source has these images alone."""
+        return index
+
+    @property
+    def images(self) -> int:
+        """How many images there are, of which each may be there as several windows."""
+        return getattr(self.source, "images", len(self))
+
+    @contextmanager
+    def open(self, index: int) -> Iterator[Pair]:
+        """The image and its mask, which are closed at the end."""
+        with ExitStack() as files:
+            yield Pair(*(files.enter_context(source.open(index)) for source in (self.source, self.masks)))
+
+    def version(self) -> str | None:
+        """Of images and masks together."""
+        versions = self.source.version(), self.masks.version()
+        return None if None in versions else " ".join(versions)
+
+    def take(self, indices: Sequence[int]) -> "MaskedImages":
+        """These images alone."""
+        return MaskedImages(Some(self.source, indices), Some(self.masks, indices))
+
+
+@dataclass(frozen=True)
+class SplitImages:
+    """Images with masks, and the split that each is in, None where nothing says so."""
+
+    images: MaskedImages
+    splits: Sequence[str] | None
+
+    def part(self, *names: str) -> MaskedImages | None:
+        """The images of the first of these splits that there is."""
+        for name in names:
+            if found := [i for i, split in enumerate(self.splits or ()) if split == name]:
+                return self.images.take(found)
+        return None
+
+
+def open_masked(data: str, config: MaskConfig) -> SplitImages:
+    """All images that `data` names, with their masks.
+
+    data: a table or data set with a column of masks, or a folder. Of a folder `masks` names that of the masks, where
+    each has the path of its image, but for the ending and what `mask_name` says. Without `masks` both are below `data`,
+    in folders of such names as IMAGE_FOLDERS and MASK_FOLDERS. Raises UserError for an image without a mask, and for a
+    mask without an image.
+    """
+    if config.channel_files:
+        raise UserError("`channel_files` can't be paired with masks: name the files of both in a table")
+    if rows := open_rows(data, config):
+        if config.masks:
+            raise UserError(f"`masks` goes with a folder of images: in {data} name the column by `mask_column`")
+        if names_shards(data) or not (names_table(data) or names_dataset(data)):
+            raise UserError(
+                f"{data}: masks in archives and behind addresses can't be read: name the files of both in a table"
+            )
+        column = _mask_column(data, config.mask_column)
+        try:
+            masks = open_rows(data, replace(config, path_column=column))
+        except UserError as error:
+            raise UserError(str(error).replace("`path_column`", "`mask_column`")) from None
+        return SplitImages(MaskedImages(rows.source, masks.source), rows.splits)
+    check_folder(data)
+    if config.mask_column:
+        raise UserError("`mask_column` goes with a table: of a folder `masks` names the folder of the masks")
+    if config.masks:
+        check_folder(config.masks)
+        (images, notes), (masks, _) = (images_among(paths_below(folder)) for folder in (data, config.masks))
+        images, root, expected = list(images), Path(config.masks), _as_masks(images, config.mask_name)
+    else:
+        (found, notes), root = images_among(paths_below(data)), Path(data)
+        folder = next((name for name in MASK_FOLDERS if any(_within(path, (name,)) for path in found)), None)
+        images = [path for path in found if _within(path, IMAGE_FOLDERS)]
+        masks = [path for path in found if folder and _within(path, (folder,))]
+        if not images or not masks:
+            raise UserError(
+                f"{data} has no folders {IMAGE_FOLDERS[0]} and {MASK_FOLDERS[0]}: name that of the masks by `masks`"
+            )
+        moved = [
+            os.sep.join(folder if part in IMAGE_FOLDERS else part for part in path.split(os.sep)) for path in images
+        ]
+        expected = _as_masks(moved, config.mask_name)
+    if not images:
+        raise UserError(f"{data}: no image files in this folder or below it")
+    paired = _paired(images, expected, list(masks), root)
+    splits = [
+        next((SPLITS[part.lower()] for part in path.split(os.sep)[:-1] if part.lower() in SPLITS), "")
+        for path in images
+    ]
+    if some := next((path for path, split in zip(images, splits, strict=True) if not split), None):
+        if any(splits):
+            raise UserError(
+                f"{data}: {printable(some)} is in no split, and others are: move it into train, val or test"
+            )
+        splits = None
+    sources = ImageFiles(str(data), data, images, notes), ImageFiles(str(root), root, paired)
+    return SplitImages(MaskedImages(*sources), splits)
+
+
+def open_masked_splits(
+    data: str, config: MaskConfig, val_split: float | None, seed: int
+) -> tuple[MaskedImages, MaskedImages]:
+    """Images to train on and images that are held out. val_split: the fraction that is held out at random, if any."""
+    found = open_masked(data, config)
+    train, held_out = found.part("train"), found.part(*HELD_OUT)
+    if val_split is None:
+        if train is None or held_out is None:
+            missing = "val or test" if train else "train"
+            raise UserError(
+                f"{data} has no images of the split {missing}: make one, or hold images out with `val_split=0.1`"
+            )
+        return train, held_out
+    if held_out:
+        raise UserError(f"{data} has splits already: leave `val_split` out")
+    images = train or found.images
+    count = max(1, round(val_split * len(images)))
+    if count >= len(images):
+        raise UserError(f"`val_split` {val_split} leaves no image to train on: choose less, or add images")
+    order = numpy_generator(seed, Stream.SPLIT).permutation(len(images))
+    return images.take(sorted(order[count:].tolist())), images.take(sorted(order[:count].tolist()))
+
+
+def open_masked_held_out(data: str, config: MaskConfig) -> MaskedImages:
+    """The images to evaluate on: those of the split val or test, or all where there are no splits."""
+    found = open_masked(data, config)
+    if found.splits is None:
+        return found.images
+    if (held_out := found.part(*HELD_OUT)) is None:
+        raise UserError(f"{data} has no images of the split {' or '.join(HELD_OUT)}")
+    return held_out
+
+
+def survey_masks(images: MaskedImages, reading: Reading) -> set[int]:
+    """The values that masks have, of all of them. Each is looked at.
+
+    Raises UserError where a mask can't be read, or has another size than its image. Images that can't be read are left
+    to training, which counts them.
+    """
+    values, wrong = set(), []
+    for index in tqdm(range(len(images)), desc="masks", unit="mask", delay=2, leave=False, dynamic_ncols=True):
+        try:
+            with images.masks.open(index) as file:
+                mask = read_mask(file)
+        except Exception as error:  # decoders raise nearly anything on a broken file
+            wrong.append(f"the mask of {images.name(index)}: {one_line(error)}")
+            continue
+        values.update(np.unique(mask).tolist())
+        try:
+            with images.source.open(index) as file:
+                size = open_image(file, reading).size
+        except Exception:
+            continue
+        if size != mask.shape[::-1]:
+            wrong.append(f"the mask of {images.name(index)}: {another_size(mask, size)}")
+    if wrong:
+        more = f" and {len(wrong) - NAMED} more" if len(wrong) > NAMED else ""
+        raise UserError(f"{images}: {'; '.join(wrong[:NAMED])}{more}: put them right, or leave these images out")
+    return values
+
+
+def another_size(mask: np.ndarray, size: tuple[int, int]) -> str:
+    """Words for a mask that has not its image's (width, height)."""
+    return f"has {mask.shape[0]}x{mask.shape[1]} pixels, and its image {size[1]}x{size[0]}"
+
+
+def _mask_column(data: str, asked: str | None) -> str:
+    """The column of a table or data set that holds the masks."""
+    if asked:
+        return asked
+    if not names_table(data):
+        return MASK_COLUMNS[0]
+    with open(data, newline="", encoding="utf-8-sig", errors="surrogateescape") as stream:
+        line = stream.readline()
+    delimiter = ";" if ";" in line and "," not in line else DELIMITERS[Path(data).suffix.lower()]
+    header = next(csv.reader([line], delimiter=delimiter), [])
+    usual = [name for name in header if name.strip().lower() in MASK_COLUMNS]
+    if not usual:
+        raise UserError(f"{data}: no column for the masks: name one of {', '.join(header)} by `mask_column`")
+    return usual[0]
+
+
+def _within(path: str, folders: Sequence[str]) -> bool:
+    """Whether a path leads through a folder of one of these names."""
+    return any(part in folders for part in path.split(os.sep)[:-1])
+
+
+def _as_masks(images: Sequence[str], mask_name: str | None) -> list[str]:
+    """The paths, without ending, that the masks of images are to have."""
+    stems = [os.path.splitext(path)[0] for path in images]
+    if not mask_name:
+        return stems
+    of_image, separator, of_mask = mask_name.partition("=")
+    if not separator or not of_image:
+        raise UserError(
+            f"`mask_name` {mask_name}: give what images' names have and what masks' have there, as _rgb=_mask"
+        )
+    return [stem.replace(of_image, of_mask) for stem in stems]
+
+
+def _paired(images: Sequence[str], expected: Sequence[str], masks: Sequence[str], root: Path) -> list[str]:
+    """The path of each image's mask. Raises UserError where one has none or several."""
+    by_stem: dict[str, str] = {}
+    for mask in masks:
+        stem = os.path.splitext(mask)[0]
+        if stem in by_stem:
+            raise UserError(
+                f"{root}: {printable(by_stem[stem])} and {printable(mask)} are masks of one image: keep one"
+            )
+        by_stem[stem] = mask
+    without = [path for path, stem in zip(images, expected, strict=True) if stem not in by_stem]
+    if without:
+        shown = ", ".join(map(printable, without[:NAMED])) + (", ..." if len(without) > NAMED else "")
+        raise UserError(
+            f"{len(without)} of {len(images)} images have no mask in {root}, such as {shown}: leave them out, or say "
+            "by `mask_name` how masks are named"
+        )
+    return [by_stem[stem] for stem in expected]
