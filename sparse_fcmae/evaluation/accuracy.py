@@ -14,21 +14,22 @@ TOP = 5  # outputs among which the right one is looked for
 
 
 def accuracy(logits: Tensor, labels: Tensor, classes: tuple[str, ...]) -> dict[str, Any]:
-    """top1, top5, top-1 by class and the confusion matrix of logits [N, K] of K classes, given labels int64 [N].
+    """top1, top5, balanced_accuracy, top-1 by class and the confusion matrix of logits [N, K], given labels int64 [N].
 
-    Of up to 5 classes there is no top5, as it would always be 1.
+    balanced_accuracy: the mean of the classes' top-1. Of up to 5 classes there is no top5, as it would always be 1.
     """
     ranked = logits.topk(min(TOP, len(classes)), dim=1).indices
     right = ranked == labels[:, None]
     counts = torch.zeros(len(classes), len(classes), dtype=torch.int64)
     counts.index_put_((labels, ranked[:, 0]), torch.ones_like(labels), accumulate=True)
     images = counts.sum(1)
-    top1_of_class = (counts.diagonal() / images).tolist()
+    top1_of_class = (counts.diagonal() / images).double()
     return {
         "images": len(labels),
         "top1": right[:, 0].float().mean().item(),
         **({"top5": right.any(1).float().mean().item()} if len(classes) > TOP else {}),
-        "by_class": {name: top1_of_class[i] for i, name in enumerate(classes) if images[i]},
+        "balanced_accuracy": top1_of_class[images > 0].mean().item(),
+        "by_class": {name: top1_of_class[i].item() for i, name in enumerate(classes) if images[i]},
         "confusion": {"classes": list(classes), "counts": counts.tolist()},
     }
 
@@ -36,13 +37,14 @@ def accuracy(logits: Tensor, labels: Tensor, classes: tuple[str, ...]) -> dict[s
 def measure(
     models: dict[str, nn.Module], images: EvaluationSet, ranks: Ranks
 ) -> tuple[dict[str, float], list[BadImage]]:
-    """top1, top5 and loss, the cross-entropy, of several models over the images of all ranks together, in one pass.
+    """What `measures_of` names, of several models over the images of all ranks together, in one pass.
 
-    models: by the prefix of their values' names; "ema_" gives ema_top1, ema_top5 and ema_loss. Of up to 5 classes there
-    is no top5. The models are left in training mode. images: this rank's, which may be none. Returns the values and all
-    ranks' unreadable images, which are left out. Raises UserError where no rank can read any.
+    models: by the prefix of their values' names; "ema_" gives ema_top1 and so on. loss is the cross-entropy. The models
+    are left in training mode. images: this rank's, which may be none. Returns the values and all ranks' unreadable
+    images, which are left out. Raises UserError where no rank can read any.
     """
-    labels, sums = images.source.labels, torch.zeros(len(models), 4, dtype=torch.float64)
+    labels, classes = images.source.labels, len(images.source.classes)
+    sums, of_class = torch.zeros(len(models), 3, dtype=torch.float64), torch.zeros(len(models), 2, classes)
     for model in models.values():
         model.eval()
     outputs, index, bad = run_model(images, lambda pixels: torch.stack([model(pixels) for model in models.values()], 1))
@@ -51,13 +53,23 @@ def measure(
     for i, logits in enumerate(outputs.unbind(1) if len(index) else ()):
         right = logits.topk(min(TOP, logits.shape[1]), dim=1).indices == labels[index][:, None]
         loss = F.cross_entropy(logits, labels[index], reduction="sum")
-        sums[i] = torch.tensor([right[:, 0].sum(), right.sum(), loss, len(index)])
-    sums, bad = torch.stack(ranks.gather(sums)).sum(0), together(ranks.gather(bad))
-    check_any(sums[:, 3].nonzero(), bad, images.source)
+        sums[i] = torch.tensor([right.sum(), loss, len(index)])
+        of_class[i] = torch.stack([labels[index][which].bincount(minlength=classes) for which in (right[:, 0], ...)])
+    sums, of_class = (torch.stack(ranks.gather(counts)).sum(0) for counts in (sums, of_class))
+    bad = together(ranks.gather(bad))
+    check_any(sums[:, 2].nonzero(), bad, images.source)
     values = {}
-    for prefix, (top1, top5, loss, count) in zip(models, sums.tolist(), strict=True):
-        values[f"{prefix}top1"] = top1 / count
-        if len(images.source.classes) > TOP:
-            values[f"{prefix}top5"] = top5 / count
-        values[f"{prefix}loss"] = loss / count
+    for prefix, (top5, loss, count), (right, there) in zip(models, sums.tolist(), of_class.double(), strict=True):
+        found = {
+            "top1": right.sum().item() / count,
+            "top5": top5 / count,
+            "balanced_accuracy": (right / there)[there > 0].mean().item(),
+            "loss": loss / count,
+        }
+        values |= {f"{prefix}{name}": found[name] for name in measures_of(classes)}
     return values, bad
+
+
+def measures_of(classes: int) -> tuple[str, ...]:
+    """What is measured of a classifier. Of up to 5 classes there is no top5."""
+    return ("top1", *(["top5"] if classes > TOP else []), "balanced_accuracy", "loss")

@@ -241,6 +241,8 @@ def report(found: dict[str, Any]) -> str:
     for name in ("top1", "top5", "knn_top1", "linear_probe_top1"):
         if name in found:
             lines.append(f"{name.replace('_', ' ').replace('top', 'top-')} {100 * found[name]:.2f} %")
+    if "balanced_accuracy" in found:
+        lines.append(f"balanced accuracy {100 * found['balanced_accuracy']:.2f} %, the mean over classes")
     if found.get("among", 0) < found.get("outputs", 0):
         lines.append(f"among the {found['among']} of {found['outputs']} classes that the folder has")
     if "by_class" in found:

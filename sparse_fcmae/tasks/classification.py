@@ -22,7 +22,7 @@ from sparse_fcmae.data.sources.windows import Windows
 from sparse_fcmae.data.splits import few_labels
 from sparse_fcmae.data.survey import check_fits
 from sparse_fcmae.data.views import NativeView, RandomView
-from sparse_fcmae.evaluation.accuracy import TOP, measure
+from sparse_fcmae.evaluation.accuracy import measure, measures_of
 from sparse_fcmae.evaluation.run import EvaluationSet
 from sparse_fcmae.model.convnext import size_of
 from sparse_fcmae.model.flops import count
@@ -45,17 +45,25 @@ BETAS = (0.9, 0.999)
 
 
 class ClassificationObjective(nn.Module):
-    """The cross-entropy of a micro-batch whose images are augmented and mixed on the model's device."""
+    """The cross-entropy of a micro-batch whose images are augmented and mixed on the model's device.
 
-    def __init__(self, model: nn.Module, mix: Mixing, label_smoothing: float) -> None:
+    weights: of the classes, float [K], None where all count the same.
+    """
+
+    def __init__(self, model: nn.Module, mix: Mixing, label_smoothing: float, weights: Tensor | None = None) -> None:
         super().__init__()
-        self.model, self.mix, self.label_smoothing = model, mix, label_smoothing
+        self.model, self.mix, self.label_smoothing, self.weights = model, mix, label_smoothing, weights
 
     def forward(self, pixels: Tensor, labels: Tensor) -> Tensor:
         """pixels: [b, H, W, C]. labels: int64 [b]."""
         with torch.autocast(pixels.device.type, enabled=False):
             images, targets = self.mix(pixels, labels)
-        return F.cross_entropy(self.model(images).float(), targets, label_smoothing=self.label_smoothing)
+        logits = self.model(images).float()
+        if self.weights is None:
+            return F.cross_entropy(logits, targets, label_smoothing=self.label_smoothing)
+        weights = self.weights.to(logits.device)
+        losses = F.cross_entropy(logits, targets, weights, label_smoothing=self.label_smoothing, reduction="none")
+        return losses.mean()  # and not by the sum of the weights that happen to be in a micro-batch
 
 
 class Classification(Task):
@@ -84,7 +92,8 @@ class Classification(Task):
         classes = len(self.source.classes)
         mixed = {"random_erasing": config.random_erasing, "mixup": config.mixup, "cutmix": config.cutmix}
         mix = Mixing(classes, self.form, **mixed)
-        self.objective = ClassificationObjective(self.model, mix, config.label_smoothing)
+        weights = balanced_weights(self.source.counts()) if config.class_weights else None
+        self.objective = ClassificationObjective(self.model, mix, config.label_smoothing, weights)
         self.size, self.min_lr = image_size_of(config.image_size), config.min_lr
         augment = RandAugment(config.rand_augment) if config.rand_augment else None
         if augment and not self.form.is_photograph:
@@ -97,7 +106,7 @@ class Classification(Task):
         own = held_out.take(range(ranks.rank, len(held_out), ranks.world))
         self.judge = held_out.fingerprint
         self.held_out = EvaluationSet(own, evaluation_view(config, self.size, self.form, ranks.device), ranks)
-        names = ("top1", "loss") if len(self.source.classes) <= TOP else ("top1", "top5", "loss")
+        names = measures_of(classes)
         self.measures = (*names, *(f"ema_{name}" for name in names if self.ema))
         parts = count(
             self.model.name,
@@ -159,6 +168,12 @@ class Classification(Task):
         reading = given_flags(config, ReadingConfig)
         example = classifier_example(self.model, exported, config.data, config.val_split, config.seed, reading)
         log.say(f"classifier in {exported}; use it with\n\n{example}")
+
+
+def balanced_weights(counts: list[int]) -> Tensor:
+    """A weight for each class by which all have the same share of the loss, float [K]. Their mean over images is 1."""
+    images = torch.tensor(counts, dtype=torch.float64)
+    return (images.sum() / (len(counts) * images)).float()
 
 
 def samples_of(

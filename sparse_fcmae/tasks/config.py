@@ -179,6 +179,9 @@ class FinetuneConfig(RunConfig, MaskConfig):
     labels_per_class: int | None = option(
         None, help="train on so many images of each class, chosen by `seed` [all]", above=0
     )
+    class_weights: str | None = option(
+        None, help="balanced: rare classes count as much in the loss as frequent ones", choices=("balanced",)
+    )
     freeze_encoder: bool = option(False, help="train what is behind the encoder alone")
     head_channels: int | None = option(
         None, help="of segmentation: width of UperNet [128, from tiny on 512]", above=0, at_most=8192

@@ -43,7 +43,16 @@ from sparse_fcmae.weights.segmenter import export_segmenter
 BETAS = (0.9, 0.999)
 AUXILIARY = 0.4  # weight of the auxiliary head's loss, as in mmsegmentation
 SHOWN = 4  # held-out images that are drawn at each checkpoint
-OF_CLASSES = ("labels_per_class", "label_smoothing", "mixup", "cutmix", "rand_augment", "random_erasing", "preset")
+OF_CLASSES = (
+    "labels_per_class",
+    "class_weights",
+    "label_smoothing",
+    "mixup",
+    "cutmix",
+    "rand_augment",
+    "random_erasing",
+    "preset",
+)
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,9 @@ def test_accuracy_by_hand():
     assert (found["images"], found["top1"]) == (4, 0.5)
     assert "top5" not in found
     assert found["by_class"] == {"a": 1, "b": 0.5, "c": 0}
+    assert found["balanced_accuracy"] == 0.5
+    uneven = accuracy(logits[:3], torch.tensor([0, 1, 1]), ("a", "b", "c"))
+    assert (uneven["top1"], uneven["balanced_accuracy"]) == pytest.approx((2 / 3, 0.75))
     assert found["confusion"]["counts"] == [[1, 0, 0], [0, 1, 1], [0, 1, 0]]
     six = accuracy(torch.arange(6.0).repeat(6, 1), torch.arange(6), tuple("abcdef"))
     assert (six["top1"], six["top5"]) == pytest.approx((1 / 6, 5 / 6))
@@ -49,6 +52,7 @@ def test_measure_is_accuracy_and_loss_of_all_ranks_images(colours, on_ranks, wor
         for values, bad in results:
             assert bad == []
             assert values[f"{prefix}top1"] == pytest.approx(expected["top1"])
+            assert values[f"{prefix}balanced_accuracy"] == pytest.approx(expected["balanced_accuracy"])
             assert f"{prefix}top5" not in values
             assert values[f"{prefix}loss"] == pytest.approx(F.cross_entropy(logits, folder.labels[index]).item())
         assert model.training

@@ -7,11 +7,14 @@ import time
 
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import OF_MACHINE, go_back
 from safetensors.torch import load_file
+from torch import nn
 
 from sparse_fcmae import UserError, finetune, load_classifier, load_encoder
 from sparse_fcmae.cli import main
+from sparse_fcmae.tasks.classification import ClassificationObjective, balanced_weights
 from sparse_fcmae.tasks.recipes import TOLD
 from sparse_fcmae.weights.read import read_weights
 
@@ -137,7 +140,7 @@ def test_the_best_is_exported_with_its_moving_average(pictures, encoder, tmp_pat
     average = load_file(run / "exported-ema" / "model.safetensors")
     assert all(torch.equal(state[f"module.{key}"], value) for key, value in average.items())
     with pytest.raises(
-        UserError, match="`monitor` top3 is not measured in this run: choose top1 or top5 or loss or ema_"
+        UserError, match="`monitor` top3 is not measured in this run: choose top1 or top5 or balanced_accuracy or loss"
     ):
         finetune(data=pictures, out=tmp_path / "none", init=encoder, **options | {"monitor": "top3"})
     assert not (tmp_path / "none").exists()
@@ -168,6 +171,30 @@ def test_few_labels_grey_and_from_scratch(pictures, tmp_path):
     finetune(data=pictures, out=tmp_path / "run", from_scratch=True, labels_per_class=2, **options)
     assert "10 classes, 10 images held out; 20 samples" in (tmp_path / "run" / "train.log").read_text()
     assert load_classifier(tmp_path / "run").in_chans == 1
+
+
+def test_rare_classes_count_as_much_as_frequent_ones(colours, tmp_path):
+    for number, image in enumerate(sorted((colours / "train").rglob("*.png"))):
+        if image.parent.name != "red" or number % 2:
+            (tmp_path / "data" / "train" / image.parent.name).mkdir(parents=True, exist_ok=True)
+            (tmp_path / "data" / "train" / image.parent.name / image.name).symlink_to(image)
+    (tmp_path / "data" / "val").symlink_to(colours / "val")
+    options = {"image_size": 32, "stem_stride": 1, "batch_size": 4, "epochs": 1, "num_workers": 0, "ema_decay": 0}
+    run = tmp_path / "run"
+    finetune(data=tmp_path / "data", out=run, from_scratch=True, class_weights="balanced", **options)
+    assert 0 <= rows(run, "evaluations")[-1]["balanced_accuracy"] <= 1
+    counts = [6, 3, 1]
+    weights = balanced_weights(counts)
+    assert weights.tolist() == pytest.approx([10 / 18, 10 / 9, 10 / 3])
+    logits, labels = torch.randn(10, 3), torch.tensor([0] * 6 + [1] * 3 + [2])
+    mix = lambda pixels, labels: (pixels, labels)  # noqa: E731
+    objective = ClassificationObjective(nn.Identity(), mix, 0.1, weights)
+    each = F.cross_entropy(logits, labels, label_smoothing=0.0, reduction="none")
+    plain = ClassificationObjective(nn.Identity(), mix, 0.0, weights)(logits, labels)
+    by_class = [each[labels == label].mean() for label in range(3)]
+    assert plain.item() == pytest.approx(torch.stack(by_class).mean().item(), rel=1e-6)
+    mixed = objective(logits, F.one_hot(labels, 3).float())
+    assert mixed.item() == pytest.approx(objective(logits, labels).item(), rel=1e-6)
 
 
 def test_average_is_the_decayed_sum_of_the_weights(pictures, encoder, tmp_path):
