@@ -43,7 +43,9 @@ class MaskConfig(SourceConfig):
     mask_name: str | None = option(
         None, help="what images' names have, and masks' in its place, as leftImg8bit=gtFine_labelTrainIds"
     )
-    ignore: str = option("255", help="values of pixels in masks that do not count, as 0,255")
+    ignore: str | None = option(
+        None, help="values of pixels in masks that do not count, as 0,255, or none where all are classes [255]"
+    )
     class_names: str | None = option(
         None, help="names of masks' classes in ascending order of their values, as sky,road, or a file with one a line"
     )
@@ -114,6 +116,9 @@ class ViewConfig(FormatConfig):
     rotate: bool = option(
         False, help="turn crops by random quarter turns and flip them both ways, for images without an upright position"
     )
+
+
+MASK_OPTIONS = ("masks", "mask_column", "mask_name", "ignore", "class_names")
 
 
 def range_of(name: str, text: str | None, default: tuple[float, float]) -> tuple[float, float]:

@@ -35,9 +35,9 @@ class Mixing:
             self.erasing = K.RandomErasing(p=random_erasing, scale=(0.02, 1 / 3), ratio=(0.3, 1 / 0.3))
 
     def __call__(self, pixels: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Pixels [B, H, W, C] and labels int64 [B] -> images float32 [B, C, H, W] and targets.
+        """Pixels [B, H, W, C], and labels int64 [B] or targets float32 [B, K] -> images float32 [B, C, H, W], targets.
 
-        The targets are the labels, or where images are mixed, the fractions of the classes, float32 [B, classes].
+        The targets are what was given, or where images are mixed, the mean of two, of labels as float32 [B, classes].
         """
         images = self.form.normalise(pixels)
         if self.erasing is not None:
@@ -52,7 +52,8 @@ class Mixing:
         share = torch.distributions.Beta(self.alpha[way], self.alpha[way]).sample().item()
         shift = 1 + torch.randint(len(images) - 1, ()).item()  # to another image than itself, for each
         images, share = way(images, images.roll(shift, 0), share)
-        own, other = (F.one_hot(names, self.classes).float() for names in (labels, labels.roll(shift)))
+        own = labels if labels.is_floating_point() else F.one_hot(labels, self.classes).float()
+        other = own.roll(shift, 0)
         return images, share * own + (1 - share) * other
 
 

@@ -22,15 +22,16 @@ def few_labels(source: Source, per_class: int, seed: int) -> Source:
     return source.take(sorted(chosen))
 
 
-def hold_out(source: Source, fraction: float, seed: int) -> tuple[Source, Source]:
+def hold_out(source: Source, fraction: float, seed: int, of_classes: bool = True) -> tuple[Source, Source]:
     """Training images, and a random `fraction` of each class, at least one image, that is held out from them.
 
-    A class of one image is trained on alone. Raises UserError where another would have no image left to train on,
-    and where no image would be held out.
+    A class of one image is trained on alone. of_classes: False where labels are no classes, so that a fraction of all
+    images is held out. Raises UserError where another class would have no image left to train on, and where no image
+    would be held out.
     """
     rng, held_out = numpy_generator(seed, Stream.SPLIT), np.zeros(len(source), dtype=bool)
-    for label, name in enumerate(source.classes):
-        images = np.flatnonzero(source.labels.numpy() == label)
+    groups = [(name, np.flatnonzero(source.labels.numpy() == label)) for label, name in enumerate(source.classes)]
+    for name, images in groups if of_classes else [(str(source), np.arange(len(source)))]:
         count = max(1, round(fraction * len(images))) if len(images) > 1 else 0
         if count >= len(images):
             raise UserError(f"`val_split` {fraction} leaves no image of {name} to train on: choose less, or add images")

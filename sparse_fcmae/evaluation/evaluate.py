@@ -4,11 +4,13 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from sparse_fcmae.data.config import MASK_OPTIONS
 from sparse_fcmae.data.sources import BadImage
 from sparse_fcmae.data.sources.class_folder import open_held_out, open_splits
 from sparse_fcmae.data.sources.corruptions import find_corruptions
@@ -21,18 +23,17 @@ from sparse_fcmae.evaluation.config import EvaluateConfig
 from sparse_fcmae.evaluation.imagenet import CORRUPTIONS, mean_corruption_error, outputs_of, wordnet_ids
 from sparse_fcmae.evaluation.plots import draw_confusion
 from sparse_fcmae.evaluation.probes import features_of, linear_probe, nearest_neighbours
+from sparse_fcmae.evaluation.problems import PROBLEMS
 from sparse_fcmae.evaluation.run import EvaluationSet, EvaluationView, check_any, run_model, view_of
-from sparse_fcmae.evaluation.samples import check_ending
+from sparse_fcmae.evaluation.samples import check_ending, warn_of_another_split
 from sparse_fcmae.evaluation.segmentation import evaluate_segmenter
 from sparse_fcmae.runtime.errors import UserError
 from sparse_fcmae.runtime.files import check_writable, write_atomic, write_json, writing
-from sparse_fcmae.runtime.options import check, check_given, check_paths, keywords_of
-from sparse_fcmae.runtime.run_folder import RunFolder
+from sparse_fcmae.runtime.options import check, check_given, check_paths, check_unused, keywords_of
 from sparse_fcmae.weights.read import Weights, read_weights
 from sparse_fcmae.weights.segmenter import holds_segmenter
 
 EVALUATION, CONFUSION, PICTURE = "evaluation.json", "confusion.json", "confusion.png"  # files in the folder `out`
-EXPORTED = "exported"  # how the folders in a run's folder begin that hold weights
 
 
 @keywords_of(EvaluateConfig)
@@ -42,18 +43,19 @@ def evaluate(options: dict[str, Any]) -> dict[str, Any]:
     Returns what was measured, as fractions between 0 and 1. Raises UserError for what the user can put right.
     """
     config = checked(options)
+    if holds_segmenter(config.init) and not (config.knn or config.linear_probe):
+        measure = partial(evaluate_segmenter, config)
+    else:
+        check_unused(config, MASK_OPTIONS, "is for a segmentation model: leave it out")
+        weights = read_weights(config.init).per_image()
+        for note in weights.notes:
+            print(note)
+        measure = partial(measured, config, weights, view_of(config, weights))
     out = Path(config.out) if config.out else None
     if out:
         with writing(out):
             out.mkdir(parents=True, exist_ok=True)
-    if holds_segmenter(config.init) and not (config.knn or config.linear_probe):
-        found = evaluate_segmenter(config)
-    else:
-        weights = read_weights(config.init).per_image()
-        for note in weights.notes:
-            print(note)
-        found = measured(config, weights, view_of(config, weights))
-    found = {"weights": config.init, **found}
+    found = {"weights": config.init, **measure()}
     print(report(found))
     if out:
         save(found, out)
@@ -92,6 +94,8 @@ def measured(config: EvaluateConfig, weights: Weights, view: EvaluationView) -> 
         raise UserError(
             f"{config.init} has no classification head: give `knn=True` or `linear_probe=True`, or fine-tune it first"
         )
+    if weights.task != "classification":
+        return judge(config, weights, view)
     if (
         config.val_split is None
         and os.path.isdir(config.data)
@@ -130,15 +134,30 @@ def probe(config: EvaluateConfig, weights: Weights, view: EvaluationView) -> dic
     return found
 
 
+def judge(config: EvaluateConfig, weights: Weights, view: EvaluationView) -> dict[str, Any]:
+    """What is measured of a model of several labels or of a number, on the images that `classify` takes."""
+    if config.per_image:
+        raise UserError("`per_image` is of a classifier: `predict` writes what this model says of each image")
+    source, split = held_out_images(config, of_classes=False)
+    problem, outputs = PROBLEMS[weights.task], weights.classes or tuple(map(str, range(weights.num_classes)))
+    source = labelled_by_page(source, view.reading)
+    targets = problem.targets(source, outputs)
+    model = weights.classifier(config.backend).to(view.device)
+    values, index, bad = run_model(EvaluationSet(source, view), model, "evaluating")
+    check_any(index, bad, source)
+    found = problem.scores(values, targets[index])
+    return {
+        "data": str(source),
+        **split,
+        "images": len(index),
+        "unreadable": [image.name for image in bad],
+        **{name: found[name] for name in problem.measures if name != "loss"},
+    }
+
+
 def classify(config: EvaluateConfig, weights: Weights, view: EvaluationView) -> dict[str, Any]:
     """Accuracy of the classifier on the images that are held out, or on all where none are."""
-    split = {}
-    if config.val_split is None:
-        source = open_held_out(config.data, config)
-    else:
-        split = {"val_split": config.val_split, "seed": config.seed}
-        warn_of_another_split(config)
-        _, source = open_splits(config.data, config.val_split, config.seed, config=config)
+    source, split = held_out_images(config)
     model = weights.classifier(config.backend).to(view.device)
     source = labelled_by_page(source, view.reading)
     per_image = Path(config.per_image) if config.per_image else None
@@ -146,17 +165,13 @@ def classify(config: EvaluateConfig, weights: Weights, view: EvaluationView) -> 
     return {"data": str(source), **split, "unreadable": [image.name for image in bad], **found}
 
 
-def warn_of_another_split(config: EvaluateConfig) -> None:
-    """Says so where the run that the weights are of held out other images of the same folder."""
-    init = Path(config.init)
-    run = init.parent if init.name.startswith(EXPORTED) else init
-    saved = RunFolder(run, "fine-tuning").saved_options() or {}
-    fraction, seed = saved.get("val_split"), saved.get("seed")
-    if fraction is not None and (fraction, seed) != (config.val_split, config.seed):
-        print(
-            f"{run} was trained with --val-split {fraction} --seed {seed}: by another split it may be evaluated on "
-            "images that it was trained on"
-        )
+def held_out_images(config: EvaluateConfig, of_classes: bool = True) -> tuple[Labelled, dict[str, Any]]:
+    """The images to evaluate on, and the options by which they were held out where that is done here."""
+    warn_of_another_split(config)
+    if config.val_split is None:
+        return open_held_out(config.data, config, of_classes), {}
+    _, source = open_splits(config.data, config.val_split, config.seed, config=config, of_classes=of_classes)
+    return source, {"val_split": config.val_split, "seed": config.seed}
 
 
 def classify_corrupted(
@@ -235,6 +250,12 @@ def report(found: dict[str, Any]) -> str:
     for name, shown in (("miou", "mIoU"), ("pixel_accuracy", "pixel accuracy"), ("mean_accuracy", "mean accuracy")):
         if name in found:
             lines.append(f"{shown} {100 * found[name]:.2f} %")
+    for name, shown in (("mean_average_precision", "mAP"), ("f1", "F1 at a probability of one half")):
+        if name in found:
+            lines.append(f"{shown} {100 * found[name]:.2f} %")
+    for name, shown in (("mae", "mean absolute error"), ("rmse", "root of the mean squared error"), ("r2", "R2")):
+        if name in found:
+            lines.append(f"{shown} {found[name]:.6g}")
     if "iou_by_class" in found:
         worst = sorted(found["iou_by_class"].items(), key=lambda item: item[1])[:20]
         lines.append("IoU by class, the worst first: " + ", ".join(f"{name} {100 * iou:.1f} %" for name, iou in worst))

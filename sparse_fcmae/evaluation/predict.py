@@ -60,6 +60,8 @@ def predict_classes(config: PredictConfig) -> Path:
             raise UserError(f"{config.init} has no classification head: fine-tune it first, or `embed` its features")
         classes = weights.classes or tuple(map(str, range(weights.num_classes)))
         view = view_of(config, weights, ranks.device)
+        if config.maps and weights.task != "classification":
+            raise UserError("`maps` are of models that give an image one class: leave it out")
         if not view.native and (config.windows or config.maps):
             raise UserError("`windows` and `maps` are of native windows: give `crop=native`")
         samples = ranks.main_first(lambda: Samples(config.data, view, config))
@@ -77,7 +79,7 @@ def predict_classes(config: PredictConfig) -> Path:
         if ranks.main:
             bad = [*samples.left_out, *chunks.bad()]
             check_any(range(sum(len(chunk["sample"]) for chunk in chunks.of())), bad, samples.source)
-            count = write_table(rows(chunks, samples, classes, config), out)
+            count = write_table(rows(chunks, samples, classes, config, weights.task), out)
             print(f"{out}: {count} rows")
             say_unreadable(bad, out)
             if config.maps:
@@ -137,15 +139,15 @@ def answered(chunks: Chunks, samples: Samples, by_window: bool) -> Iterator[Answ
                 yield Answered(sample, together.mean(0), np.stack(boxes), together)
 
 
-def rows(chunks: Chunks, samples: Samples, classes: tuple[str, ...], config: PredictConfig) -> Iterator[Row]:
-    """The rows of the table."""
+def rows(chunks: Chunks, samples: Samples, classes: tuple[str, ...], config: PredictConfig, task: str) -> Iterator[Row]:
+    """The rows of the table. task: as in `answer`."""
     for found in answered(chunks, samples, config.windows):
         row: Row = {"file": samples.source.name(found.sample)}
         if config.windows:
             row |= dict(zip(("left", "top", "right", "bottom"), found.boxes[0].tolist(), strict=True))
         if samples.classes:
             row["label"] = samples.classes[int(samples.labels(np.array([found.sample]))[0])]
-        yield row | answer(found.logits, classes, config.top_k)
+        yield row | answer(found.logits, classes, config.top_k, task)
 
 
 def draw_maps(chunks: Chunks, samples: Samples, classes: tuple[str, ...], view: EvaluationView, folder: Path) -> None:

@@ -17,10 +17,13 @@ from sparse_fcmae.data.sources.opening import is_named
 from sparse_fcmae.data.sources.pages import by_page, labelled_by_page
 from sparse_fcmae.data.sources.parts import labelled_parts
 from sparse_fcmae.data.sources.windows import Covering
+from sparse_fcmae.evaluation.config import EvaluateConfig
 from sparse_fcmae.evaluation.run import EvaluationView
 from sparse_fcmae.runtime.errors import UserError
 from sparse_fcmae.runtime.files import write_atomic
+from sparse_fcmae.runtime.run_folder import RunFolder
 
+EXPORTED = "exported"  # how the folders in a run's folder begin that hold weights
 UNFIT = re.compile(r"[^\w.-]+")  # for the name of a file
 NAMED = 3  # unreadable images that a line names
 
@@ -76,11 +79,25 @@ def check_ending(option: str, file: Path, endings: tuple[str, ...]) -> None:
             raise UserError(f"`{option}` {file} {error}") from None
 
 
-def check_apart(data: Any, out: Path) -> None:
+def check_apart(data: Any, out: Path, option: str = "out") -> None:
     """Raises UserError where a file to write lies in a folder of images, among which it would be found another time."""
     for name in [data] if isinstance(data, str | os.PathLike) else data:
         if is_named(name) and os.path.isdir(name) and out.resolve().is_relative_to(Path(name).resolve()):
-            raise UserError(f"`out` {out} lies among the images of {name}: choose another")
+            raise UserError(f"`{option}` {out} lies among the images of {name}: choose another")
+
+
+def warn_of_another_split(config: EvaluateConfig) -> None:
+    """Says so where the run that the weights are of held out other images than these options do."""
+    init = Path(config.init)
+    run = init.parent if init.name.startswith(EXPORTED) else init
+    saved = RunFolder(run, "fine-tuning").saved_options() or {}
+    fraction, seed = saved.get("val_split"), saved.get("seed")
+    same = config.val_split is not None or saved.get("data") == os.path.abspath(config.data)
+    if same and fraction is not None and (fraction, seed) != (config.val_split, config.seed):
+        print(
+            f"{run} was trained with --val-split {fraction} --seed {seed}: without these it may be evaluated on images "
+            "that it was trained on"
+        )
 
 
 def say_unreadable(bad: Sequence[BadImage], out: Path) -> None:

@@ -107,6 +107,14 @@ def check_given(options: dict[str, Any], what: dict[str, str]) -> None:
             raise UserError(f"`{name}` is missing: name {meaning}")
 
 
+def check_unused(config: Any, names: Iterable[str], why: str) -> None:
+    """Raises UserError for the first of these options that has another value than its default. why: what is wrong."""
+    defaults = {f.name: f.default for f in fields(config)}
+    for name in names:
+        if getattr(config, name) != defaults[name]:
+            raise UserError(f"`{name}` {why}")
+
+
 def check(config: Any) -> None:
     """Raises UserError for the first option of another type, not finite, not among its choices, or out of bounds.
 

@@ -177,16 +177,21 @@ def stem_for(stem: Tensor, in_chans: int) -> Tensor:
 
 
 def build_classifier(
-    config: FinetuneConfig, images: Labelled, checkpoint: Path | None = None, device: torch.device = CPU
+    config: FinetuneConfig,
+    images: Labelled,
+    classes: tuple[str, ...],
+    checkpoint: Path | None = None,
+    device: torch.device = CPU,
 ) -> tuple[Classifier, ImageFormat, FinetuneConfig, list[str]]:
     """The classifier that fine-tuning starts with, the images that it takes, the config without open ends, and what to
     say about the weights.
 
-    The head of the weights is kept where it is for these classes, or for as many whose names are not known. Where there
+    classes: the names of the outputs. The head of the weights is kept where it is for these in the same task, or for as
+    many whose names are not known. Where there
     is a checkpoint of the run, the weights are its own, and there is nothing to say about them. device: as in
     `build_fcmae`.
     """
-    source, classes = checkpoint or config.init, images.classes
+    source = checkpoint or config.init
     if source is None:
         form, remarks = survey(
             labelled_by_page(images, asked_reading(config)), config, config.seed, max_bad_images=config.max_bad_images
@@ -207,6 +212,7 @@ def build_classifier(
         model = Classifier(**shape, **options, num_classes=len(classes))
     if weights:
         fits = weights.num_classes == len(classes) and weights.classes in (None, classes)
+        fits = fits and (checkpoint is not None or (config.task != "regression" and weights.task == config.task))
         give(model, weights.without("decoder", *([] if fits else ["head"])), strict=False)
         notes.insert(0, f"starting from the {'encoder and head' if fits else 'encoder'} of {source}")
         notes += [] if fits else [f"new head for {len(classes)} classes"]
@@ -241,8 +247,8 @@ def build_segmenter(
         form, notes = weights.form, [f"starting from the encoder of {source}", *weights.notes]
         shape = {**weights.architecture, "grn_scope": "image"}
         size = shape.pop("image_size")
-    if form.pages == "images":
-        raise UserError("pages that are images of their own can't be paired with masks: save them as files")
+    if reading_of(form, **reading_options(config)).pages == "images":
+        raise UserError("`pages=images`: pages can't be paired with masks, so save them as files")
     config, recipe = finetuning_recipe(config, shape["name"], len(images) if config.max_steps else 0)
     size = image_size_of(config.image_size) if config.image_size else size
     head_channels = config.head_channels or (512 if size_of(shape["name"])[1][0] >= WIDE else 128)
@@ -261,8 +267,11 @@ def build_segmenter(
 
 
 def moving_average(model: nn.Module, decay: float) -> AveragedModel:
-    """A model whose weights follow those of `model` as an exponential moving average, after each step by 1 - decay."""
-    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))
+    """A model whose weights follow those of `model` as an exponential moving average, after each step by 1 - decay.
+
+    So do the statistics of its batch norms, as those of other weights would not suit them.
+    """
+    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
 
 
 def training_view(

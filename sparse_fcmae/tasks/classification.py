@@ -1,6 +1,7 @@
 """Fine-tuning: images and labels -> cross-entropy -> a dense classifier, on the kernels of pretraining."""
 
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from sparse_fcmae.backends import choose_dtype, resolve_backend
 from sparse_fcmae.data.augmentation import RandAugment
 from sparse_fcmae.data.batches import Batch, TrainingImages
-from sparse_fcmae.data.config import ReadingConfig
+from sparse_fcmae.data.config import MASK_OPTIONS, ReadingConfig
 from sparse_fcmae.data.mixing import Mixing
 from sparse_fcmae.data.sources.class_folder import open_splits
 from sparse_fcmae.data.sources.labelled import Labelled
@@ -23,13 +24,14 @@ from sparse_fcmae.data.splits import few_labels
 from sparse_fcmae.data.survey import check_fits
 from sparse_fcmae.data.views import NativeView, RandomView
 from sparse_fcmae.evaluation.accuracy import measure, measures_of
+from sparse_fcmae.evaluation.problems import PROBLEMS, measure_outputs
 from sparse_fcmae.evaluation.run import EvaluationSet
 from sparse_fcmae.model.convnext import size_of
 from sparse_fcmae.model.flops import count
 from sparse_fcmae.runtime.checkpoint_folder import newest_checkpoint
 from sparse_fcmae.runtime.distributed import Ranks
 from sparse_fcmae.runtime.errors import UserError
-from sparse_fcmae.runtime.options import given_flags, image_size_of
+from sparse_fcmae.runtime.options import check_unused, given_flags, image_size_of
 from sparse_fcmae.runtime.streams import Stream, torch_seed
 from sparse_fcmae.tasks.build import build_classifier, evaluation_view, moving_average, origin_of, training_view
 from sparse_fcmae.tasks.config import FinetuneConfig
@@ -38,62 +40,86 @@ from sparse_fcmae.training.optim import adamw, layer_scale
 from sparse_fcmae.training.parallel import device_of_new_model, place, whole_state
 from sparse_fcmae.training.plots import draw_evaluations, draw_loss
 from sparse_fcmae.training.task import Task
+from sparse_fcmae.weights.adapter import PROBLEM_TYPES
 from sparse_fcmae.weights.convert import export_model
 from sparse_fcmae.weights.examples import classifier_example
 
 BETAS = (0.9, 0.999)
+DRAWN = {  # by task, the value whose curve is drawn, and what it is called
+    "classification": ("top1", "top-1"),
+    "multilabel": ("mean_average_precision", "mAP"),
+    "regression": ("r2", "R2"),
+}
 
 
 class ClassificationObjective(nn.Module):
-    """The cross-entropy of a micro-batch whose images are augmented and mixed on the model's device.
+    """The loss of a micro-batch whose images are augmented and mixed on the model's device.
 
-    weights: of the classes, float [K], None where all count the same.
+    loss: of logits [b, K] and what `mix` makes of labels.
     """
 
-    def __init__(self, model: nn.Module, mix: Mixing, label_smoothing: float, weights: Tensor | None = None) -> None:
+    def __init__(self, model: nn.Module, mix: Mixing, loss: Callable[[Tensor, Tensor], Tensor]) -> None:
         super().__init__()
-        self.model, self.mix, self.label_smoothing, self.weights = model, mix, label_smoothing, weights
+        self.model, self.mix, self.loss = model, mix, loss
 
     def forward(self, pixels: Tensor, labels: Tensor) -> Tensor:
-        """pixels: [b, H, W, C]. labels: int64 [b]."""
+        """pixels: [b, H, W, C]. labels: int64 [b] of classes, or targets float32 [b, K]."""
         with torch.autocast(pixels.device.type, enabled=False):
             images, targets = self.mix(pixels, labels)
-        logits = self.model(images).float()
+        return self.loss(self.model(images).float(), targets)
+
+
+@dataclass(frozen=True)
+class CrossEntropy:
+    """The mean cross-entropy of logits [b, K] and classes, int64 [b] or as fractions [b, K].
+
+    label_smoothing: the fraction of a target that is spread over all classes. weights: of the classes, float [K], None
+    where all count the same. They weigh whole images, by the classes that these have before smoothing: otherwise the
+    share that smoothing gives to rare classes would outweigh the true class of frequent ones.
+    """
+
+    label_smoothing: float = 0.0
+    weights: Tensor | None = None
+
+    def __call__(self, logits: Tensor, targets: Tensor) -> Tensor:
         if self.weights is None:
             return F.cross_entropy(logits, targets, label_smoothing=self.label_smoothing)
+        losses = F.cross_entropy(logits, targets, label_smoothing=self.label_smoothing, reduction="none")
         weights = self.weights.to(logits.device)
-        losses = F.cross_entropy(logits, targets, weights, label_smoothing=self.label_smoothing, reduction="none")
-        return losses.mean()  # and not by the sum of the weights that happen to be in a micro-batch
+        return (losses * (targets @ weights if targets.is_floating_point() else weights[targets])).mean()
 
 
 class Classification(Task):
-    """A classifier that learns the classes of labelled images, and is evaluated on others."""
+    """A classifier that learns the classes of labelled images, and is evaluated on others.
+
+    Where images have several labels or a number each, what is learnt is what a `Problem` makes of their labels.
+    """
 
     outputs = ("loss.png", "accuracy.png", "exported-ema")
 
     def __init__(self, config: FinetuneConfig, ranks: Ranks) -> None:
         self.ranks = ranks
-        for name in ("masks", "mask_column", "mask_name", "class_names", "head_channels"):
-            if getattr(config, name) is not None:
-                raise UserError(f"`{name}` is of `task=segmentation`: leave it out, or give that")
-        opening = (config.data, config.val_split, config.seed, config.out, config)
+        self.problem = PROBLEMS.get(config.task)
+        check_task(config)
+        opening = (config.data, config.val_split, config.seed, config.out, config, self.problem is None)
         self.source, held_out = ranks.main_first(lambda: open_splits(*opening))
         if config.labels_per_class:
             self.source = few_labels(self.source, config.labels_per_class, config.seed)
         checkpoint = ranks.by_main(lambda: newest_checkpoint(Path(config.out))) if config.resume else None
         device = device_of_new_model(config, ranks)
-        self.model, self.form, config, self.notes = build_classifier(config, self.source, checkpoint, device)
+        self.classes = self.problem.outputs_of(self.source.classes) if self.problem else self.source.classes
+        self.model, self.form, config, self.notes = build_classifier(
+            config, self.source, self.classes, checkpoint, device
+        )
         dtype = choose_dtype(config.dtype, ranks.device, config.backend)
         self.config = config = replace(config, dtype="bf16" if dtype == torch.bfloat16 else "fp32")
         self.ema = moving_average(self.model, config.ema_decay) if config.ema_decay else None
         for model in (self.model, self.ema.module) if self.ema else (self.model,):
             place(model.train(), config, ranks)
 
-        classes = len(self.source.classes)
+        classes = len(self.classes)
         mixed = {"random_erasing": config.random_erasing, "mixup": config.mixup, "cutmix": config.cutmix}
         mix = Mixing(classes, self.form, **mixed)
-        weights = balanced_weights(self.source.counts()) if config.class_weights else None
-        self.objective = ClassificationObjective(self.model, mix, config.label_smoothing, weights)
         self.size, self.min_lr = image_size_of(config.image_size), config.min_lr
         augment = RandAugment(config.rand_augment) if config.rand_augment else None
         if augment and not self.form.is_photograph:
@@ -103,23 +129,35 @@ class Classification(Task):
         images = (self.source, held_out)
         self.source, held_out = ranks.main_first(lambda: samples_of(*images, self.training_view, config.max_bad_images))
         self.notes += [*self.source.notes, *(note for note in held_out.notes if note not in self.source.notes)]
+        weights = balanced_weights(self.source.counts()) if config.class_weights else None
+        loss = self.problem.loss if self.problem else CrossEntropy(config.label_smoothing, weights)
+        self.objective = ClassificationObjective(self.model, mix, loss)
         own = held_out.take(range(ranks.rank, len(held_out), ranks.world))
         self.judge = held_out.fingerprint
         self.held_out = EvaluationSet(own, evaluation_view(config, self.size, self.form, ranks.device), ranks)
-        names = measures_of(classes)
+        self.targets, self.scale = self.source.labels, torch.tensor([0.0, 1.0])
+        if self.problem:
+            self.targets, self.held_out_targets = (
+                self.problem.targets(part, self.classes) for part in (self.source, own)
+            )
+        if config.task == "regression":  # of targets of mean 0 and deviation 1 a new model's rate is the usual one
+            self.scale = torch.stack([self.targets.mean(), self.targets.std().nan_to_num(0) or torch.tensor(1.0)])
+            self.targets = (self.targets - self.scale[0]) / self.scale[1]
+        names = self.problem.measures if self.problem else measures_of(classes)
         self.measures = (*names, *(f"ema_{name}" for name in names if self.ema))
         parts = count(
             self.model.name,
             image_size=self.size,
             in_chans=self.model.in_chans,
             stem_stride=self.model.stem_stride,
-            num_classes=len(self.source.classes),
+            num_classes=classes,
         )
         self.flops = (2 if config.freeze_encoder else 6) * parts["classifier"].dense
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad) / 1e6
         self.description = (
             f"{self.model.name} on {ranks.device}, backend {resolve_backend(config.backend, ranks.device.type).name}, "
-            f"{config.dtype}, {trained:.1f} M parameters to train; {classes} classes, {len(held_out)} images held out"
+            f"{config.dtype}, {trained:.1f} M parameters to train; {shown(config.task, classes)}, "
+            f"{len(held_out)} images held out"
         )
 
     def dataset(self) -> TrainingImages:
@@ -134,14 +172,19 @@ class Classification(Task):
         """Pixels and labels. What is drawn for a micro-batch follows from its place in the global batch."""
         place = self.ranks.rank * (self.config.batch_size // self.ranks.world) + first
         torch.manual_seed(torch_seed(self.config.seed, Stream.AUGMENTATION, step, place))
-        return batch.pixels, self.source.labels[batch.index]
+        return batch.pixels, self.targets[batch.index]
 
     def beside_config(self) -> dict[str, Any]:
-        return {"classes": self.source.classes, "images": self.form.as_json()}
+        problem = {"problem_type": PROBLEM_TYPES[self.config.task]}
+        return {"classes": self.classes, "images": self.form.as_json(), **problem}
 
     def evaluate(self, log: RunLog) -> dict[str, float]:
         models = {"": self.model, "ema_": self.ema.module} if self.ema else {"": self.model}
-        values, unreadable = measure(models, self.held_out, self.ranks)
+        if self.problem:
+            targets = self.held_out_targets
+            values, unreadable = measure_outputs(models, self.held_out, targets, self.problem, self.ranks, self.scale)
+        else:
+            values, unreadable = measure(models, self.held_out, self.ranks)
         log.say_left_out(unreadable)
         return values
 
@@ -155,23 +198,52 @@ class Classification(Task):
         origin = origin_of(
             self.config,
             "fine-tuned as a classifier",
-            f"{len(self.source)} images or windows of {len(self.source.classes)} classes",
+            f"{len(self.source)} images or windows with {shown(self.config.task, len(self.classes))}",
             ("epochs", "batch_size", "lr", "layer_decay", "drop_path", "seed"),
         )
-        export_model(self.model, exported, self.source.classes, self.form, state, origin)
+        for name, tensors in (("exported", state), ("exported-ema", ema)):
+            if tensors:
+                in_units = self._in_units(tensors)
+                export_model(self.model, run / name, self.classes, self.form, in_units, origin, self.config.task)
         if ema:
-            export_model(self.model, run / "exported-ema", self.source.classes, self.form, ema, origin)
             log.say(f"moving average of the weights in {exported}-ema")
         log.draw(lambda: draw_loss(run, "loss", "loss"))
-        log.draw(lambda: draw_evaluations(run / "evaluations.jsonl", "top1", "top-1", run / "accuracy.png"))
+        value, label = DRAWN[self.config.task]
+        log.draw(lambda: draw_evaluations(run / "evaluations.jsonl", value, label, run / "accuracy.png"))
+        if self.problem:
+            usage = f"sparse-fcmae predict --data IMAGES --init {exported} --out predictions.csv"
+            log.say(f"model in {exported}; use it with\n\n    {usage}\n")
+            return
         config = self.config
         reading = given_flags(config, ReadingConfig)
         example = classifier_example(self.model, exported, config.data, config.val_split, config.seed, reading)
         log.say(f"classifier in {exported}; use it with\n\n{example}")
 
+    def _in_units(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Weights whose outputs are in the units of the labels, of those that are trained."""
+        mean, deviation = self.scale
+        head = {"head.weight": state["head.weight"].cpu() * deviation}
+        return state | head | {"head.bias": state["head.bias"].cpu() * deviation + mean}
+
+
+def check_task(config: FinetuneConfig) -> None:
+    """Raises UserError for options that mean nothing in a run's task."""
+    check_unused(config, (*MASK_OPTIONS, "head_channels"), "is of `task=segmentation`: leave it out, or give that")
+    if config.task == "classification":
+        return
+    without = ["labels_per_class", "class_weights", "label_smoothing"]
+    without += ["mixup", "cutmix"] if config.task == "regression" else []
+    if given := [name for name in without if getattr(config, name)]:
+        raise UserError(f"`{given[0]}` does not go with `task={config.task}`: leave it out")
+
+
+def shown(task: str, outputs: int) -> str:
+    """Words for what a model is trained to say."""
+    return {"classification": f"{outputs} classes", "multilabel": f"{outputs} labels"}.get(task, "a number each")
+
 
 def balanced_weights(counts: list[int]) -> Tensor:
-    """A weight for each class by which all have the same share of the loss, float [K]. Their mean over images is 1."""
+    """A weight for each class by which all have the same share of the loss, float [K]. Their mean over samples is 1."""
     images = torch.tensor(counts, dtype=torch.float64)
     return (images.sum() / (len(counts) * images)).float()
 

@@ -163,8 +163,8 @@ class FinetuneConfig(RunConfig, MaskConfig):
     out: str = option("runs/finetune", help="run folder to make", path=True, resumable=True)
     task: str = option(
         "classification",
-        help="what labels are of: images, or with segmentation their pixels, by masks",
-        choices=("classification", "segmentation"),
+        help="what a label is: one class, several with semicolons between them, a number, or a mask",
+        choices=("classification", "multilabel", "regression", "segmentation"),
     )
     init: str | None = option(None, help="weights to fine-tune: run or other folder, or file, of any layout", path=True)
     from_scratch: bool = option(False, help="start from random weights instead, the baseline")

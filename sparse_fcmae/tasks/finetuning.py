@@ -13,7 +13,12 @@ from sparse_fcmae.training.config import OF_WEIGHTS
 from sparse_fcmae.training.configure import configure
 from sparse_fcmae.training.loop import train
 
-TASKS = {"classification": Classification, "segmentation": Segmentation}
+TASKS = {
+    "classification": Classification,
+    "multilabel": Classification,
+    "regression": Classification,
+    "segmentation": Segmentation,
+}
 
 
 @keywords_of(FinetuneConfig)

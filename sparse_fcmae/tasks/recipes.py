@@ -168,10 +168,12 @@ def finetuning_recipe(config: FinetuneConfig, model: str, images: int = 0) -> tu
     What was left open is as the preset has it: the one asked for, else that of the model's size. A run shorter than the
     preset's warms up for the same fraction of it.
     """
+    plain = {"multilabel": ("label_smoothing",), "regression": ("label_smoothing", "mixup", "cutmix")}
     if config.task == "segmentation":
         preset = dict(SEGMENTATION)
     else:
         preset = {"batch_size": 1024} | PRESETS[config.preset or ("probe" if config.freeze_encoder else nearest(model))]
+    preset |= dict.fromkeys(plain.get(config.task, ()), 0.0)
     config = replace(config, batch_size=config.batch_size or preset["batch_size"])
     epochs = config.max_steps * config.batch_size / images if config.max_steps else config.epochs
     if epochs is not None:

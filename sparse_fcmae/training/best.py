@@ -5,6 +5,7 @@ from typing import Any
 
 from sparse_fcmae.runtime.errors import UserError
 from sparse_fcmae.training.config import RunConfig
+from sparse_fcmae.training.measures import is_error
 
 
 class Best:
@@ -31,7 +32,7 @@ class Best:
         if not self.monitor:
             return False
         value = values[self.monitor]
-        gain = self.value is None or (value < self.value if "loss" in self.monitor else value > self.value)
+        gain = self.value is None or (value < self.value if is_error(self.monitor) else value > self.value)
         better = gain and math.isfinite(value)
         if better:
             self.step, self.value, self.since = step, value, 0

@@ -20,6 +20,7 @@ from sparse_fcmae.data.sources import BadImage
 from sparse_fcmae.runtime.errors import UserError
 from sparse_fcmae.runtime.files import write_atomic, writing
 from sparse_fcmae.runtime.terminal import lost_if_unread
+from sparse_fcmae.training.measures import is_fraction
 from sparse_fcmae.training.writers import Writers
 
 # of 80 columns, in which there is room for a million steps and days
@@ -154,7 +155,7 @@ class RunLog:
         with writing(self.run):
             self.evaluations.write(as_row({"step": step, "epoch": round(epoch, 4), **values}))
         self.writers.rows([(step, values)])
-        shown = (f"{k} {v:.4f}" if "loss" in k else f"{k} {100 * v:.2f} %" for k, v in values.items())
+        shown = (f"{k} {100 * v:.2f} %" if is_fraction(k) else f"{k} {v:.4f}" for k, v in values.items())
         self.say(f"step {step}, epoch {epoch:g}: {', '.join(shown)}")
         self.since = time.perf_counter()  # evaluating is not training
 

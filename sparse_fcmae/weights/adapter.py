@@ -25,6 +25,12 @@ from sparse_fcmae.weights.weights import DECODER, Weights
 CONFIG = "config.json"
 CARD = "README.md"  # for people
 LARGEST = 1 << 20  # pixels along a side of an image
+TASKS = {  # by what transformers calls them in `problem_type`
+    "single_label_classification": "classification",
+    "multi_label_classification": "multilabel",
+    "regression": "regression",
+}
+PROBLEM_TYPES = {task: name for name, task in TASKS.items()}
 Names = tuple[tuple[str, str], ...]  # regular expressions, each with its replacement, applied one after the other
 Outputs = dict[str, Tensor]  # of a model: "features" [B, D, H/P, W/P], "stage1" to "stage4", "logits" or "pooled"
 TOLERANCE = 1e-5  # relative Frobenius error in float32
@@ -39,6 +45,7 @@ class Settings:
     form: ImageFormat | None = None
     grn_scope: str = "image"
     origin: tuple[str, ...] = ()
+    task: str = "classification"
 
     @classmethod
     def of(
@@ -48,18 +55,22 @@ class Settings:
         images: dict[str, Any],
         grn_scope: str = "image",
         origin: Any = (),
+        problem: str | None = None,
     ) -> "Settings":
         """The settings in values of a JSON file, None for what it does not say.
 
         images: a format as `ImageFormat.as_json` gives it, or "mean" and "std" alone, of 8-bit values between 0 and 1.
-        Raises KeyError, TypeError or ValueError for values of another kind.
+        problem: as transformers calls the task. Raises KeyError, TypeError or ValueError for values of another kind.
         """
         size, form = image_size_of(image_size) if image_size else cls.image_size, None
         if not 1 <= min(size) <= max(size) <= LARGEST:
             raise ValueError(f"no image has {size[0]}x{size[1]} pixels")
         if images.get("mean") and images.get("std"):
             form = ImageFormat.of_json(images) if "dtype" in images else of_units(images["mean"], images["std"])
-        return cls(size, tuple(map(str, classes)) if classes else None, form, grn_scope, tuple(map(str, origin)))
+        if problem is not None and problem not in TASKS:
+            raise ValueError(f"problem_type {problem!r} is unknown")
+        task = TASKS[problem] if problem else cls.task
+        return cls(size, tuple(map(str, classes)) if classes else None, form, grn_scope, tuple(map(str, origin)), task)
 
 
 class Target(ABC):
@@ -73,6 +84,7 @@ class Target(ABC):
     drops: the parts of the weights that it has no place for.
     ends_in_norm: whether an encoder without a head has a final norm there.
     keeps_grn_scope: whether its configs say what the response norm pools over.
+    keeps_task: whether its configs say what the outputs of a head are.
     keeps_blocks: whether it has a place for blocks other than ConvNeXt V2's.
     library: the Python module that runs what is written, None where none is known to.
     hub_library: what model hubs call the library that loads a folder, None where they don't know it.
@@ -86,6 +98,7 @@ class Target(ABC):
     drops: tuple[str, ...] = ("decoder",)
     ends_in_norm = False
     keeps_grn_scope = False
+    keeps_task = False
     keeps_blocks = False
     library: str | None = None
     hub_library: str | None = None
@@ -102,9 +115,13 @@ class Target(ABC):
 
     def losses(self, weights: Weights, single: bool) -> list[str]:
         """What is not kept in a folder or, where `single`, in a file of the weights alone, a line each."""
+        lines = []
         if weights.architecture["grn_scope"] == "batch" and (single or not self.keeps_grn_scope):
-            return ["the response norm pools over each image there, not over the batch as in pretraining"]
-        return []
+            lines.append("the response norm pools over each image there, not over the batch as in pretraining")
+        if weights.task != "classification" and (single or not self.keeps_task):
+            what = "several labels" if weights.task == "multilabel" else "a number"
+            lines.append(f"that the outputs are those of {what}, and not of one class, is not said there")
+        return lines
 
     @abstractmethod
     def save(self, weights: Weights, file: Path) -> str:

@@ -14,7 +14,8 @@ SHOWN = 20  # classes that a card names
 def model_card(weights: Weights, target: Target) -> str:
     """What the weights are, how they came about, the images that they take, and how they are loaded."""
     task = "image-classification" if weights.num_classes else "image-feature-extraction"
-    kind = f"classifier of {weights.num_classes} classes" if weights.num_classes else "encoder"
+    kinds = {"multilabel": f"of {weights.num_classes} labels, several to an image", "regression": "of a number"}
+    kind = kinds.get(weights.task, f"classifier of {weights.num_classes} classes") if weights.num_classes else "encoder"
     return _card(weights, task, kind, target.usage(weights), target.hub_library)
 
 

@@ -72,12 +72,14 @@ def export_model(
     form: ImageFormat | None = None,
     state: dict[str, Tensor] | None = None,
     origin: tuple[str, ...] = (),
+    task: str = "classification",
 ) -> None:
     """Writes an encoder or classifier under the official names, with the config that `load_encoder` reads, verified.
 
     state: the weights, where the model does not have them, or has others. origin: how they came about, in sentences.
+    task: as in `Weights`.
     """
-    weights, target = replace(Weights.of(model, classes, form, state), origin=origin), TARGETS["official"]
+    weights, target = replace(Weights.of(model, classes, form, state), origin=origin, task=task), TARGETS["official"]
     with new_folder(folder) as temporary:
         with writing(folder):
             write(weights, target, temporary)

@@ -12,7 +12,7 @@ from sparse_fcmae.data.views import default_crop_fraction
 from sparse_fcmae.kernels.constants import EPS
 from sparse_fcmae.model.convnext import size_of
 from sparse_fcmae.runtime.files import read_json
-from sparse_fcmae.weights.adapter import CONFIG, Adapter, Outputs, Settings, entry, first_unlike
+from sparse_fcmae.weights.adapter import CONFIG, PROBLEM_TYPES, Adapter, Outputs, Settings, entry, first_unlike
 from sparse_fcmae.weights.weights import Weights
 
 PROCESSOR = "preprocessor_config.json"
@@ -42,6 +42,7 @@ def model_config(weights: Weights) -> dict[str, Any]:
     if weights.num_classes:
         names = weights.classes or [UNNAMED.format(i) for i in range(weights.num_classes)]
         config["id2label"] = {str(i): name for i, name in enumerate(names)}
+        config["problem_type"] = PROBLEM_TYPES[weights.task]
     return config
 
 
@@ -100,6 +101,7 @@ class HuggingFace(Adapter):
     telltale = re.compile(r"^(convnextv2\.)?embeddings\.")
     configs: ClassVar = {CONFIG: model_config, PROCESSOR: processor_config}
     ends_in_norm = True
+    keeps_task = True
     library = hub_library = "transformers"
 
     def losses(self, weights: Weights, single: bool) -> list[str]:
@@ -121,6 +123,7 @@ class HuggingFace(Adapter):
             config.get("image_size"),
             None if classes[:1] == [UNNAMED.format(0)] else classes,
             processor.get("image_format") or statistics_in(processor, config.get("num_channels", 3)),
+            problem=config.get("problem_type"),
         )
 
     def shapes_in(self, config: dict[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any, ClassVar
 
-from sparse_fcmae.weights.adapter import CONFIG, Adapter, Settings
+from sparse_fcmae.weights.adapter import CONFIG, PROBLEM_TYPES, Adapter, Settings
 from sparse_fcmae.weights.weights import Weights
 
 STAGE_NORM = re.compile(r"norm[0-3]\.")
@@ -18,6 +18,7 @@ def model_config(weights: Weights) -> dict[str, Any]:
     config = {"format": f"{FORMAT} {kind}"} | weights.architecture | weights.form.as_json()
     if weights.num_classes:
         config |= {"num_classes": weights.num_classes, "classes": weights.classes}
+        config |= {"problem_type": PROBLEM_TYPES[weights.task]}
     if weights.origin:
         config["origin"] = weights.origin
     return config
@@ -31,14 +32,15 @@ class Official(Adapter):
     telltale = re.compile(r"^(encoder\.)?downsample_layers\.0\.0\.weight$")
     wrapper = "model"
     configs: ClassVar = {CONFIG: model_config}
-    keeps_grn_scope = keeps_blocks = True
+    keeps_grn_scope = keeps_blocks = keeps_task = True
 
     def read_config(self, config: dict[str, Any], folder: Path) -> Settings | None:
         if not str(config.get("format")).startswith(FORMAT):
             return None
         images = config.get("images") or config  # a run has its options at the top, `mean` and `std` among them
         scope = config.get("grn_scope", "image")
-        return Settings.of(config.get("image_size"), config.get("classes"), images, scope, config.get("origin") or ())
+        names, origin = config.get("classes"), config.get("origin") or ()
+        return Settings.of(config.get("image_size"), names, images, scope, origin, config.get("problem_type"))
 
     def usage(self, weights: Weights) -> str:
         what, call = ("classifier", "logits") if weights.num_classes else ("encoder", "features")

@@ -113,6 +113,7 @@ def understand(tensors: dict[str, Tensor], file: Path) -> Weights:
         config=config,
         notes=tuple(notes),
         origin=settings.origin,
+        task=settings.task if "head.weight" in state else "classification",
     )
     if weights.classes and len(weights.classes) != weights.num_classes:
         raise UserError(

@@ -36,6 +36,7 @@ class Weights:
     config: what the library that they are from configures them by, where it lay beside them.
     notes: what was left out when they were read, and why, a line each.
     origin: how they came about, in sentences, where that is known.
+    task: what the head's outputs are: "classification", "multilabel" or "regression".
     """
 
     state: dict[str, Tensor]
@@ -48,6 +49,7 @@ class Weights:
     config: dict[str, Any] | None = None
     notes: tuple[str, ...] = ()
     origin: tuple[str, ...] = ()
+    task: str = "classification"
 
     @classmethod
     def of(

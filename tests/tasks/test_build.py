@@ -18,7 +18,7 @@ def config(**options):
 def test_loaded_weights_are_not_initialised_again(encoder, tmp_path):
     classes = ("a", "b", "c")
     images = SimpleNamespace(classes=classes)
-    model, _, complete_config, notes = build_classifier(config(init=str(encoder)), images)
+    model, _, complete_config, notes = build_classifier(config(init=str(encoder)), images, images.classes)
     state = load_file(encoder / "model.safetensors")
     assert all(torch.equal(model.state_dict()[key], value) for key, value in state.items())
     assert model.head.weight.abs().max() < 1e-3
@@ -28,10 +28,10 @@ def test_loaded_weights_are_not_initialised_again(encoder, tmp_path):
     trained = randomise(create_classifier("atto", num_classes=3, image_size=32, stem_stride=1))
     for known, names, kept in ((None, classes, True), (classes, classes, True), (("x", "y", "z"), classes, False)):
         export_model(trained, tmp_path / "c", known)
-        model, *_ = build_classifier(config(init=str(tmp_path / "c")), SimpleNamespace(classes=names))
+        model, *_ = build_classifier(config(init=str(tmp_path / "c")), None, names)
         assert torch.equal(model.head.weight, trained.head.weight) is kept
         assert torch.equal(model.norm.weight, trained.norm.weight)
-    model, *_ = build_classifier(config(init=str(tmp_path / "c")), SimpleNamespace(classes=("a", "b")))
+    model, *_ = build_classifier(config(init=str(tmp_path / "c")), None, ("a", "b"))
     assert model.head.weight.shape == (2, 320)
     assert torch.equal(model.norm.weight, trained.norm.weight)
 

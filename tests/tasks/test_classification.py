@@ -14,7 +14,7 @@ from torch import nn
 
 from sparse_fcmae import UserError, finetune, load_classifier, load_encoder
 from sparse_fcmae.cli import main
-from sparse_fcmae.tasks.classification import ClassificationObjective, balanced_weights
+from sparse_fcmae.tasks.classification import ClassificationObjective, CrossEntropy, balanced_weights
 from sparse_fcmae.tasks.recipes import TOLD
 from sparse_fcmae.weights.read import read_weights
 
@@ -188,13 +188,28 @@ def test_rare_classes_count_as_much_as_frequent_ones(colours, tmp_path):
     assert weights.tolist() == pytest.approx([10 / 18, 10 / 9, 10 / 3])
     logits, labels = torch.randn(10, 3), torch.tensor([0] * 6 + [1] * 3 + [2])
     mix = lambda pixels, labels: (pixels, labels)  # noqa: E731
-    objective = ClassificationObjective(nn.Identity(), mix, 0.1, weights)
     each = F.cross_entropy(logits, labels, label_smoothing=0.0, reduction="none")
-    plain = ClassificationObjective(nn.Identity(), mix, 0.0, weights)(logits, labels)
+    plain = ClassificationObjective(nn.Identity(), mix, CrossEntropy(0.0, weights))(logits, labels)
     by_class = [each[labels == label].mean() for label in range(3)]
     assert plain.item() == pytest.approx(torch.stack(by_class).mean().item(), rel=1e-6)
-    mixed = objective(logits, F.one_hot(labels, 3).float())
-    assert mixed.item() == pytest.approx(objective(logits, labels).item(), rel=1e-6)
+    smoothed = CrossEntropy(0.1, weights)
+    mixed = smoothed(logits, F.one_hot(labels, 3).float())
+    assert mixed.item() == pytest.approx(smoothed(logits, labels).item(), rel=1e-6)
+
+
+def test_smoothing_does_not_make_rare_classes_win():
+    labels = torch.tensor([0] * 99 + [1])
+    loss, table = CrossEntropy(0.2, balanced_weights([99, 1])), torch.zeros(2, 2, requires_grad=True)
+    optimizer = torch.optim.LBFGS([table], max_iter=200)
+
+    def closure():
+        optimizer.zero_grad()
+        value = loss(table[labels], labels)
+        value.backward()
+        return value
+
+    optimizer.step(closure)
+    assert table.softmax(1).diagonal().tolist() == pytest.approx([0.9, 0.9], abs=0.01)
 
 
 def test_average_is_the_decayed_sum_of_the_weights(pictures, encoder, tmp_path):

@@ -60,7 +60,7 @@ def test_the_papers_recipe_and_what_is_given_stay():
 def test_a_rate_that_is_given_replaces_that_of_the_preset():
     found, notes = finetuning_recipe(config(init="x", lr=1e-3, epochs=30), "tiny")
     assert (found.lr, found.base_lr, found.warmup_epochs) == (1e-3, None, 4)
-    assert notes[0].startswith("recipe: --epochs 30, --warmup-epochs 4.0, --lr 0.001, --weight-decay 0.05")
+    assert notes[0].startswith("recipe: --batch-size 1024, --epochs 30, --warmup-epochs 4.0, --lr 0.001")
 
 
 def test_warm_up_that_is_left_open_follows_the_steps_that_are_given():

@@ -67,18 +67,18 @@ def folders_of(files: Sequence[str]) -> list[str] | None:
     return None
 
 
-def open_held_out(root: str | os.PathLike, config: SourceConfig = USUAL) -> Labelled:
+def open_held_out(root: str | os.PathLike, config: SourceConfig = USUAL, of_classes: bool = True) -> Labelled:
     """The images to evaluate on: those of ROOT/val or ROOT/test, or those of ROOT where it holds no splits.
 
-    Of a table they are the rows of the split val or test, or all where there is no split. Raises UserError where there
-    are images to train on alone.
+    Of a table they are the rows of the split val or test, or all where there is no split. of_classes: as in
+    `open_splits`. Raises UserError where there are images to train on alone.
     """
     if rows := open_rows(root, config):
         if rows.splits is None:
-            return rows.labelled()
+            return rows.labelled(None, of_classes)
         if not (held_out := rows.of_split(*HELD_OUT)):
             raise UserError(f"{root} has no rows of the split {' or '.join(HELD_OUT)}")
-        return rows.labelled(held_out)
+        return rows.labelled(held_out, of_classes)
     root = Path(root)
     held_out = held_out_folder(root)
     if held_out is None and (root / TRAIN).is_dir():
@@ -92,29 +92,35 @@ def open_splits(
     seed: int,
     out: str | os.PathLike | None = None,
     config: SourceConfig = USUAL,
+    of_classes: bool = True,
 ) -> tuple[Labelled, Labelled]:
     """Training and held-out images.
 
     Without `val_split` they are those of ROOT/train and of ROOT/val or ROOT/test, or of a table the rows of these
     splits. With it, that fraction of each class in the one folder, ROOT/train or else ROOT, is held out at random, or
-    of a table without splits. Both have the same classes. Classes without held-out images are named in the notes of the
+    of a table without splits. Both have the same classes, unless `of_classes` is False: labels are then any texts, of
+    which each part has its own. Classes without held-out images are named in the notes of the
     training images. Raises UserError as `class_folder` and `open_rows` do, where the folders or splits that this needs
     are missing, and where a held-out class has no images to train on.
     """
     if val_split is None:
-        return open_train_and_held_out(root, out, "make one, or hold images out with `val_split=0.1`", config)
+        return open_train_and_held_out(
+            root, out, "make one, or hold images out with `val_split=0.1`", config, of_classes
+        )
     if rows := open_rows(root, config):
         if rows.of_split(*HELD_OUT):
             raise UserError(f"{root} has splits already: leave `val_split` out")
-        train, val = hold_out(rows.labelled(rows.of_split(TRAIN) if rows.splits else None), val_split, seed)
-        train.notes += without_held_out(val)
+        labelled = rows.labelled(rows.of_split(TRAIN) if rows.splits else None, of_classes)
+        train, val = hold_out(labelled, val_split, seed, of_classes)
+        train.notes += without_held_out(val) if of_classes else []
         return train, val
     root = Path(root)
     has_train, held_out = (root / TRAIN).is_dir(), held_out_folder(root)
     if has_train and held_out:
         raise UserError(f"{root} has {held_out.name} already: leave `val_split` out")
-    train, val = hold_out(class_folder(root / TRAIN if has_train else root, out, config), val_split, seed)
-    train.notes += without_held_out(val)
+    labelled = class_folder(root / TRAIN if has_train else root, out, config)
+    train, val = hold_out(labelled, val_split, seed, of_classes)
+    train.notes += without_held_out(val) if of_classes else []
     return train, val
 
 
@@ -123,10 +129,11 @@ def open_train_and_held_out(
     out: str | os.PathLike | None = None,
     remedy: str = "make one",
     config: SourceConfig = USUAL,
+    of_classes: bool = True,
 ) -> tuple[Labelled, Labelled]:
     """The images of ROOT/train, and those of ROOT/val or ROOT/test, or of a table the rows of these splits.
 
-    remedy: what to do where one of them is missing.
+    remedy: what to do where one of them is missing. of_classes: as in `open_splits`.
     """
     if rows := open_rows(root, config):
         trained, held = rows.of_split(TRAIN), rows.of_split(*HELD_OUT)
@@ -134,7 +141,7 @@ def open_train_and_held_out(
             missing = " or ".join(HELD_OUT) if trained else TRAIN
             column = "" if rows.splits else "; `split_column` names the column that says it"
             raise UserError(f"{root} has no rows of the split {missing}: {remedy}{column}")
-        train, val, where = rows.labelled(trained), rows.labelled(held), "held-out rows"
+        train, val, where = *(rows.labelled(part, of_classes) for part in (trained, held)), "held-out rows"
     else:
         check_folder(root)
         root = Path(root)
@@ -143,6 +150,8 @@ def open_train_and_held_out(
             missing = " or ".join(HELD_OUT) if has_train else TRAIN
             raise UserError(f"{root} has no folder {missing}: {remedy}")
         train, val, where = (*(class_folder(part, out, config) for part in (root / TRAIN, held_out)), held_out.name)
+    if not of_classes:
+        return train, val
     if unknown := sorted(set(val.classes) - set(train.classes)):
         raise UserError(f"{root}: class {unknown[0]} of {where} is missing in {TRAIN}")
     val = val.with_classes(train.classes)

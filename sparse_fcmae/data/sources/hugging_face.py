@@ -207,6 +207,9 @@ def _values(data: str, whole: Any, kind: str, asked: str | None) -> list[str] | 
         return None
     column = whole.column_names[place]
     feature, values = whole.features[column], whole[column][:]
+    if any(isinstance(value, list) for value in values):  # several labels each
+        names = getattr(getattr(feature, "feature", None), "names", None)
+        return [";".join(names[one] if names else str(one) for one in value or ()) for value in values]
     if names := getattr(feature, "names", None):
         return ["" if value is None or value < 0 else names[value] for value in values]
     return ["" if value is None else str(value).strip() for value in values]

@@ -131,13 +131,16 @@ class Rows:
     unlabelled: str = "no column for the classes: name it by `label_column`"
     strict: bool = True
 
-    def labelled(self, chosen: Sequence[int] | None = None) -> Labelled:
-        """Some images, or all, with their classes. Raises UserError where one has none."""
+    def labelled(self, chosen: Sequence[int] | None = None, of_classes: bool = True) -> Labelled:
+        """Some images, or all, with their classes. Raises UserError where one has none.
+
+        of_classes: False where a label need not be one class, and may be empty.
+        """
         if self.labels is None:
             raise UserError(f"{self.source}: {self.unlabelled}")
         source = self.source if chosen is None else Some(self.source, chosen)
         names = self.labels if chosen is None else [self.labels[row] for row in chosen]
-        if "" in names:
+        if of_classes and "" in names:
             raise UserError(f"{source}: {source.name(names.index(''))} has no label: give one, or leave it out")
         if strange := next((name for name in names if not name.isprintable()), None):
             raise UserError(f"{source}: the class {strange!r} can't be printed: save the table as UTF-8")
