@@ -5,11 +5,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from sparse_fcmae.data.decoders import File, arrays, dicom, open_image, tiff
 from sparse_fcmae.data.decoders.arrays import InMemory
 from sparse_fcmae.data.decoders.image import ArrayImage, Box, Reading
+from sparse_fcmae.data.decoders.photograph import of_any_size
 from sparse_fcmae.runtime.errors import UserError
 
 HEAD = 132  # bytes that tell the kind of a file
@@ -56,8 +57,8 @@ class MaskClasses:
 def read_mask(file: File) -> np.ndarray:
     """The values of a mask, whole numbers of any dtype, [H, W].
 
-    file: as `open_image` takes it; of a PNG with a palette the values are its indices. Raises OSError for what is no
-    mask, such as an image in colour.
+    file: as `open_image` takes it; of a PNG with a palette the values are its indices. It is turned upright as its own
+    EXIF says. Raises OSError for what is no mask, such as an image in colour.
     """
     if isinstance(file, InMemory):
         file = file.image
@@ -74,7 +75,7 @@ def read_mask(file: File) -> np.ndarray:
     if dicom.recognises(head):
         return _of_array(file)
     try:
-        with Image.open(file) as image:
+        with of_any_size(), Image.open(file) as image:
             return _of_pillow(image)
     except OSError:
         if not tiff.recognises(head):
@@ -88,7 +89,7 @@ def _of_pillow(image: Image.Image) -> np.ndarray:
         raise OSError("a mask can't be a JPEG, which changes the numbers of classes: save it as PNG")
     if image.mode not in WHOLE_NUMBERS:
         raise OSError(f"a mask has one number a pixel, and this is an image of Pillow's mode {image.mode}")
-    return _checked(np.asarray(image))
+    return _checked(np.asarray(ImageOps.exif_transpose(image)))
 
 
 def _only_array(file: Any) -> np.ndarray:
@@ -138,13 +139,16 @@ def classes_of(values: Iterable[int], ignored: tuple[int, ...], names: tuple[str
     """
     found = tuple(sorted(set(map(int, values)) - set(ignored)))
     if len(found) < 2:
-        raise UserError(f"the masks have {len(found)} classes beside ignored values: two are needed at least")
+        unless = f", unless `ignore=none` takes {', '.join(map(str, ignored))} for one" if ignored else ""
+        raise UserError(f"the masks have {len(found)} classes beside ignored values: two are needed at least{unless}")
     if found[0] < 0:
         raise UserError(f"the masks have the value {found[0]}: give it to `ignore`, or number classes from 0")
     if len(found) > MOST_CLASSES or found[-1] > 65535:
         raise UserError(
             f"the masks have {len(found)} values up to {found[-1]}: are these numbers of objects, not of classes?"
         )
+    if names is not None and (len(set(names)) < len(names) or not all(names)):
+        raise UserError("`class_names` has a name twice, or an empty one: give each class its own")
     if names is not None and len(names) != len(found):
         shown = ", ".join(map(str, found[:10])) + (", ..." if len(found) > 10 else "")
         raise UserError(f"`class_names` has {len(names)} names, and the masks have {len(found)} classes: {shown}")

@@ -29,9 +29,11 @@ from sparse_fcmae.model.segmenter import Segmenter
 from sparse_fcmae.runtime.distributed import process_group
 from sparse_fcmae.runtime.errors import UserError
 from sparse_fcmae.runtime.files import read_json, write_atomic, write_json, writing
+from sparse_fcmae.runtime.lock import LOCK, lock_folder
+from sparse_fcmae.runtime.options import check_unused
 from sparse_fcmae.weights.segmenter import SegmenterWeights, read_segmenter
 
-SETTINGS = "masks.json"  # in the folder: how its masks were made, and the classes of their values
+SETTINGS = "masks.json"  # in the folders: how masks were made, and the classes of their values
 MAP_SIDE = 1024  # pixels along the longer side of an image that a map shows
 
 
@@ -41,84 +43,109 @@ def predict_masks(config: PredictConfig) -> Path:
     A mask is a PNG in the image's size with the values that the model was trained on. Masks that an earlier call with
     the same options has written are kept. Raises UserError for what the user can put right.
     """
-    out = check_folders(config)
+    out, maps = check_folders(config)
     with process_group(config.device) as ranks:
         weights = read_segmenter(config.init)
         view = view_of(config, weights.encoder, ranks.device)
         images = ranks.main_first(lambda: by_page(open_images(config.data, config=config), view.reading))
         settings = settings_for("masks", weights.encoder, view, images, config)
-        settings |= {"heads": digest_of(weights), "flips": config.flips, "maps": config.maps}
-        files = mask_files(images)
-        missing = ranks.by_main(lambda: begin(out, settings, weights.classes, files, config.overwrite))
+        settings |= {"heads": digest_of(weights), "flips": config.flips}
+        settings["classes"] = dict(zip(map(str, weights.classes.values), weights.classes.names, strict=True))
+        folder, files = Masks(out, maps, settings), mask_files(images)
+        lock = ranks.on_main(lambda: folder.begin(files, config.overwrite))
+        missing = ranks.by_main(lambda: folder.missing(files))
         if ranks.main:
             print("\n".join([*images.notes, f"masks of {len(missing)} images go to {out}"]), flush=True)
         mine = missing[ranks.rank :: ranks.world]
         tiles = Tiles(Some(images, mine), None, view.size if view.native else None, view.reading)
         bad, model = list(tiles.left_out), weights.model(config.backend).to(ranks.device)
-        found = segmented(
-            tiles,
-            range(len(tiles)),
-            view,
-            logits_by(model, config.flips),
-            None,
-            bad,
-            "predicting" if ranks.main else None,
-        )
+        description = "predicting" if ranks.main and len(tiles) else None
+        found = segmented(tiles, range(len(tiles)), view, logits_by(model, config.flips), None, bad, description)
         written = 0
         for index, labels in stitched(found, tiles):
-            save_mask(out / files[mine[index]], weights.classes.mask(labels))
-            if config.maps:
-                draw(images, mine[index], labels, view, weights.classes, Path(config.maps) / files[mine[index]])
+            file = files[mine[index]]
+            if maps:  # first, as an image whose mask is there is done
+                draw(images, mine[index], labels, view, weights.classes, maps / file)
+            save_mask(out / file, weights.classes.mask(labels))
             written += 1
-        counts, bad = ranks.gather(written), together(ranks.gather(bad))
+        written, bad = sum(ranks.gather(written)), together(ranks.gather(bad))
         if ranks.main:
-            if missing and not sum(counts):
+            lock.close()
+            if not written and len(missing) == len(files):
                 raise UserError(f"no image of {images} is readable: {bad[0].name}: {bad[0].reason}")
-            print(
-                f"{out}: {sum(counts)} masks"
-                + (f", and {len(files) - len(missing)} of an earlier call" if len(missing) < len(files) else "")
-            )
-            say_unreadable(list(dict.fromkeys(bad)), out)
+            earlier = len(files) - len(missing)
+            print(f"{out}: {written} masks" + (f", and {earlier} of an earlier call" if earlier else ""))
+            say_unreadable(bad, out)
     return out
 
 
-def check_folders(config: PredictConfig) -> Path:
-    """The folder to write to. Raises UserError for options that can't be."""
-    if config.windows or config.top_k != PredictConfig.top_k:
-        raise UserError("`windows` and `top_k` are of a classifier: leave them out for a segmentation model")
-    out = Path(config.out)
-    if out.suffix in TABLES:
-        raise UserError(f"`out` {out}: a segmentation model writes a mask of each image, so name a folder")
-    for option, folder in (("out", out), ("maps", Path(config.maps or out))):
-        if folder.exists() and not folder.is_dir():
+def check_folders(config: PredictConfig) -> tuple[Path, Path | None]:
+    """The folders of masks and of maps. Raises UserError for options that can't be."""
+    check_unused(config, ("windows", "top_k"), "is of a classifier: leave it out for a segmentation model")
+    check_unused(config, ("crop_fraction",), "is of a classifier: a segmentation model sees whole images")
+    if Path(config.out).suffix in TABLES:
+        raise UserError(f"`out` {config.out}: a segmentation model writes a mask of each image, so name a folder")
+    out, maps = Path(config.out).resolve(), Path(config.maps).resolve() if config.maps else None
+    for option, folder in (("out", out), ("maps", maps)):
+        if folder and folder.exists() and not folder.is_dir():
             raise UserError(f"`{option}` {folder} is a file: name a folder")
-        check_apart(config.data, folder)
-    if config.maps:
+        if folder:
+            check_apart(config.data, folder, option)
+    if maps:
         check_installed("maps", "matplotlib", "matplotlib", "plots")
-        if Path(config.maps).resolve() == out.resolve():
-            raise UserError("`maps` and `out` are the same folder: name two")
-    return out
+        if maps.is_relative_to(out) or out.is_relative_to(maps):
+            raise UserError("`maps` and `out` lie in each other: name two folders")
+    return out, maps
 
 
-def begin(out: Path, settings: dict[str, Any], classes: MaskClasses, files: list[str], overwrite: bool) -> list[int]:
-    """Makes the folder, and returns the numbers of the images whose masks are not in it yet.
+class Masks:
+    """The folder of masks, and that of the pictures of them, if any.
 
-    Raises UserError where it holds something else, such as masks of other weights, unless it may be overwritten.
+    settings: what masks depend on. They are kept in SETTINGS in both folders, with the names of the files that are this
+    command's, which alone it may replace.
     """
-    named = {"classes": dict(zip(map(str, classes.values), classes.names, strict=True)), **settings}
-    with writing(out):
-        out.mkdir(parents=True, exist_ok=True)
-    before = read_json(out / SETTINGS) if (out / SETTINGS).exists() else None
-    if before is None and any(out.iterdir()):
-        raise UserError(f"`out` {out} is not empty and holds no masks of this command: choose another")
-    if before == named and not (overwrite and doubt(settings)):
-        return [number for number, file in enumerate(files) if not (out / file).is_file()]
-    if before is not None and before != named and not overwrite:
-        raise UserError(f"`out` {out} holds masks with another {differing(before, named)}: give `overwrite=True`")
-    for file in files:
-        (out / file).unlink(missing_ok=True)
-    write_json(out / SETTINGS, named)
-    return list(range(len(files)))
+
+    def __init__(self, out: Path, maps: Path | None, settings: dict[str, Any]) -> None:
+        self.folders = [out, *([maps] if maps else [])]
+        self.settings = settings
+
+    def begin(self, files: list[str], overwrite: bool) -> Any:
+        """Makes the folders; returns what keeps other calls out of the first until it is closed.
+
+        Raises UserError where one holds something else, and where it holds masks with other settings, which `overwrite`
+        has removed.
+        """
+        for folder in self.folders:
+            with writing(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+        lock = lock_folder(self.folders[0])
+        try:
+            for folder in self.folders:
+                self._take(folder, files, overwrite)
+        except BaseException:
+            lock.close()
+            raise
+        return lock
+
+    def _take(self, folder: Path, files: list[str], overwrite: bool) -> None:
+        found = read_json(folder / SETTINGS) if (folder / SETTINGS).exists() else None
+        ours = isinstance(found, dict) and found.get("format") == self.settings["format"]
+        if not ours and any(path.name != LOCK for path in folder.iterdir()):
+            raise UserError(f"{folder} is not empty and holds no masks of this command: choose another folder")
+        before = {name: value for name, value in found.items() if name != "files"} if ours else None
+        if before == self.settings and not (overwrite and doubt(self.settings)):
+            return
+        if ours and before != self.settings and not overwrite:
+            other = differing(before, self.settings)
+            raise UserError(f"{folder} holds masks with another {other}: give `overwrite=True`, or choose another")
+        with writing(folder):
+            for file in found["files"] if ours else ():
+                (folder / file).unlink(missing_ok=True)
+        write_json(folder / SETTINGS, self.settings | {"files": files})
+
+    def missing(self, files: list[str]) -> list[int]:
+        """The numbers of the images that are not done."""
+        return [i for i, file in enumerate(files) if not all((folder / file).is_file() for folder in self.folders)]
 
 
 def mask_files(images: ImageSource) -> list[str]:

@@ -10,9 +10,11 @@ from sparse_fcmae.data.sources import BadImage
 from sparse_fcmae.data.sources.masked import MaskedImages, open_masked_held_out, open_masked_splits, survey_masks
 from sparse_fcmae.evaluation.config import EvaluateConfig
 from sparse_fcmae.evaluation.run import EvaluationView, view_of
+from sparse_fcmae.evaluation.samples import warn_of_another_split
 from sparse_fcmae.evaluation.tiles import Tiles, segmented
 from sparse_fcmae.model.segmenter import Segmenter
 from sparse_fcmae.runtime.errors import UserError
+from sparse_fcmae.runtime.options import check_unused
 from sparse_fcmae.weights.segmenter import read_segmenter
 
 
@@ -58,14 +60,18 @@ def measure_tiles(
 
 def evaluate_segmenter(config: EvaluateConfig) -> dict[str, Any]:
     """What `evaluate` measures of a segmentation model: its scores on held-out images, or on all where none are."""
-    if given := [name for name in ("labels_per_class", "per_image", "crop_fraction") if getattr(config, name)]:
-        raise UserError(f"`{given[0]}` is not for a segmentation model: leave it out")
+    unused = ("labels_per_class", "per_image", "crop_fraction", "ignore", "class_names")
+    check_unused(config, unused, "is not for a segmentation model, which has its own or none: leave it out")
     weights = read_segmenter(config.init)
     view = view_of(config, weights.encoder)
+    warn_of_another_split(config)
     if config.val_split is None:
-        images = open_masked_held_out(config.data, config)
+        images, split = open_masked_held_out(config.data, config), {}
     else:
         _, images = open_masked_splits(config.data, config, config.val_split, config.seed)
+        split = {"val_split": config.val_split, "seed": config.seed}
+    if view.reading.pages == "images":
+        raise UserError("`pages=images`: pages can't be paired with masks, so save them as files")
     classes = weights.classes
     check_values(images, view, classes)
     tiles = Tiles(images.source, images.masks, view.size if view.native else None, view.reading)
@@ -77,6 +83,7 @@ def evaluate_segmenter(config: EvaluateConfig) -> dict[str, Any]:
         raise UserError(f"no pixel of {images} can be judged: {reason}")
     return {
         "data": config.data,
+        **split,
         "images": len(images) - len({image.name for image in bad}),
         "unreadable": sorted({image.name for image in bad}),
         **scores(counts, classes.names),
@@ -87,7 +94,7 @@ def evaluate_segmenter(config: EvaluateConfig) -> dict[str, Any]:
 def check_values(images: MaskedImages, view: EvaluationView, classes: MaskClasses) -> None:
     """Raises UserError where masks have a value that is none of the classes', or another size than their images."""
     known = {*classes.values, *classes.ignored}
-    if unknown := sorted(survey_masks(images, view.reading) - known):
+    if unknown := sorted(set(survey_masks(images, view.reading)) - known):
         raise UserError(
             f"{images}: masks have the value {unknown[0]}, which is none of the model's classes "
             f"({', '.join(map(str, classes.values[:10]))}{', ...' if len(classes) > 10 else ''}): put them right"

@@ -60,6 +60,13 @@ class Segmenter(nn.Module):
         self.auxiliary_head = upernet.UperNetFCNHead(options, channels, in_index=AUXILIARY_STAGE)
         self.classes: tuple[str, ...] | None = None  # the names of the outputs, where they are known
 
+    def train(self, mode: bool = True) -> "Segmenter":
+        """Sets the mode. A backbone of which nothing is trained stays as in evaluation: it then drops no paths."""
+        super().train(mode)
+        if not any(parameter.requires_grad for parameter in self.backbone.parameters()):
+            self.backbone.eval()
+        return self
+
     def forward(self, images: Tensor) -> Tensor:
         """images [B, C, H, W], floating and normalised, of any size -> logits [B, num_classes, H, W]."""
         return self._sized(self.decode_head(self._maps(images)), images)

@@ -1,5 +1,6 @@
 """Segmentation: images and masks -> cross-entropy of pixels -> UperNet on the encoder, with pretraining's kernels."""
 
+from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from sparse_fcmae.runtime.checkpoint_folder import newest_checkpoint
 from sparse_fcmae.runtime.distributed import Ranks
 from sparse_fcmae.runtime.errors import UserError
 from sparse_fcmae.runtime.files import writing
-from sparse_fcmae.runtime.options import image_size_of, listed
+from sparse_fcmae.runtime.options import check_unused, image_size_of, listed
 from sparse_fcmae.runtime.run_folder import RunFolder
 from sparse_fcmae.runtime.streams import Stream, torch_seed
 from sparse_fcmae.tasks.build import build_segmenter, evaluation_view, moving_average, origin_of, training_view
@@ -42,6 +43,7 @@ from sparse_fcmae.weights.segmenter import export_segmenter
 
 BETAS = (0.9, 0.999)
 AUXILIARY = 0.4  # weight of the auxiliary head's loss, as in mmsegmentation
+USUALLY_IGNORED, SHOWN_CLASSES = "255", 20
 SHOWN = 4  # held-out images that are drawn at each checkpoint
 OF_CLASSES = (
     "labels_per_class",
@@ -109,17 +111,22 @@ class Segmentation(Task):
     """A model that learns the classes of pixels, and is evaluated on other images."""
 
     outputs = ("loss.png", "miou.png", "exported-ema", "segmentations")
+    divides = False  # a part of a single image has no statistics
 
     def __init__(self, config: FinetuneConfig, ranks: Ranks) -> None:
-        self.ranks = ranks
-        check_segmentation(config)
+        self.ranks, self.said = ranks, list[str]()
+        check_unused(config, OF_CLASSES, "is of `task=classification`: leave it out")
+        check_unused(config, ("parallel", "cpu_offload"), "does not go with `task=segmentation`: leave it out")
         opening = (config.data, config, config.val_split, config.seed)
         images, held_out = ranks.main_first(lambda: open_masked_splits(*opening))
         checkpoint = ranks.by_main(lambda: newest_checkpoint(Path(config.out))) if config.resume else None
         saved = (RunFolder(config.out, config.kind).saved_options() or {}) if config.resume else {}
+        if config.class_names and Path(config.class_names).is_file():  # found from any folder when the config is used
+            config = replace(config, class_names=str(Path(config.class_names).resolve()))
         self.model, self.form, config, self.notes = build_segmenter(
             config, images.source, lambda reading: self._classes(config, images, held_out, reading, saved), checkpoint
         )
+        check_batches(config, ranks)
         dtype = choose_dtype(config.dtype, ranks.device, config.backend)
         self.config = config = replace(config, dtype="bf16" if dtype == torch.bfloat16 else "fp32")
         self.ema = moving_average(self.model, config.ema_decay) if config.ema_decay else None
@@ -129,12 +136,16 @@ class Segmentation(Task):
         self.size, self.min_lr = image_size_of(config.image_size), config.min_lr
         self.view = PairView(training_view(config, self.size, self.form), self.classes)
         self.source = ranks.main_first(lambda: samples_of(images, self.view, config.max_bad_images))
-        self.notes += self.source.notes
-        self.evaluation_view: EvaluationView = evaluation_view(config, self.size, self.form, ranks.device)
+        self.notes += [*self.said, *self.source.notes]
+        images_at_once = replace(
+            config, micro_batch_size=min(config.micro_batch_size, config.batch_size // ranks.world)
+        )
+        self.evaluation_view: EvaluationView = evaluation_view(images_at_once, self.size, self.form, ranks.device)
         window = self.size if self.evaluation_view.native else None
         own = held_out.take(range(ranks.rank, len(held_out), ranks.world))
         self.judge = held_out.fingerprint
         self.tiles = Tiles(own.source, own.masks, window, self.evaluation_view.reading)
+        self.notes += [note for note in self.tiles.notes if note not in self.notes]
         self.shown = held_out.take(range(min(SHOWN, len(held_out))))
         names = ("miou", "pixel_accuracy", "mean_accuracy")
         self.measures = (*names, *(f"ema_{name}" for name in names if self.ema))
@@ -152,18 +163,26 @@ class Segmentation(Task):
         if saved.get("mask_values"):
             self.classes = MaskClasses(tuple(saved["mask_values"]), tuple(saved["classes"]), tuple(saved["ignored"]))
             return self.classes
-        ignored, names = tuple(listed("ignore", config.ignore, int)), names_of(config.class_names)
+        ignored = () if config.ignore == "none" else tuple(listed("ignore", config.ignore or USUALLY_IGNORED, int))
+        names = names_of(config.class_names)
 
-        def survey() -> tuple[set[int], set[int]]:
+        def survey() -> tuple[Counter[int], Counter[int]]:
             return survey_masks(images, reading), survey_masks(held_out, reading)
 
         trained, judged = self.ranks.by_main(survey)
         self.classes = classes_of(trained, ignored, names)
-        if unknown := sorted(judged - trained - set(ignored)):
+        if unknown := sorted(set(judged) - set(trained) - set(ignored)):
             raise UserError(
                 f"{config.data}: held-out masks have the value {unknown[0]}, and no mask that is trained on has it: "
                 "give it to `ignore`, or move images"
             )
+        shown = [f"{name} ({value})" for name, value in zip(self.classes.names, self.classes.values, strict=True)]
+        more = f", and {len(shown) - SHOWN_CLASSES} more" if len(shown) > SHOWN_CLASSES else ""
+        share = sum(trained[value] for value in ignored) / trained.total()
+        self.said = [f"classes of pixels: {', '.join(shown[:SHOWN_CLASSES])}{more}"]
+        if share:
+            values = ", ".join(str(value) for value in ignored if trained[value])
+            self.said.append(f"{100 * share:.2g} % of the pixels are ignored, which have the value {values}")
         return self.classes
 
     def dataset(self) -> TrainingImages:
@@ -252,18 +271,22 @@ class Segmentation(Task):
         )
 
 
-def check_segmentation(config: FinetuneConfig) -> None:
-    """Raises UserError for options that mean nothing, or can't be, where pixels have classes."""
-    if given := [name for name in OF_CLASSES if getattr(config, name) is not None]:
-        raise UserError(f"`{given[0]}` is of `task=classification`: leave it out")
-    if config.parallel != "ddp":
-        raise UserError(f"`parallel={config.parallel}` does not go with `task=segmentation`: leave it out")
+def check_batches(config: FinetuneConfig, ranks: Ranks) -> None:
+    """Raises UserError where a micro-batch would have a single image, of which batch norms can't make statistics."""
+    of_rank = config.batch_size // ranks.world
+    if 1 in (min(config.micro_batch_size, of_rank), of_rank % config.micro_batch_size):
+        raise UserError(
+            f"`batch_size` {config.batch_size} and `micro_batch_size` {config.micro_batch_size} leave a micro-batch of "
+            "one image: segmentation needs two at once, so choose others"
+        )
 
 
 def names_of(text: str | None) -> tuple[str, ...] | None:
     """Names of classes: with commas between them, or the lines of a file."""
     if text is None:
         return None
+    if "," not in text and Path(text).suffix and not Path(text).is_file():
+        raise UserError(f"`class_names` {text}: no such file")
     if Path(text).is_file():
         try:
             return tuple(line.strip() for line in Path(text).read_text(encoding="utf-8").splitlines() if line.strip())

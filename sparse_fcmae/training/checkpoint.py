@@ -165,7 +165,8 @@ class Checkpoints:
         return not is_sharded(self.task.model) and self._is_finite()
 
     def _is_finite(self) -> bool:
-        return all(bool(local(p).isfinite().all()) for p in self.task.model.parameters())
+        model = self.task.model
+        return all(bool(local(value).isfinite().all()) for value in (*model.parameters(), *model.buffers()))
 
     @contextmanager
     def kept(self, progress: Progress) -> Iterator[None]:

@@ -142,7 +142,7 @@ def _runner(task: Task, optimizer: torch.optim.Optimizer, schedule: Schedule) ->
         images_per_rank=schedule.images_per_rank,
         clip_grad=task.config.clip_grad,
         bf16=task.config.dtype == "bf16",
-        divides=task.ranks.world == 1,
+        divides=task.divides and task.ranks.world == 1,
     )
 
 

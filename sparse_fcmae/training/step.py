@@ -45,6 +45,8 @@ class TrainStep:
         self.device = optimizer.param_groups[0]["params"][0].device
         self.loss = torch.zeros((), device=self.device)
         self.most, self.begun = images_per_rank, False
+        self.statistics = [value for value in objective.buffers() if value.is_floating_point()]  # of batch norms
+        self.before: list[Tensor] = []  # their values before a step, which a skipped one leaves as they were
 
     def add(self, *inputs: Tensor, last: bool) -> None:
         """Adds a micro-batch, the images in the first dimension of each tensor. `last`: of its step.
@@ -53,6 +55,8 @@ class TrainStep:
         first of a step.
         """
         inputs = tuple(t.to(self.device, non_blocking=True) for t in inputs)
+        if not self.begun:
+            self.before = [value.clone() for value in self.statistics]
         drawn = self._random_state() if self.divides else None
         while problem := self._added(inputs, last):
             self._halve(min(self.most, len(inputs[0])), problem)
@@ -60,7 +64,7 @@ class TrainStep:
         self.begun = True
 
     def finish(self) -> StepResult:
-        """Changes the weights, where all gradients are finite; otherwise they and the optimiser stay as they are."""
+        """Changes the weights, where all gradients are finite; otherwise model and optimiser stay as they are."""
         self.begun = False
         return self._update(keep_gradients=False)
 
@@ -116,6 +120,8 @@ class TrainStep:
             self.optimizer.step()
         elif norm.isfinite():
             self.optimizer.step()
+        for value, before in zip(self.statistics, self.before, strict=True):
+            value.copy_(torch.where(norm.isfinite(), value, before))
         self.optimizer.zero_grad(set_to_none=not keep_gradients)
         loss = self.loss.clone()
         self.loss.zero_()

@@ -29,7 +29,8 @@ class Task(ABC):
     names of the files and folders in the run's folder that the task makes, beside `exported`. step_type: how steps run.
     min_lr: the learning rate at the end of the cosine. measures: the names of the values that `evaluate` gives; it is
     not called where there are none. judge: a digest of the images that `monitor` is measured on. evaluates_untrained:
-    whether `evaluate` is also called before the first step. flops: of an image's forward and backward pass, 0 where
+    whether `evaluate` is also called before the first step. divides: whether micro-batches may be divided where they do
+    not fit into memory. flops: of an image's forward and backward pass, 0 where
     they are not known.
     """
 
@@ -47,6 +48,7 @@ class Task(ABC):
     measures: tuple[str, ...] = ()
     judge: str = ""
     evaluates_untrained: bool = False
+    divides: bool = True
     flops: float = 0.0
 
     @abstractmethod

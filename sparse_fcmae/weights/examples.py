@@ -23,7 +23,8 @@ def usage_example(encoder: SparseEncoder, folder: Path) -> str:
         f"    encoder = load_encoder({str(folder)!r})\n"
         f"    images = torch.randn(1, {encoder.in_chans}, {height}, {width})  # normalised as in config.json\n"
         f"    features = encoder(images)  # [1, {encoder.num_features}, {rows}, {cols}]\n\n"
-        "or convert it\n\n" + "".join(f"    {command}\n" for command in commands)
+        + ("or convert it\n\n" if commands else "")
+        + "".join(f"    {command}\n" for command in commands)
     )
 
 

@@ -49,10 +49,15 @@ class SegmenterWeights:
 
 def holds_segmenter(path: str | Path) -> bool:
     """Whether weights are those of a segmentation model of this package. Raises UserError for what can't be read."""
-    file = weights_file(Path(path))
-    config = file.parent / CONFIG
-    found = read_json(config) if config.is_file() else {}
-    return isinstance(found, dict) and found.get("format") == f"{FORMAT} segmenter"
+    return "mask_values" in _config_of(weights_file(Path(path)))
+
+
+def _config_of(file: Path) -> dict[str, Any]:
+    """The config beside a file of weights or, for a checkpoint, in the folder of its run; empty where there is none."""
+    places = [file.parent, *([file.parents[2]] if file.parent.parent.name == "checkpoints" else [])]
+    config = next((place / CONFIG for place in places if (place / CONFIG).is_file()), None)
+    found = read_json(config) if config else {}
+    return found if isinstance(found, dict) else {}
 
 
 def load_segmenter(path: str | Path, *, backend: str = "auto") -> Segmenter:
@@ -71,15 +76,15 @@ def read_segmenter(path: str | Path) -> SegmenterWeights:
     state, _ = load(file)
     if HEAD not in state:
         raise UserError(f"{file} has no {HEAD}: export the model again")
-    config: dict[str, Any] = read_json(file.parent / CONFIG)
+    config = _config_of(file)
     try:
         values = tuple(int(value) for value in config["mask_values"])
         names = tuple(map(str, config["classes"]))
         ignored = tuple(int(value) for value in config["ignored"])
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{file.parent / CONFIG} can't be understood ({type(error).__name__}: {error})") from None
+        raise UserError(f"{CONFIG} of {file} can't be understood ({type(error).__name__}: {error})") from None
     if not len(values) == len(names) == len(state[HEAD]):
-        raise UserError(f"{file.parent / CONFIG} names {len(names)} classes, the model has {len(state[HEAD])}")
+        raise UserError(f"{CONFIG} of {file} names {len(names)} classes, the model has {len(state[HEAD])}")
     return SegmenterWeights(state, understand(state, file), MaskClasses(values, names, ignored))
 
 
@@ -108,4 +113,4 @@ def export_segmenter(
             )
         again = read_segmenter(temporary)
         if any(not torch.equal(value, again.state[name]) for name, value in state.items()):
-            raise UserError(f"{folder}: what was written is not what was trained: is the disk damaged?")
+            raise UserError(f"{folder}: what was written is not what was trained: is the disk full or damaged?")

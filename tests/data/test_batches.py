@@ -88,7 +88,7 @@ def test_sources_may_fail_like_files(error):
             raise error
 
     dataset = EvaluationImages(Broken.draw(2), CentreView((16, 16)))
-    assert dataset[1] == (None, 1, [("image 1", " ".join(str(error).split()))], None)
+    assert dataset[1] == (None, 1, [("image 1", " ".join(str(error).split()))], None, None)
 
 
 def test_samples_depend_on_seed_epoch_and_index_alone(pictures):
@@ -138,7 +138,7 @@ def test_unreadable_files_are_named_and_replaced(tmp_path, ramp):
     (tmp_path / "broken.png").write_text("no picture")
     Image.fromarray(ramp).save(tmp_path / "good.png")
     dataset = TrainingImages(ImageFolder(tmp_path), RandomView((16, 16)), 0)
-    pixels, index, bad, _ = dataset[0, 0]
+    pixels, index, bad, *_ = dataset[0, 0]
     assert pixels.shape == (16, 16, 3)
     assert dataset.source.files[index] == "good.png"
     assert {image.name for image in bad} == {"broken.png"}

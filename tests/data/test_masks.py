@@ -45,6 +45,17 @@ def test_values_come_as_they_were_stored(save, options, dtype):
     assert values.shape == VALUES.shape
 
 
+def test_a_mask_is_turned_as_its_own_exif_says():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    assert (read_mask(bytes_of(Image.fromarray(VALUES).save, format="PNG", exif=exif)) == np.rot90(VALUES, -1)).all()
+
+
+def test_a_mask_may_be_large(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 5)
+    assert read_mask(bytes_of(Image.fromarray(VALUES).save, format="PNG")).shape == (3, 4)
+
+
 def test_a_mask_of_yes_and_no():
     assert read_mask(bytes_of(Image.fromarray(VALUES == 1).save, format="PNG")).tolist() == (VALUES == 1).tolist()
     assert read_mask(VALUES == 1).dtype == np.uint8
@@ -92,7 +103,7 @@ def test_the_nearest_pixel_of_a_box():
 @pytest.mark.parametrize(
     ("values", "names", "message"),
     [
-        ({255}, None, "0 classes beside ignored"),
+        ({255}, None, "0 classes beside ignored values: two are needed at least, unless `ignore=none` takes 255"),
         ({0, 255}, None, "1 classes beside"),
         ({-1, 0, 1}, None, "the value -1: give it to `ignore`"),
         (set(range(1002)), None, "are these numbers of objects"),

@@ -132,7 +132,7 @@ def test_masks_go_on_and_flips_are_turned_back(segmenter, data, tmp_path, monkey
     masks = {number: np.asarray(Image.open(out / f"{number}.png")) for number in range(3)}
     assert [mask.shape for mask in masks.values()] == [size[::-1] for size in SIZES]
     assert set(np.unique(np.concatenate([mask.ravel() for mask in masks.values()]))) <= {0, 5, 9}
-    assert {path.name for path in (tmp_path / "maps").iterdir()} == {"0.png", "1.png", "2.png"}
+    assert {path.name for path in (tmp_path / "maps").glob("*.png")} == {"0.png", "1.png", "2.png"}
     assert json.loads((out / "masks.json").read_text())["classes"] == {"0": "ground", "5": "road", "9": "tree"}
     before = (out / "1.png").stat().st_mtime_ns
     (out / "2.png").unlink()
@@ -156,6 +156,31 @@ def test_masks_go_on_and_flips_are_turned_back(segmenter, data, tmp_path, monkey
     with pytest.raises(UserError, match="holds masks with another flips"):
         predict(out=tmp_path / "masks", maps=tmp_path / "maps", flips="both", **options)
     predict(out=tmp_path / "masks", maps=tmp_path / "maps", flips="both", overwrite=True, **options)
+
+
+def test_what_is_not_this_commands_is_left_alone(segmenter, data, tmp_path, capsys):
+    usual = ["predict", "--data", data / "images", "--init", segmenter, "--num-workers", 0]
+    for number, content in enumerate(({"annotations": [1]}, [1, 2])):
+        own = tmp_path / str(number)
+        own.mkdir()
+        (own / "masks.json").write_text(json.dumps(content))
+        (own / "0.png").write_text("mine")
+        for where in (["--out", own], ["--out", tmp_path / "free", "--maps", own]):
+            assert "holds no masks of this command" in fails(capsys, *usual, *where, "--overwrite")
+        assert (own / "0.png").read_text() == "mine"
+    options = {"init": segmenter, "num_workers": 0, "dtype": "fp32"}
+    out = predict(data=data / "images", out=tmp_path / "masks", maps=tmp_path / "maps", **options)
+    (tmp_path / "maps" / "1.png").unlink()
+    predict(data=data / "images", out=out, maps=tmp_path / "maps", **options)
+    assert (tmp_path / "maps" / "1.png").exists()
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "z.png").write_bytes((data / "images" / "0.png").read_bytes())
+    (other / "broken.png").write_bytes(b"no image")
+    for _ in range(2):  # the second time nothing is left to do but the broken one
+        predict(data=other, out=out, maps=tmp_path / "maps", overwrite=_ == 0, **options)
+        assert "left out 1 that can't be read" in capsys.readouterr().out
+        assert sorted(path.name for path in out.glob("*.png")) == ["z.png"]
 
 
 def test_evaluate_reports_classes(segmenter, data, tmp_path, capsys):
@@ -192,13 +217,16 @@ def test_names_of_masks():
 def test_mistakes_are_one_line(segmenter, data, tmp_path, capsys):
     usual = ["predict", "--data", data / "images", "--init", segmenter, "--num-workers", 0, "--out"]
     assert "so name a folder" in fails(capsys, *usual, tmp_path / "x.csv")
-    assert "are of a classifier" in fails(capsys, *usual, tmp_path / "x", "--top-k", 3)
+    assert "--top-k is of a classifier" in fails(capsys, *usual, tmp_path / "x", "--top-k", 3)
     assert "lies among the images" in fails(capsys, *usual, data / "images" / "x")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "own.txt").write_text("mine")
-    assert "is not empty and holds no masks" in fails(capsys, *usual, tmp_path / "full")
+    assert "is not empty and holds no masks of this command" in fails(capsys, *usual, tmp_path / "full")
     assert (tmp_path / "full" / "own.txt").read_text() == "mine"
-    assert "the same folder" in fails(capsys, *usual, tmp_path / "x", "--maps", tmp_path / "x")
+    assert "lie in each other" in fails(capsys, *usual, tmp_path / "x", "--maps", tmp_path / "x")
+    assert "--ignore is not for a segmentation model" in fails(
+        capsys, "evaluate", "--data", data, "--init", segmenter, "--ignore", 3
+    )
     other = tmp_path / "other"
     for name in ("images", "masks"):
         (other / name).mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""Segmentation as its user runs it: learning, resuming, windows, several processes, and mistakes."""
+"""Segmentation as its user runs it: learning, resuming, windows, and mistakes."""
 
 import json
 import shutil
@@ -18,7 +18,10 @@ from sparse_fcmae.data.masks import MaskClasses
 from sparse_fcmae.data.sources.masked import Pair
 from sparse_fcmae.data.views import NativeView, RandomView
 from sparse_fcmae.model.segmenter import Segmenter
+from sparse_fcmae.tasks.build import moving_average
 from sparse_fcmae.tasks.segmentation import AUXILIARY, PairView, SegmentationObjective
+from sparse_fcmae.training.optim import adamw
+from sparse_fcmae.training.step import TrainStep
 
 SMALL = {
     "task": "segmentation",
@@ -97,7 +100,7 @@ def test_a_rehearsal_leaves_no_trace(whole, squares, encoder, tmp_path, rehearse
 
 def test_it_learns(squares, tmp_path):
     options = SMALL | {"epochs": 12, "ema_decay": 0, "image_size": 32, "stem_stride": 1, "layer_decay": 1}
-    options |= {"head_channels": 32, "lr": 3e-3}
+    options |= {"head_channels": 32, "lr": 3e-3, "depths": "1,1,1,1", "dims": "16,32,64,128"}
     run = tmp_path / "run"
     finetune(data=squares, out=run, from_scratch=True, crop="native", eval_every=12, rotate=True, **options)
     losses = [row["loss"] for row in rows(run)]
@@ -142,6 +145,83 @@ def test_image_and_mask_stay_together(kind):
         view(Pair(image, np.full_like(values, 9)), np.random.default_rng(0))
 
 
+def test_a_step_that_is_skipped_leaves_the_statistics_as_they_were():
+    model = Segmenter("atto", num_classes=2, head_channels=8, image_size=32, stem_stride=1).train()
+    objective = SegmentationObjective(model, ImageFormat("float32", (0.0,) * 3, (1.0,) * 3))
+    step = TrainStep(objective, adamw(model, 0.0, (0.9, 0.999)), images_per_rank=2)
+    pixels, labels = torch.randn(2, 32, 32, 3), torch.zeros(2, 32, 32, dtype=torch.int16)
+    handle = model.backbone.stages[0].register_forward_hook(lambda *given: given[-1] * float("nan"))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    step.add(pixels, labels, last=True)
+    assert not step.finish().grad_norm.isfinite()
+    after = model.state_dict()
+    assert all(torch.equal(value, after[name]) for name, value in before.items() if value.is_floating_point())
+    handle.remove()
+    step.add(pixels, labels, last=True)
+    assert step.finish().grad_norm.isfinite()
+    assert not torch.equal(
+        before["decode_head.bottleneck.batch_norm.running_mean"],
+        model.decode_head.bottleneck.batch_norm.running_mean,
+    )
+
+
+def test_the_average_has_the_average_of_the_statistics():
+    model = Segmenter("atto", num_classes=2, head_channels=8, image_size=32, stem_stride=1).train()
+    average, norm = moving_average(model, 0.75), model.decode_head.bottleneck.batch_norm
+    average.update_parameters(model)
+    first = norm.running_mean.clone()
+    norm.running_mean.add_(1.0)
+    average.update_parameters(model)
+    found = average.module.decode_head.bottleneck.batch_norm.running_mean
+    assert torch.allclose(found, first + 0.25)
+
+
+def test_a_frozen_encoder_gives_the_same_features_each_time(squares, encoder, tmp_path):
+    run = tmp_path / "run"
+    finetune(data=squares, out=run, init=encoder, freeze_encoder=True, **SMALL | {"epochs": 1})
+    before, after = (load_file(folder / "model.safetensors") for folder in (encoder, run / "exported"))
+    assert all(torch.equal(after[f"backbone.{name}"], value) for name, value in before.items())
+    model = Segmenter("atto", num_classes=2, head_channels=8, image_size=32, stem_stride=1, drop_path=0.5)
+    model.backbone.requires_grad_(False)
+    model.train()
+    images = torch.randn(4, 3, 32, 32)
+    assert torch.equal(model.backbone(images), model.backbone(images))
+    assert model.decode_head.training
+
+
+def test_a_checkpoint_is_a_model_too(whole, squares, tmp_path):
+    unfinished = tmp_path / "run"
+    shutil.copytree(whole, unfinished)
+    for name in ("exported", "exported-ema"):
+        shutil.rmtree(unfinished / name)
+    found = evaluate(
+        data=str(squares), init=str(unfinished / "checkpoints" / "step-00000004"), num_workers=0, dtype="fp32"
+    )
+    assert found["miou"] == pytest.approx(rows(whole, "evaluations")[-1]["miou"])
+
+
+def test_another_split_is_said(squares, encoder, tmp_path, capsys):
+    (tmp_path / "images").symlink_to(squares / "train" / "images")
+    (tmp_path / "masks").symlink_to(squares / "train" / "masks")
+    run = tmp_path / "runs" / "a"
+    finetune(data=tmp_path, masks=None, out=run, init=encoder, val_split=0.5, **SMALL | {"epochs": 1})
+    for split, said in ((0.5, False), (0.25, True), (None, True)):
+        capsys.readouterr()
+        found = evaluate(data=str(tmp_path), init=str(run), val_split=split, num_workers=0)
+        assert ("was trained with --val-split 0.5 --seed 0" in capsys.readouterr().out) is said
+        assert found["images"] == {0.5: 4, 0.25: 2, None: 8}[split]
+    finetune(out=run, resume=True)  # its own pictures are not taken for images
+
+
+def test_all_values_may_be_classes(squares, encoder, tmp_path):
+    run = tmp_path / "run"
+    finetune(data=squares, out=run, init=encoder, ignore="none", **SMALL | {"max_steps": 1, "ema_decay": 0})
+    assert json.loads((run / "exported" / "config.json").read_text())["mask_values"] == [0, 3, 255]
+    log = (run / "train.log").read_text()
+    assert "classes of pixels: 0 (0), 3 (3), 255 (255)" in log
+    assert "are ignored" not in log
+
+
 def test_mistakes_are_one_line(squares, encoder, tmp_path, capsys):
     usual = ["finetune", "--task", "segmentation", "--data", squares, "--out", tmp_path / "run", "--num-workers", 0]
     begun = [*usual, "--init", encoder]
@@ -149,6 +229,12 @@ def test_mistakes_are_one_line(squares, encoder, tmp_path, capsys):
     assert "--class-names has 3 names, and the masks have 2 classes: 0, 3" in fails(
         capsys, *begun, "--class-names", "a,b,c"
     )
+    for batches in (["--batch-size", 1], ["--batch-size", 5, "--micro-batch-size", 2]):
+        assert "leave a micro-batch of one image" in fails(capsys, *begun, *batches)
+    assert "--class-names no.txt: no such file" in fails(capsys, *begun, "--class-names", "no.txt")
+    assert "has a name twice" in fails(capsys, *begun, "--class-names", "a,a")
+    assert "--label-column goes with a table" in fails(capsys, *begun, "--label-column", "x")
+    assert "pages can't be paired with masks" in fails(capsys, *begun, "--pages", "images")
     assert "--ignore x: give numbers" in fails(capsys, *begun, "--ignore", "x")
     other = tmp_path / "other"
     shutil.copytree(squares, other)
@@ -162,5 +248,5 @@ def test_mistakes_are_one_line(squares, encoder, tmp_path, capsys):
     assert "--masks is of --task segmentation" in fails(
         capsys, "finetune", "--data", squares, "--masks", squares, "--init", encoder, "--out", tmp_path / "run"
     )
-    assert "--parallel fsdp does not go with --task segmentation" in fails(capsys, *begun, "--parallel", "fsdp")
+    assert "--parallel does not go with --task segmentation" in fails(capsys, *begun, "--parallel", "fsdp")
     assert not (tmp_path / "run").exists()

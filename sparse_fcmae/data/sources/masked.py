@@ -1,7 +1,7 @@
 """Images that each have a mask: paired by their paths, or by the rows of a table or data set."""
 
-import csv
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -22,12 +22,13 @@ from sparse_fcmae.data.sources.derived import Derived
 from sparse_fcmae.data.sources.files import ImageFiles, printable
 from sparse_fcmae.data.sources.folder import check_folder, images_among, paths_below
 from sparse_fcmae.data.sources.hugging_face import names_dataset
-from sparse_fcmae.data.sources.labelled import SPLITS, Some
+from sparse_fcmae.data.sources.labelled import SPLITS, Rows, Some
 from sparse_fcmae.data.sources.opening import open_rows
 from sparse_fcmae.data.sources.shards import names_shards
-from sparse_fcmae.data.sources.table import DELIMITERS, names_table
+from sparse_fcmae.data.sources.table import names_table, read_table
 from sparse_fcmae.runtime.errors import UserError
 from sparse_fcmae.runtime.files import one_line
+from sparse_fcmae.runtime.options import check_unused
 from sparse_fcmae.runtime.streams import Stream, numpy_generator
 
 IMAGE_FOLDERS = ("images", "image", "imgs", "img")  # what the folders are called, where both are below one
@@ -35,7 +36,6 @@ MASK_FOLDERS = ("masks", "mask", "annotations", "labels", "gt")
 MASK_COLUMNS = ("mask", "mask_path", "annotation", "segmentation_mask", "segmentation", "label_map")
 HELD_OUT = ("val", "test")
 NAMED = 3  # images that a message names
-ARRAYS = (".npy", ".npz")
 
 
 @dataclass
@@ -86,17 +86,19 @@ class MaskedImages(Derived):
 
 @dataclass(frozen=True)
 class SplitImages:
-    """Images with masks, and the split that each is in, None where nothing says so."""
+    """Images with masks, and what says in which split each is. splits: None where nothing does."""
 
     images: MaskedImages
-    splits: Sequence[str] | None
+    rows: Rows
+
+    @property
+    def splits(self) -> Sequence[str] | None:
+        return self.rows.splits
 
     def part(self, *names: str) -> MaskedImages | None:
-        """The images of the first of these splits that there is."""
-        for name in names:
-            if found := [i for i, split in enumerate(self.splits or ()) if split == name]:
-                return self.images.take(found)
-        return None
+        """The images of the first of these splits that there is. Raises UserError for another split's name."""
+        found = self.rows.of_split(*names)
+        return self.images.take(found) if found else None
 
 
 def open_masked(data: str, config: MaskConfig) -> SplitImages:
@@ -104,8 +106,8 @@ def open_masked(data: str, config: MaskConfig) -> SplitImages:
 
     data: a table or data set with a column of masks, or a folder. Of a folder `masks` names that of the masks, where
     each has the path of its image, but for the ending and what `mask_name` says. Without `masks` both are below `data`,
-    in folders of such names as IMAGE_FOLDERS and MASK_FOLDERS. Raises UserError for an image without a mask, and for a
-    mask without an image.
+    in folders of such names as IMAGE_FOLDERS and MASK_FOLDERS. Masks without an image are left out, and counted in the
+    notes. Folders of runs are left out. Raises UserError for an image without a mask.
     """
     if config.channel_files:
         raise UserError("`channel_files` can't be paired with masks: name the files of both in a table")
@@ -116,21 +118,21 @@ def open_masked(data: str, config: MaskConfig) -> SplitImages:
             raise UserError(
                 f"{data}: masks in archives and behind addresses can't be read: name the files of both in a table"
             )
-        column = _mask_column(data, config.mask_column)
-        try:
-            masks = open_rows(data, replace(config, path_column=column))
-        except UserError as error:
-            raise UserError(str(error).replace("`path_column`", "`mask_column`")) from None
-        return SplitImages(MaskedImages(rows.source, masks.source), rows.splits)
+        if config.mask_name:
+            raise UserError(f"`mask_name` goes with folders: {data} names the masks itself")
+        return SplitImages(MaskedImages(rows.source, _masks_of_rows(data, config)), rows)
     check_folder(data)
-    if config.mask_column:
-        raise UserError("`mask_column` goes with a table: of a folder `masks` names the folder of the masks")
+    check_unused(config, ("path_column", "label_column", "split_column", "mask_column"), "goes with a table")
+    runs: list[str] = []
     if config.masks:
         check_folder(config.masks)
-        (images, notes), (masks, _) = (images_among(paths_below(folder)) for folder in (data, config.masks))
+        (images, notes), (masks, _) = (
+            images_among(paths_below(folder, without, runs=runs))
+            for folder, without in ((data, config.masks), (config.masks, None))
+        )
         images, root, expected = list(images), Path(config.masks), _as_masks(images, config.mask_name)
     else:
-        (found, notes), root = images_among(paths_below(data)), Path(data)
+        (found, notes), root = images_among(paths_below(data, runs=runs)), Path(data)
         folder = next((name for name in MASK_FOLDERS if any(_within(path, (name,)) for path in found)), None)
         images = [path for path in found if _within(path, IMAGE_FOLDERS)]
         masks = [path for path in found if folder and _within(path, (folder,))]
@@ -144,7 +146,10 @@ def open_masked(data: str, config: MaskConfig) -> SplitImages:
         expected = _as_masks(moved, config.mask_name)
     if not images:
         raise UserError(f"{data}: no image files in this folder or below it")
-    paired = _paired(images, expected, list(masks), root)
+    masks = list(masks)
+    paired = _paired(images, expected, masks, root)
+    if spare := len(set(masks) - set(paired)):
+        notes.append(f"left out, as they are masks of no image: {spare} files in {root}")
     splits = [
         next((SPLITS[part.lower()] for part in path.split(os.sep)[:-1] if part.lower() in SPLITS), "")
         for path in images
@@ -156,7 +161,7 @@ def open_masked(data: str, config: MaskConfig) -> SplitImages:
             )
         splits = None
     sources = ImageFiles(str(data), data, images, notes), ImageFiles(str(root), root, paired)
-    return SplitImages(MaskedImages(*sources), splits)
+    return SplitImages(MaskedImages(*sources), Rows(sources[0], None, splits))
 
 
 def open_masked_splits(
@@ -192,13 +197,13 @@ def open_masked_held_out(data: str, config: MaskConfig) -> MaskedImages:
     return held_out
 
 
-def survey_masks(images: MaskedImages, reading: Reading) -> set[int]:
-    """The values that masks have, of all of them. Each is looked at.
+def survey_masks(images: MaskedImages, reading: Reading) -> Counter[int]:
+    """How many pixels of all masks have each value. Each mask is looked at.
 
     Raises UserError where a mask can't be read, or has another size than its image. Images that can't be read are left
     to training, which counts them.
     """
-    values, wrong = set(), []
+    pixels, wrong = Counter[int](), []
     for index in tqdm(range(len(images)), desc="masks", unit="mask", delay=2, leave=False, dynamic_ncols=True):
         try:
             with images.masks.open(index) as file:
@@ -206,7 +211,7 @@ def survey_masks(images: MaskedImages, reading: Reading) -> set[int]:
         except Exception as error:  # decoders raise nearly anything on a broken file
             wrong.append(f"the mask of {images.name(index)}: {one_line(error)}")
             continue
-        values.update(np.unique(mask).tolist())
+        pixels.update(dict(zip(*(part.tolist() for part in np.unique(mask, return_counts=True)), strict=True)))
         try:
             with images.source.open(index) as file:
                 size = open_image(file, reading).size
@@ -217,28 +222,29 @@ def survey_masks(images: MaskedImages, reading: Reading) -> set[int]:
     if wrong:
         more = f" and {len(wrong) - NAMED} more" if len(wrong) > NAMED else ""
         raise UserError(f"{images}: {'; '.join(wrong[:NAMED])}{more}: put them right, or leave these images out")
-    return values
+    return pixels
 
 
 def another_size(mask: np.ndarray, size: tuple[int, int]) -> str:
     """Words for a mask that has not its image's (width, height)."""
-    return f"has {mask.shape[0]}x{mask.shape[1]} pixels, and its image {size[1]}x{size[0]}"
+    turned = ", which may be turned by its EXIF: a mask has to be upright" if mask.shape == size else ""
+    return f"has {mask.shape[0]}x{mask.shape[1]} pixels, and its image {size[1]}x{size[0]}{turned}"
 
 
-def _mask_column(data: str, asked: str | None) -> str:
-    """The column of a table or data set that holds the masks."""
-    if asked:
-        return asked
-    if not names_table(data):
-        return MASK_COLUMNS[0]
-    with open(data, newline="", encoding="utf-8-sig", errors="surrogateescape") as stream:
-        line = stream.readline()
-    delimiter = ";" if ";" in line and "," not in line else DELIMITERS[Path(data).suffix.lower()]
-    header = next(csv.reader([line], delimiter=delimiter), [])
-    usual = [name for name in header if name.strip().lower() in MASK_COLUMNS]
-    if not usual:
-        raise UserError(f"{data}: no column for the masks: name one of {', '.join(header)} by `mask_column`")
-    return usual[0]
+def _masks_of_rows(data: str, config: MaskConfig) -> ImageSource:
+    """The masks that a column of a table or data set names or holds."""
+    asked = [config.mask_column] if config.mask_column else MASK_COLUMNS
+    for column in asked:
+        try:
+            if names_table(data):
+                return read_table(data, replace(config, path_column=column), unique=False).source
+            return open_rows(data, replace(config, path_column=column)).source
+        except UserError as error:
+            if config.mask_column:
+                raise UserError(str(error).replace("`path_column`", "`mask_column`")) from None
+            if f"`path_column` {column} is none" not in str(error):
+                raise
+    raise UserError(f"{data}: no column of masks, as {', '.join(MASK_COLUMNS[:3])}: name it by `mask_column`")
 
 
 def _within(path: str, folders: Sequence[str]) -> bool:

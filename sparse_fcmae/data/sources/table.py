@@ -24,11 +24,11 @@ def names_table(data: str | os.PathLike) -> bool:
     return os.path.splitext(data)[1].lower() in DELIMITERS
 
 
-def read_table(data: str | os.PathLike, config: SourceConfig) -> Rows:
+def read_table(data: str | os.PathLike, config: SourceConfig, unique: bool = True) -> Rows:
     """The rows of a table, whose first line names the columns.
 
-    Relative paths start from the folder of the table. Raises UserError where it can't be read, where a column is
-    missing, where a row has no path or class, and where a path is there twice.
+    Relative paths start from the folder of the table. unique: whether each path may be there once only. Raises
+    UserError where the table can't be read, where a column is missing, and where a row has no path or class.
     """
     file = Path(data)
     try:
@@ -53,7 +53,7 @@ def read_table(data: str | os.PathLike, config: SourceConfig) -> Rows:
     for kind, values in found.items():
         if values is not None and kind != "label" and "" in values:
             raise UserError(f"{file}: row {values.index('') + 2} has no {kind}: give one, or leave the row out")
-    _check_paths(file, found["path"], found["label"])
+    _check_paths(file, found["path"], found["label"], unique)
     splits = found["split"] and [split_of(split) for split in found["split"]]
     images = ImageFiles(str(file), file.parent, found["path"], pieces=Pieces(config.cache_gb))
     return Rows(images, found["label"], splits)
@@ -69,12 +69,12 @@ def place_of_column(file: str, header: Sequence[str], kind: str, asked: str | No
     return next((names.index(usual) for usual in USUAL[kind] if usual in names), None)
 
 
-def _check_paths(file: Path, paths: list[str], labels: list[str] | None) -> None:
-    """Raises UserError where a path is there twice, or none leads to a file."""
+def _check_paths(file: Path, paths: list[str], labels: list[str] | None, unique: bool) -> None:
+    """Raises UserError where a path is there twice and may not be, and where none leads to a file."""
     first: dict[str, int] = {}
     for number, path in enumerate(paths):
         earlier = first.setdefault(path, number)
-        if earlier != number:
+        if unique and earlier != number:
             two = "" if labels is None or labels[earlier] == labels[number] else ", under two classes"
             raise UserError(f"{file}: {path} is there twice{two}: rows {earlier + 2} and {number + 2}")
     if not leads_somewhere(file.parent, paths):

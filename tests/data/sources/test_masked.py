@@ -80,8 +80,12 @@ def test_tables(tmp_path):
         open_masked(str(tmp_path / "table.csv"), MaskConfig(masks=str(tmp_path)))
     with pytest.raises(UserError, match="`mask_column` x is none"):
         open_masked(str(tmp_path / "table.csv"), MaskConfig(mask_column="x"))
+    (tmp_path / "table.csv").write_text("file,mask,split\nx1.png,deep/y1.png,train\nx2.png,deep/y1.png,trian\n")
+    assert len(open_masked(str(tmp_path / "table.csv"), MaskConfig()).images) == 2  # which share a mask
+    with pytest.raises(UserError, match="the split trian is none of train, val and test: rename it"):
+        open_masked_splits(str(tmp_path / "table.csv"), MaskConfig(), None, 0)
     (tmp_path / "table.csv").write_text("file,split\nx1.png,train\n")
-    with pytest.raises(UserError, match="no column for the masks: name one of file, split by `mask_column`"):
+    with pytest.raises(UserError, match="no column of masks, as mask, mask_path, annotation: name it by `mask_column`"):
         open_masked(str(tmp_path / "table.csv"), MaskConfig())
 
 
@@ -97,7 +101,7 @@ def test_data_sets_of_hugging_face(tmp_path):
     data = datasets.Dataset.from_dict(columns)
     data = data.cast_column("image", datasets.Image()).cast_column("annotation", datasets.Image())
     data.save_to_disk(tmp_path / "saved")
-    train, val = open_masked_splits(str(tmp_path / "saved"), MaskConfig(mask_column="annotation"), None, 0)
+    train, val = open_masked_splits(str(tmp_path / "saved"), MaskConfig(), None, 0)
     check(train, [0, 1, 2])
     check(val, [3])
 
@@ -115,6 +119,15 @@ def test_a_random_part_is_held_out(tmp_path):
         open_masked_splits(str(tmp_path), MaskConfig(), None, 0)
     with pytest.raises(UserError, match="leaves no image to train on"):
         open_masked_splits(str(tmp_path), MaskConfig(), 0.99, 0)
+
+
+def test_masks_below_the_images_and_spare_ones(tmp_path):
+    for value in range(3):
+        pair(tmp_path / f"{value}.png", tmp_path / f"truth/{value}.png", value)
+    Image.new("L", (8, 6)).save(tmp_path / "truth" / "spare.png")
+    images = open_masked(str(tmp_path), MaskConfig(masks=str(tmp_path / "truth"))).images
+    check(images, [0, 1, 2])
+    assert any("masks of no image: 1 files" in note for note in images.notes)
 
 
 def test_mistakes_are_named(tmp_path):
