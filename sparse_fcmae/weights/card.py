@@ -19,12 +19,14 @@ def model_card(weights: Weights, target: Target) -> str:
     return _card(weights, task, kind, target.usage(weights), target.hub_library)
 
 
-def segmenter_card(weights: Weights, classes: Sequence[str], parameters: int) -> str:
+SEGMENTER_USAGE = (
+    'from sparse_fcmae import load_segmenter\n\nmodel = load_segmenter("FOLDER")\n'
+    'logits = model(model.backbone.preprocess("image.png"))  # of the image\'s middle'
+)
+
+
+def segmenter_card(weights: Weights, classes: Sequence[str], parameters: int, usage: str = SEGMENTER_USAGE) -> str:
     """The same of a segmentation model, whose encoder has these weights."""
-    usage = (
-        'from sparse_fcmae import load_segmenter\n\nmodel = load_segmenter("FOLDER")\n'
-        'logits = model(model.backbone.preprocess("image.png"))  # of the image\'s middle'
-    )
     named = replace(weights, classes=tuple(classes))
     kind = f"with UperNet, segmentation into {len(classes)} classes"
     return _card(named, "image-segmentation", kind, usage, None, parameters)

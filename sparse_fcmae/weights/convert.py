@@ -18,6 +18,8 @@ from sparse_fcmae.weights.config import ConvertConfig
 from sparse_fcmae.weights.destination import Destination
 from sparse_fcmae.weights.graph import GraphTarget
 from sparse_fcmae.weights.read import read_weights, weights_file
+from sparse_fcmae.weights.segmenter import holds_segmenter, read_segmenter
+from sparse_fcmae.weights.upernet import write_upernet
 from sparse_fcmae.weights.verify import verify
 from sparse_fcmae.weights.weights import Weights, part_of
 
@@ -54,6 +56,10 @@ def convert(
     place = Destination(Path(destination), target)
     whole = "decoder" not in target.drops
     place.check(weights_file(Path(source), whole), overwrite)
+    if to == "huggingface" and not place.is_file and holds_segmenter(source):
+        with place.written_beside(dry_run) as path, writing(place.path):
+            lines = write_upernet(read_segmenter(source), path)
+        return "\n".join([f"read {source}: a segmentation model", *lines, _what_was_done(destination, dry_run)])
     weights = read_weights(source, whole=whole)
     if reason := target.refusal(weights.architecture, place.is_file):
         raise UserError(reason)
@@ -62,7 +68,7 @@ def convert(
         with writing(place.path):
             lines += write(weights, target, path)
         lines += verify(weights, target, path)
-    return "\n".join([*lines, f"{'would write' if dry_run else 'wrote'} {destination}"])
+    return "\n".join([*lines, _what_was_done(destination, dry_run)])
 
 
 def export_model(
@@ -116,6 +122,10 @@ def _what_was_read(weights: Weights, source: str | Path) -> str:
         f"read {source}: {weights.layout} names, {kind}, {shape['name']}, {shape['in_chans']} input channels, "
         f"stem stride {shape['stem_stride']}, {len(weights.state)} tensors"
     )
+
+
+def _what_was_done(destination: str | Path, dry_run: bool) -> str:
+    return f"{'would write' if dry_run else 'wrote'} {destination}"
 
 
 def _left_out(part: str) -> str:

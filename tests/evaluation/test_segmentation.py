@@ -5,10 +5,10 @@ import json
 import numpy as np
 import pytest
 import torch
-from helpers import fails, randomise
+from helpers import fails, randomise, relative_error
 from PIL import Image
 
-from sparse_fcmae import UserError, create_encoder, embed, evaluate, load_segmenter, predict
+from sparse_fcmae import UserError, convert, create_encoder, embed, evaluate, load_segmenter, predict
 from sparse_fcmae.data.config import MaskConfig
 from sparse_fcmae.data.decoders.image import Reading
 from sparse_fcmae.data.format import ImageFormat
@@ -193,6 +193,25 @@ def test_evaluate_reports_classes(segmenter, data, tmp_path, capsys):
         int((np.asarray(Image.open(data / "masks" / f"{n}.png")) != 255).sum()) for n in range(3)
     )
     assert (tmp_path / "out" / "confusion.png").exists()
+
+
+def test_transformers_runs_it(segmenter, tmp_path):
+    from transformers import AutoModelForSemanticSegmentation
+
+    report = convert(segmenter, tmp_path / "hf", to="huggingface")
+    assert "verified: result run by transformers, equal within" in report
+    assert "the values that masks have are not kept" in report
+    other = AutoModelForSemanticSegmentation.from_pretrained(tmp_path / "hf").eval()
+    assert other.config.id2label == {0: "ground", 1: "road", 2: "tree"}
+    images = torch.randn(1, 3, 48, 64)
+    with torch.no_grad():
+        assert relative_error(other(images).logits, load_segmenter(segmenter)(images)) < 1e-5
+    assert "UperNetForSemanticSegmentation.from_pretrained" in (tmp_path / "hf" / "README.md").read_text()
+    assert "would write" in convert(segmenter, tmp_path / "dry", to="huggingface", dry_run=True)
+    assert not (tmp_path / "dry").exists()
+    with pytest.raises(UserError, match="overwrite"):
+        convert(segmenter, tmp_path / "hf", to="huggingface")
+    assert "left out what is no part of the encoder" in convert(segmenter, tmp_path / "timm", to="timm")
 
 
 def test_its_encoder_is_an_encoder(segmenter, data, tmp_path):
