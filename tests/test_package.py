@@ -58,6 +58,14 @@ def test_wheel_has_the_kernels_and_no_top_level_strangers(tmp_path):
     assert (output, errors) == (["None"], [])
 
 
+@pytest.mark.slow
+def test_a_type_checker_understands_the_public_names():
+    strict = ["--strict", "--follow-imports=silent", "--cache-dir", os.devnull]
+    program = [sys.executable, "-m", "mypy", *strict, "tests/typed_use.py"]
+    checked = subprocess.run(program, cwd=ROOT, capture_output=True, text=True)
+    assert checked.returncode == 0, checked.stdout
+
+
 def test_wheel_built_without_a_compiler_serves_the_torch_backend(tmp_path):
     names, output, errors = build_and_use(tmp_path, {"CC": "/nowhere/cc", "CXX": "/nowhere/c++"})
     assert not [name for name in names if name.endswith(".so")]
