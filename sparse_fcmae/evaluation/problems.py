@@ -20,10 +20,9 @@ BETWEEN = ";"  # the labels of an image
 class Problem(ABC):
     """Targets made of the texts of images' labels, a loss, and what is measured.
 
-    measures: the names of what `scores` gives. mixes: whether targets of mixed images may be mixed as well.
+    measures: the names of what `scores` gives.
     """
 
-    mixes: ClassVar[bool]
     measures: ClassVar[tuple[str, ...]]
 
     @abstractmethod
@@ -56,7 +55,6 @@ class Problem(ABC):
 class SeveralLabels(Problem):
     """Each image has any number of labels, with BETWEEN between them, and each output is the logit of one."""
 
-    mixes = True
     measures = ("mean_average_precision", "f1", "loss")
 
     def outputs_of(self, texts: Sequence[str]) -> tuple[str, ...]:
@@ -92,7 +90,6 @@ class SeveralLabels(Problem):
 class Numbers(Problem):
     """Each image has a number, which the one output is to be."""
 
-    mixes = False
     measures = ("mae", "rmse", "r2", "loss")
 
     def outputs_of(self, texts: Sequence[str]) -> tuple[str, ...]:
