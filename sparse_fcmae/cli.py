@@ -60,7 +60,7 @@ COMMANDS = {
         "weights.convert:convert",
     ),
     "evaluate": Command(
-        "accuracy of a classifier, k-NN and linear probe of an encoder",
+        "accuracy of a classifier, mIoU of masks, k-NN and linear probe of an encoder",
         "evaluation.config:EvaluateConfig",
         "evaluation.evaluate:evaluate",
     ),
@@ -70,7 +70,7 @@ COMMANDS = {
         "evaluation.embed:embed",
     ),
     "predict": Command(
-        "what a classifier says of each image, in a table",
+        "what a classifier says of each image, in a table, or a mask of each",
         "evaluation.config:PredictConfig",
         "evaluation.predict:predict",
     ),

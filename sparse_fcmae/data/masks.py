@@ -88,7 +88,9 @@ def _of_pillow(image: Image.Image) -> np.ndarray:
     if image.format == "JPEG":
         raise OSError("a mask can't be a JPEG, which changes the numbers of classes: save it as PNG")
     if image.mode not in WHOLE_NUMBERS:
-        raise OSError(f"a mask has one number a pixel, and this is an image of Pillow's mode {image.mode}")
+        raise OSError(
+            f"a mask has one number a pixel, and this is of Pillow's mode {image.mode}: save the numbers in one channel"
+        )
     return _checked(np.asarray(ImageOps.exif_transpose(image)))
 
 
@@ -140,7 +142,7 @@ def classes_of(values: Iterable[int], ignored: tuple[int, ...], names: tuple[str
     found = tuple(sorted(set(map(int, values)) - set(ignored)))
     if len(found) < 2:
         unless = f", unless `ignore=none` takes {', '.join(map(str, ignored))} for one" if ignored else ""
-        raise UserError(f"the masks have {len(found)} classes beside ignored values: two are needed at least{unless}")
+        raise UserError(f"the masks have {len(found)} values that are not ignored: two are needed at least{unless}")
     if found[0] < 0:
         raise UserError(f"the masks have the value {found[0]}: give it to `ignore`, or number classes from 0")
     if len(found) > MOST_CLASSES or found[-1] > 65535:

@@ -20,13 +20,15 @@ Row = dict[str, Any]
 def answer(logits: Tensor, classes: Sequence[str], top: int, task: str = "classification") -> Row:
     """The classes that are most probable by logits [K], and their probabilities, to six digits.
 
-    They are the columns class and probability, class2 and probability2, and so on. Where task is "multilabel" each
-    class is probable by itself. Where it is "regression" the one column is value.
+    They are the columns class and probability, class2 and probability2, and so on. Where task is "multilabel" a class
+    has a column instead, p_NAME, with its own probability. Where it is "regression" the one column is value.
     """
     if task == "regression":
-        return {"value": float(f"{logits.item():.6g}")}
-    probabilities = logits.float().sigmoid() if task == "multilabel" else logits.float().softmax(0)
-    probabilities, order = probabilities.topk(min(top, len(classes)))
+        return {"value": float(f"{logits.item():.9g}")}
+    if task == "multilabel":
+        each = zip(classes, logits.float().sigmoid().tolist(), strict=True)
+        return {f"p_{name}": float(f"{p:.6g}") for name, p in each}
+    probabilities, order = logits.float().softmax(0).topk(min(top, len(classes)))
     row = {}
     for place, (p, label) in enumerate(zip(probabilities.tolist(), order.tolist(), strict=True), 1):
         number = "" if place == 1 else str(place)

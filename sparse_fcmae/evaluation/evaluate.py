@@ -48,6 +48,8 @@ def evaluate(options: dict[str, Any]) -> dict[str, Any]:
     else:
         check_unused(config, MASK_OPTIONS, "is for a segmentation model: leave it out")
         weights = read_weights(config.init).per_image()
+        if config.per_image and weights.task != "classification":
+            raise UserError("`per_image` is of one class an image: `predict` writes what this model says of each")
         for note in weights.notes:
             print(note)
         measure = partial(measured, config, weights, view_of(config, weights))
@@ -136,8 +138,6 @@ def probe(config: EvaluateConfig, weights: Weights, view: EvaluationView) -> dic
 
 def judge(config: EvaluateConfig, weights: Weights, view: EvaluationView) -> dict[str, Any]:
     """What is measured of a model of several labels or of a number, on the images that `classify` takes."""
-    if config.per_image:
-        raise UserError("`per_image` is of a classifier: `predict` writes what this model says of each image")
     source, split = held_out_images(config, of_classes=False)
     problem, outputs = PROBLEMS[weights.task], weights.classes or tuple(map(str, range(weights.num_classes)))
     source = labelled_by_page(source, view.reading)

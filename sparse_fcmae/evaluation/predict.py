@@ -21,7 +21,7 @@ from sparse_fcmae.model.classifier import Classifier
 from sparse_fcmae.runtime.distributed import process_group
 from sparse_fcmae.runtime.errors import UserError
 from sparse_fcmae.runtime.files import check_writable, writing
-from sparse_fcmae.runtime.options import check, check_given, check_paths, keywords_of
+from sparse_fcmae.runtime.options import check, check_given, check_paths, check_unused, keywords_of
 from sparse_fcmae.weights.read import read_weights
 from sparse_fcmae.weights.segmenter import holds_segmenter
 
@@ -60,8 +60,8 @@ def predict_classes(config: PredictConfig) -> Path:
             raise UserError(f"{config.init} has no classification head: fine-tune it first, or `embed` its features")
         classes = weights.classes or tuple(map(str, range(weights.num_classes)))
         view = view_of(config, weights, ranks.device)
-        if config.maps and weights.task != "classification":
-            raise UserError("`maps` are of models that give an image one class: leave it out")
+        if weights.task != "classification":
+            check_unused(config, ("maps", "top_k"), "is of models that give an image one class: leave it out")
         if not view.native and (config.windows or config.maps):
             raise UserError("`windows` and `maps` are of native windows: give `crop=native`")
         samples = ranks.main_first(lambda: Samples(config.data, view, config))

@@ -44,11 +44,12 @@ class Problem(ABC):
     def targets(self, images: Labelled, outputs: tuple[str, ...]) -> Tensor:
         """The target of each image: float32 [N, K]."""
         each = []
-        for text in images.classes:
+        for label, text in enumerate(images.classes):
             try:
                 each.append(self.target(text, outputs))
             except ValueError as error:
-                raise UserError(f"{images}: {error}") from None
+                first = (images.labels == label).nonzero()
+                raise UserError(f"{images}: {images.name(int(first[0])) if len(first) else ''}: {error}") from None
         return torch.tensor(each, dtype=torch.float32).reshape(-1, len(outputs))[images.labels]
 
 

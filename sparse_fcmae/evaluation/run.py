@@ -68,6 +68,9 @@ def view_of(config: SeeingConfig, weights: Weights, device: torch.device | None 
     workers, notes = loader_processes(device, config.num_workers, batch_bytes)
     for note in notes:
         print(note)
+    bf16 = choose_dtype(config.dtype, device, config.backend) == torch.bfloat16
+    if weights.task == "regression" and config.dtype == "bf16":
+        raise UserError("`dtype=bf16` would round the numbers that this model says to three digits: leave it out")
     native = weights.form.native if config.crop is None else config.crop == "native"
     if native and config.crop_fraction is not None:
         raise UserError("`crop_fraction` goes with `crop=resized` alone")
@@ -77,7 +80,7 @@ def view_of(config: SeeingConfig, weights: Weights, device: torch.device | None 
         reading=reading,
         crop_fraction=config.crop_fraction or default_crop_fraction(size),
         device=device,
-        bf16=choose_dtype(config.dtype, device, config.backend) == torch.bfloat16,
+        bf16=bf16 and weights.task != "regression",
         batch_size=config.batch_size,
         num_workers=workers,
         native=native,

@@ -215,7 +215,8 @@ def build_classifier(
         fits = fits and (checkpoint is not None or (config.task != "regression" and weights.task == config.task))
         give(model, weights.without("decoder", *([] if fits else ["head"])), strict=False)
         notes.insert(0, f"starting from the {'encoder and head' if fits else 'encoder'} of {source}")
-        notes += [] if fits else [f"new head for {len(classes)} classes"]
+        what = "a number" if config.task == "regression" else f"{len(classes)} classes"
+        notes += [] if fits else [f"new head for {what}"]
     if config.freeze_encoder:
         model.requires_grad_(False)
         model.norm.requires_grad_(True)

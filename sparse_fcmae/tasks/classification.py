@@ -17,6 +17,7 @@ from sparse_fcmae.data.config import MASK_OPTIONS, ReadingConfig
 from sparse_fcmae.data.mixing import Mixing
 from sparse_fcmae.data.sources.class_folder import open_splits
 from sparse_fcmae.data.sources.labelled import Labelled
+from sparse_fcmae.data.sources.masked import IMAGE_FOLDERS, MASK_FOLDERS
 from sparse_fcmae.data.sources.pages import labelled_by_page
 from sparse_fcmae.data.sources.parts import labelled_parts
 from sparse_fcmae.data.sources.windows import Windows
@@ -24,13 +25,12 @@ from sparse_fcmae.data.splits import few_labels
 from sparse_fcmae.data.survey import check_fits
 from sparse_fcmae.data.views import NativeView, RandomView
 from sparse_fcmae.evaluation.accuracy import measure, measures_of
-from sparse_fcmae.evaluation.problems import PROBLEMS, measure_outputs
+from sparse_fcmae.evaluation.problems import BETWEEN, PROBLEMS, measure_outputs
 from sparse_fcmae.evaluation.run import EvaluationSet
 from sparse_fcmae.model.convnext import size_of
 from sparse_fcmae.model.flops import count
 from sparse_fcmae.runtime.checkpoint_folder import newest_checkpoint
 from sparse_fcmae.runtime.distributed import Ranks
-from sparse_fcmae.runtime.errors import UserError
 from sparse_fcmae.runtime.options import check_unused, given_flags, image_size_of
 from sparse_fcmae.runtime.streams import Stream, torch_seed
 from sparse_fcmae.tasks.build import build_classifier, evaluation_view, moving_average, origin_of, training_view
@@ -42,9 +42,10 @@ from sparse_fcmae.training.plots import draw_evaluations, draw_loss
 from sparse_fcmae.training.task import Task
 from sparse_fcmae.weights.adapter import PROBLEM_TYPES
 from sparse_fcmae.weights.convert import export_model
-from sparse_fcmae.weights.examples import classifier_example
+from sparse_fcmae.weights.examples import classifier_example, evaluate_and_predict
 
 BETAS = (0.9, 0.999)
+NAMED = 20  # classes that the log names
 DRAWN = {  # by task, the value whose curve is drawn, and what it is called
     "classification": ("top1", "top-1"),
     "multilabel": ("mean_average_precision", "mAP"),
@@ -129,7 +130,10 @@ class Classification(Task):
         images = (self.source, held_out)
         self.source, held_out = ranks.main_first(lambda: samples_of(*images, self.training_view, config.max_bad_images))
         self.notes += [*self.source.notes, *(note for note in held_out.notes if note not in self.source.notes)]
+        self.notes += said_of(config.task, self.classes)
         weights = balanced_weights(self.source.counts()) if config.class_weights else None
+        if weights is not None:
+            self.notes.append(f"classes weigh between {weights.min():.3g} and {weights.max():.3g}")
         loss = self.problem.loss if self.problem else CrossEntropy(config.label_smoothing, weights)
         self.objective = ClassificationObjective(self.model, mix, loss)
         own = held_out.take(range(ranks.rank, len(held_out), ranks.world))
@@ -211,8 +215,9 @@ class Classification(Task):
         value, label = DRAWN[self.config.task]
         log.draw(lambda: draw_evaluations(run / "evaluations.jsonl", value, label, run / "accuracy.png"))
         if self.problem:
-            usage = f"sparse-fcmae predict --data IMAGES --init {exported} --out predictions.csv"
-            log.say(f"model in {exported}; use it with\n\n    {usage}\n")
+            log.say(
+                f"model in {exported}; use it with\n\n{evaluate_and_predict(self.config, exported, 'predictions.csv')}"
+            )
             return
         config = self.config
         reading = given_flags(config, ReadingConfig)
@@ -233,8 +238,21 @@ def check_task(config: FinetuneConfig) -> None:
         return
     without = ["labels_per_class", "class_weights", "label_smoothing"]
     without += ["mixup", "cutmix"] if config.task == "regression" else []
-    if given := [name for name in without if getattr(config, name)]:
-        raise UserError(f"`{given[0]}` does not go with `task={config.task}`: leave it out")
+    given = [name for name in without if getattr(config, name)]  # 0 is as good as none
+    check_unused(config, given, f"does not go with `task={config.task}`: leave it out")
+
+
+def said_of(task: str, classes: tuple[str, ...]) -> list[str]:
+    """What the log says of the names of outputs, and what they look like instead, a line each."""
+    if task == "regression":
+        return []
+    more = f", and {len(classes) - NAMED} more" if len(classes) > NAMED else ""
+    lines = [f"{'classes' if task == 'classification' else 'labels'}: {', '.join(classes[:NAMED])}{more}"]
+    if set(classes) <= {*IMAGE_FOLDERS, *MASK_FOLDERS}:
+        lines.append("these look like folders of images and of their masks: for segmentation give --task segmentation")
+    if task == "classification" and any(BETWEEN in name for name in classes):
+        lines.append("some have semicolons: where these are several labels, give --task multilabel")
+    return lines
 
 
 def shown(task: str, outputs: int) -> str:

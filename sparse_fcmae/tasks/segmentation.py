@@ -39,6 +39,7 @@ from sparse_fcmae.training.optim import adamw, layer_scale
 from sparse_fcmae.training.parallel import place, whole_state
 from sparse_fcmae.training.plots import draw_evaluations, draw_loss
 from sparse_fcmae.training.task import Task
+from sparse_fcmae.weights.examples import evaluate_and_predict
 from sparse_fcmae.weights.segmenter import export_segmenter
 
 BETAS = (0.9, 0.999)
@@ -153,7 +154,7 @@ class Segmentation(Task):
         self.description = (
             f"{self.model.backbone.name} with UperNet of {config.head_channels} channels on {ranks.device}, backend "
             f"{resolve_backend(config.backend, ranks.device.type).name}, {config.dtype}, {trained:.1f} M parameters to "
-            f"train; {len(self.classes)} classes, {len(held_out)} images held out"
+            f"train; {len(self.classes)} classes, seen with {config.image_size} pixels, {len(held_out)} images held out"
         )
 
     def _classes(
@@ -176,7 +177,8 @@ class Segmentation(Task):
                 f"{config.data}: held-out masks have the value {unknown[0]}, and no mask that is trained on has it: "
                 "give it to `ignore`, or move images"
             )
-        shown = [f"{name} ({value})" for name, value in zip(self.classes.names, self.classes.values, strict=True)]
+        both = zip(self.classes.names, self.classes.values, strict=True)
+        shown = [name if name == str(value) else f"{name} ({value})" for name, value in both]
         more = f", and {len(shown) - SHOWN_CLASSES} more" if len(shown) > SHOWN_CLASSES else ""
         share = sum(trained[value] for value in ignored) / trained.total()
         self.said = [f"classes of pixels: {', '.join(shown[:SHOWN_CLASSES])}{more}"]
@@ -265,10 +267,8 @@ class Segmentation(Task):
             log.say(f"moving average of the weights in {exported}-ema")
         log.draw(lambda: draw_loss(run, "loss", "loss"))
         log.draw(lambda: draw_evaluations(run / "evaluations.jsonl", "miou", "mIoU", run / "miou.png"))
-        log.say(
-            f"segmentation model in {exported}; use it with\n\n"
-            f"    sparse-fcmae predict --data IMAGES --init {exported} --out masks --maps overlays\n"
-        )
+        usage = evaluate_and_predict(self.config, exported, "masks --maps overlays")
+        log.say(f"segmentation model in {exported}; use it with\n\n{usage}")
 
 
 def check_batches(config: FinetuneConfig, ranks: Ranks) -> None:

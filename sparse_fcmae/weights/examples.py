@@ -2,6 +2,7 @@
 
 from pathlib import Path
 from shlex import quote
+from typing import Any
 
 from sparse_fcmae.model.classifier import Classifier
 from sparse_fcmae.model.convnext import SparseEncoder
@@ -22,9 +23,20 @@ def usage_example(encoder: SparseEncoder, folder: Path) -> str:
         "    from sparse_fcmae import load_encoder\n\n"
         f"    encoder = load_encoder({str(folder)!r})\n"
         f"    images = torch.randn(1, {encoder.in_chans}, {height}, {width})  # normalised as in config.json\n"
-        f"    features = encoder(images)  # [1, {encoder.num_features}, {rows}, {cols}]\n\n"
-        + ("or convert it\n\n" if commands else "")
+        f"    features = encoder(images)  # [1, {encoder.num_features}, {rows}, {cols}]\n"
+        + ("\nor convert it\n\n" if commands else "")
         + "".join(f"    {command}\n" for command in commands)
+    )
+
+
+def evaluate_and_predict(config: Any, folder: Path, out: str) -> str:
+    """The commands that measure an exported model on what a run of this config held out, and that write its answers."""
+    split = f" --val-split {config.val_split} --seed {config.seed}" if config.val_split else ""
+    init = f"--init {quote(str(folder))}"
+    masks = f" --masks {quote(config.masks)}" if config.masks else ""
+    return (
+        f"    sparse-fcmae evaluate --data {quote(str(config.data))}{masks} {init}{split}\n"
+        f"    sparse-fcmae predict --data IMAGES {init} --out {out}\n"
     )
 
 

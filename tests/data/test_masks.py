@@ -65,7 +65,11 @@ def test_a_mask_of_yes_and_no():
     ("save", "options", "message"),
     [
         (Image.fromarray(VALUES).save, {"format": "JPEG"}, "can't be a JPEG"),
-        (Image.fromarray(np.zeros((3, 4, 3), np.uint8)).save, {"format": "PNG"}, "Pillow's mode RGB"),
+        (
+            Image.fromarray(np.zeros((3, 4, 3), np.uint8)).save,
+            {"format": "PNG"},
+            "Pillow's mode RGB: save the numbers in one channel",
+        ),
         (lambda file: np.save(file, VALUES / 2), {}, "float64 values"),
         (lambda file: np.save(file, np.zeros((3, 4, 2), int)), {}, re.escape("shape [3, 4, 2]")),
         (lambda file: np.savez(file, a=VALUES, b=VALUES), {}, "holds the arrays a, b"),
@@ -103,8 +107,8 @@ def test_the_nearest_pixel_of_a_box():
 @pytest.mark.parametrize(
     ("values", "names", "message"),
     [
-        ({255}, None, "0 classes beside ignored values: two are needed at least, unless `ignore=none` takes 255"),
-        ({0, 255}, None, "1 classes beside"),
+        ({255}, None, "0 values that are not ignored: two are needed at least, unless `ignore=none` takes 255"),
+        ({0, 255}, None, "1 values that are not ignored"),
         ({-1, 0, 1}, None, "the value -1: give it to `ignore`"),
         (set(range(1002)), None, "are these numbers of objects"),
         ({0, 1, 70000}, None, "up to 70000"),

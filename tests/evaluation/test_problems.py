@@ -95,5 +95,5 @@ def test_ranks_measure_together(tmp_path, on_ranks, world):
 def test_a_wrong_label_names_its_images(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "0.png")
     images = Labelled.by_names(ImageFolder(tmp_path), ["tall"])
-    with pytest.raises(UserError, match="the label 'tall' is no number"):
+    with pytest.raises(UserError, match=r"0\.png: the label 'tall' is no number"):
         NUMBERS.targets(images, ("value",))

@@ -218,9 +218,9 @@ def survey_masks(images: MaskedImages, reading: Reading) -> Counter[int]:
         except Exception:
             continue
         if size != mask.shape[::-1]:
-            wrong.append(f"the mask of {images.name(index)}: {another_size(mask, size)}")
+            wrong.append(f"the mask of {images.name(index)} {another_size(mask, size)}")
     if wrong:
-        more = f" and {len(wrong) - NAMED} more" if len(wrong) > NAMED else ""
+        more = f"; and {len(wrong) - NAMED} more" if len(wrong) > NAMED else ""
         raise UserError(f"{images}: {'; '.join(wrong[:NAMED])}{more}: put them right, or leave these images out")
     return pixels
 
