@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -123,45 +123,14 @@ def open_masked(data: str, config: MaskConfig) -> SplitImages:
         return SplitImages(MaskedImages(rows.source, _masks_of_rows(data, config)), rows)
     check_folder(data)
     check_unused(config, ("path_column", "label_column", "split_column", "mask_column"), "goes with a table")
-    runs: list[str] = []
-    if config.masks:
-        check_folder(config.masks)
-        (images, notes), (masks, _) = (
-            images_among(paths_below(folder, without, runs=runs))
-            for folder, without in ((data, config.masks), (config.masks, None))
-        )
-        images, root, expected = list(images), Path(config.masks), _as_masks(images, config.mask_name)
-    else:
-        (found, notes), root = images_among(paths_below(data, runs=runs)), Path(data)
-        folder = next((name for name in MASK_FOLDERS if any(_within(path, (name,)) for path in found)), None)
-        images = [path for path in found if _within(path, IMAGE_FOLDERS)]
-        masks = [path for path in found if folder and _within(path, (folder,))]
-        if not images or not masks:
-            raise UserError(
-                f"{data} has no folders {IMAGE_FOLDERS[0]} and {MASK_FOLDERS[0]}: name that of the masks by `masks`"
-            )
-        moved = [
-            os.sep.join(folder if part in IMAGE_FOLDERS else part for part in path.split(os.sep)) for path in images
-        ]
-        expected = _as_masks(moved, config.mask_name)
+    images, notes, root, masks, expected = (_in_two_places if config.masks else _side_by_side)(data, config)
     if not images:
         raise UserError(f"{data}: no image files in this folder or below it")
-    masks = list(masks)
     paired = _paired(images, expected, masks, root)
     if spare := len(set(masks) - set(paired)):
         notes.append(f"left out, as they are masks of no image: {spare} files in {root}")
-    splits = [
-        next((SPLITS[part.lower()] for part in path.split(os.sep)[:-1] if part.lower() in SPLITS), "")
-        for path in images
-    ]
-    if some := next((path for path, split in zip(images, splits, strict=True) if not split), None):
-        if any(splits):
-            raise UserError(
-                f"{data}: {printable(some)} is in no split, and others are: move it into train, val or test"
-            )
-        splits = None
     sources = ImageFiles(str(data), data, images, notes), ImageFiles(str(root), root, paired)
-    return SplitImages(MaskedImages(*sources), Rows(sources[0], None, splits))
+    return SplitImages(MaskedImages(*sources), Rows(sources[0], None, _splits_of(data, images)))
 
 
 def open_masked_splits(
@@ -245,6 +214,49 @@ def _masks_of_rows(data: str, config: MaskConfig) -> ImageSource:
             if f"`path_column` {column} is none" not in str(error):
                 raise
     raise UserError(f"{data}: no column of masks, as {', '.join(MASK_COLUMNS[:3])}: name it by `mask_column`")
+
+
+class Found(NamedTuple):
+    """Paths of images below one folder and of masks below `root`, and of the masks that the images are to have."""
+
+    images: Sequence[str]
+    notes: list[str]
+    root: Path
+    masks: Sequence[str]
+    expected: Sequence[str]
+
+
+def _in_two_places(data: str, config: MaskConfig) -> Found:
+    """Images below `data`, and masks below another folder, which may lie in the former."""
+    check_folder(config.masks)
+    images, notes = images_among(paths_below(data, config.masks, runs=[]))
+    masks, _ = images_among(paths_below(config.masks, runs=[]))
+    return Found(images, notes, Path(config.masks), masks, _as_masks(images, config.mask_name))
+
+
+def _side_by_side(data: str, config: MaskConfig) -> Found:
+    """Images and masks in folders below `data` that are called so."""
+    found, notes = images_among(paths_below(data, runs=[]))
+    folder = next((name for name in MASK_FOLDERS if any(_within(path, (name,)) for path in found)), None)
+    images = [path for path in found if _within(path, IMAGE_FOLDERS)]
+    masks = [path for path in found if folder and _within(path, (folder,))]
+    if not images or not masks:
+        raise UserError(
+            f"{data} has no folders {IMAGE_FOLDERS[0]} and {MASK_FOLDERS[0]}: name that of the masks by `masks`"
+        )
+    moved = [os.sep.join(folder if part in IMAGE_FOLDERS else part for part in path.split(os.sep)) for path in images]
+    return Found(images, notes, Path(data), masks, _as_masks(moved, config.mask_name))
+
+
+def _splits_of(data: str, paths: Sequence[str]) -> list[str] | None:
+    """The split that a folder of each path names; None where none does. Raises UserError where only some do."""
+    splits = [
+        next((SPLITS[part.lower()] for part in path.split(os.sep)[:-1] if part.lower() in SPLITS), "") for path in paths
+    ]
+    if "" in splits and any(splits):
+        path = printable(paths[splits.index("")])
+        raise UserError(f"{data}: {path} is in no split, and others are: move it into train, val or test")
+    return splits if any(splits) else None
 
 
 def _within(path: str, folders: Sequence[str]) -> bool:
