@@ -57,7 +57,9 @@ class Tiles(Boxes):
     def __init__(
         self, images: ImageSource, masks: ImageSource | None, window: tuple[int, int] | None, reading: Reading
     ) -> None:
-        self.masks, self._mask, self.window = masks, None, window
+        self.masks, self.window = masks, window
+        self._mask: tuple[int, np.ndarray] | None = None  # of the image that is open, with its number
+        self._owned: tuple[int, list[Box]] | None = None  # the same of what is its tiles' own
         shown = "{}x{}".format(*window) if window else ""
         super().__init__(images, reading, f"tiles {shown}")
         if window:
@@ -71,8 +73,9 @@ class Tiles(Boxes):
 
     def open(self, index: int) -> Tile:
         window, whole = super().open(index), self.whole(index)
-        boxes = self.boxes(*window.image.size)
-        return Tile(window.image, window.box, owned(boxes, window.image.size)[self.number(index)], self._mask_of(whole))
+        if self._owned is None or self._owned[0] != whole:
+            self._owned = whole, owned(self.boxes(*window.image.size), window.image.size)
+        return Tile(window.image, window.box, self._owned[1][self.number(index)], self._mask_of(whole))
 
     def _mask_of(self, whole: int) -> np.ndarray | None:
         """An image's mask, which stays until another one is asked for."""
@@ -84,7 +87,7 @@ class Tiles(Boxes):
         return self._mask[1]
 
     def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"_mask": None}
+        return super().__getstate__() | {"_mask": None, "_owned": None}
 
 
 def owned(boxes: Sequence[Box], size: tuple[int, int]) -> list[Box]:
