@@ -3,7 +3,8 @@
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -52,28 +53,30 @@ def predict_masks(config: PredictConfig) -> Path:
         settings |= {"heads": digest_of(weights), "flips": config.flips}
         settings["classes"] = dict(zip(map(str, weights.classes.values), weights.classes.names, strict=True))
         folder, files = Masks(out, maps, settings), mask_files(images)
+        model = weights.model(config.backend).to(ranks.device)
         lock = ranks.on_main(lambda: folder.begin(files, config.overwrite))
         missing = ranks.by_main(lambda: folder.missing(files))
         if ranks.main:
-            print("\n".join([*images.notes, f"masks of {len(missing)} images go to {out}"]), flush=True)
+            there = f", where {earlier} are already" if (earlier := len(files) - len(missing)) else ""
+            print("\n".join([*images.notes, f"masks of {len(missing)} images go to {out}{there}"]), flush=True)
         mine = missing[ranks.rank :: ranks.world]
         tiles = Tiles(Some(images, mine), None, view.size if view.native else None, view.reading)
-        bad, model = list(tiles.left_out), weights.model(config.backend).to(ranks.device)
+        bad = list(tiles.left_out)
         description = "predicting" if ranks.main and len(tiles) else None
         found = segmented(tiles, range(len(tiles)), view, logits_by(model, config.flips), None, bad, description)
         written = 0
-        for index, labels in stitched(found, tiles):
-            file = files[mine[index]]
-            if maps:  # first, as an image whose mask is there is done
-                draw(images, mine[index], labels, view, weights.classes, maps / file)
-            save_mask(out / file, weights.classes.mask(labels))
-            written += 1
+        with folder.said(files, ranks.main):
+            for index, labels in stitched(found, tiles):
+                file = files[mine[index]]
+                if maps:
+                    draw(images, mine[index], labels, view, weights.classes, maps / file)
+                save_mask(out / file, weights.classes.mask(labels))
+                written += 1
         written, bad = sum(ranks.gather(written)), together(ranks.gather(bad))
         if ranks.main:
             lock.close()
             if not written and len(missing) == len(files):
                 raise UserError(f"no image of {images} is readable: {bad[0].name}: {bad[0].reason}")
-            earlier = len(files) - len(missing)
             print(f"{out}: {written} masks" + (f", and {earlier} of an earlier call" if earlier else ""))
             say_unreadable(bad, out)
     return out
@@ -142,6 +145,17 @@ class Masks:
             for file in found["files"] if ours else ():
                 (folder / file).unlink(missing_ok=True)
         write_json(folder / SETTINGS, self.settings | {"files": files})
+
+    @contextmanager
+    def said(self, files: list[str], main: bool) -> Iterator[None]:
+        """Has the main process say where an interruption leaves what was done."""
+        try:
+            yield
+        except KeyboardInterrupt:
+            if main:
+                done = len(files) - len(self.missing(files))
+                print(f"interrupted: {done} of {len(files)} masks are in {self.folders[0]}; the same command goes on")
+            raise
 
     def missing(self, files: list[str]) -> list[int]:
         """The numbers of the images that are not done."""

@@ -15,8 +15,9 @@ from sparse_fcmae.data.format import ImageFormat
 from sparse_fcmae.data.masks import IGNORED, MaskClasses
 from sparse_fcmae.data.sources.folder import ImageFolder
 from sparse_fcmae.data.sources.masked import open_masked
+from sparse_fcmae.evaluation import predict_masks
 from sparse_fcmae.evaluation.overlays import stitched
-from sparse_fcmae.evaluation.predict_masks import mask_files
+from sparse_fcmae.evaluation.predict_masks import mask_files, save_mask
 from sparse_fcmae.evaluation.run import EvaluationView
 from sparse_fcmae.evaluation.segmentation import confusion, measure_tiles, scores
 from sparse_fcmae.evaluation.tiles import Tiles, owned, segmented
@@ -181,6 +182,25 @@ def test_what_is_not_this_commands_is_left_alone(segmenter, data, tmp_path, caps
         predict(data=other, out=out, maps=tmp_path / "maps", overwrite=_ == 0, **options)
         assert "left out 1 that can't be read" in capsys.readouterr().out
         assert sorted(path.name for path in out.glob("*.png")) == ["z.png"]
+
+
+def test_an_interruption_says_how_to_go_on(segmenter, data, tmp_path, capsys, monkeypatch):
+    saved = []
+
+    def interrupted(path, mask):
+        saved.append(path)
+        if len(saved) == 2:
+            raise KeyboardInterrupt
+        save_mask(path, mask)
+
+    options = {"data": data / "images", "init": segmenter, "out": tmp_path / "masks", "num_workers": 0}
+    monkeypatch.setattr(predict_masks, "save_mask", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        predict(**options)
+    assert "interrupted: 1 of 3 masks are in" in capsys.readouterr().out
+    monkeypatch.undo()
+    predict(**options)
+    assert "masks of 2 images go to" in capsys.readouterr().out
 
 
 def test_evaluate_reports_classes(segmenter, data, tmp_path, capsys):
