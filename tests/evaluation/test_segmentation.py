@@ -33,6 +33,7 @@ SIZES = ((70, 50), (33, 64), (96, 41))  # width, height
 @pytest.fixture(scope="module")
 def segmenter(tmp_path_factory):
     folder = tmp_path_factory.mktemp("segmenter") / "exported"
+    torch.manual_seed(0)
     model = randomise(Segmenter("atto", num_classes=3, head_channels=8, image_size=32, stem_stride=1)).eval()
     export_segmenter(model, folder, CLASSES, FORM)
     return folder
@@ -153,7 +154,8 @@ def test_masks_go_on_and_flips_are_turned_back(segmenter, data, tmp_path, monkey
     ]
     for number in range(3):
         one, other = (np.asarray(Image.open(folder / f"{number}.png")) for folder in both)
-        assert (one == other[:, ::-1]).mean() > 0.99  # but for ties, and the middle that two windows share
+        # but for the column in the middle of what two windows share, which goes to one of them
+        assert (one == other[:, ::-1]).mean() > 0.95
     with pytest.raises(UserError, match="holds masks with another flips"):
         predict(out=tmp_path / "masks", maps=tmp_path / "maps", flips="both", **options)
     predict(out=tmp_path / "masks", maps=tmp_path / "maps", flips="both", overwrite=True, **options)
