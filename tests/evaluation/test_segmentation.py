@@ -17,7 +17,7 @@ from sparse_fcmae.data.sources.folder import ImageFolder
 from sparse_fcmae.data.sources.masked import open_masked
 from sparse_fcmae.evaluation import predict_masks
 from sparse_fcmae.evaluation.overlays import stitched
-from sparse_fcmae.evaluation.predict_masks import mask_files, save_mask
+from sparse_fcmae.evaluation.predict_masks import logits_by, mask_files, save_mask
 from sparse_fcmae.evaluation.run import EvaluationView
 from sparse_fcmae.evaluation.segmentation import confusion, measure_tiles, scores
 from sparse_fcmae.evaluation.tiles import Tiles, owned, segmented
@@ -282,3 +282,14 @@ def test_mistakes_are_one_line(segmenter, data, tmp_path, capsys):
     np.save(grey / "0.npy", np.zeros((40, 40, 5), np.uint8))
     with pytest.raises(UserError, match=r"no image of .* is readable: 0\.npy: has 5 channels, not 3"):
         predict(data=grey, init=segmenter, out=tmp_path / "y", num_workers=0)
+
+
+def test_flips_are_turned_back(segmenter):
+    """The mean over an image and its mirror image does not depend on which of them was given."""
+    model, images = load_segmenter(segmenter), torch.randn(2, 3, 32, 32)
+    for flips, axes in (("horizontal", (3,)), ("both", (2,)), ("both", (2, 3))):
+        logits = logits_by(model, flips)
+        with torch.no_grad():
+            one, other = logits(images), logits(images.flip(axes))
+        assert relative_error(other.flip(axes), one) < 1e-5
+        assert relative_error(other, one) > 1e-2
