@@ -14,7 +14,7 @@ from torch import nn
 
 from sparse_fcmae import UserError, finetune, load_classifier, load_encoder
 from sparse_fcmae.cli import main
-from sparse_fcmae.tasks.classification import ClassificationObjective, CrossEntropy, balanced_weights
+from sparse_fcmae.tasks.classification import ClassificationObjective, CrossEntropy, balanced_weights, said_of
 from sparse_fcmae.tasks.recipes import TOLD
 from sparse_fcmae.weights.read import read_weights
 
@@ -272,3 +272,18 @@ def test_mistakes_are_one_line(pictures, encoder, whole, tmp_path, capsys, monke
     assert "pip install kornia (the extra finetune)" in fails()
     with pytest.raises(TypeError, match="unexpected keyword argument 'dat'"):
         finetune(dat=pictures)
+
+
+@pytest.mark.parametrize(
+    ("task", "classes", "hint"),
+    [
+        ("classification", ("images", "masks"), "--task segmentation"),
+        ("classification", ("cat", "cat;dog"), "--task multilabel"),
+        ("classification", ("cat", "dog"), None),
+        ("multilabel", ("cat", "dog"), None),
+    ],
+)
+def test_the_log_names_classes_and_what_they_look_like(task, classes, hint):
+    names, *hints = said_of(task, classes)
+    assert names.endswith(": " + ", ".join(classes))
+    assert [hint in line for line in hints] == ([True] if hint else [])
