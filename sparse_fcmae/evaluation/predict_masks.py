@@ -142,8 +142,9 @@ class Masks:
             other = differing(before, self.settings)
             raise UserError(f"{folder} holds masks with another {other}: give `overwrite=True`, or choose another")
         with writing(folder):
-            for file in found["files"] if ours else ():
-                (folder / file).unlink(missing_ok=True)
+            for file in found.get("files", ()) if ours else ():
+                if (folder / file).resolve().is_relative_to(folder):
+                    (folder / file).unlink(missing_ok=True)
         write_json(folder / SETTINGS, self.settings | {"files": files})
 
     @contextmanager
@@ -163,8 +164,10 @@ class Masks:
 
 
 def mask_files(images: ImageSource) -> list[str]:
-    """The paths of images' masks below a folder: those of the images, as .png, and with their own endings where two
-    would have the same."""
+    """The paths of images' masks below a folder: those of the images, as .png.
+
+    Where two would have the same, they keep the images' endings too.
+    """
     names = [images.name(index) for index in range(len(images))]
     parts = [[UNFIT.sub("-", part) for part in name.split(os.sep) if part not in ("", ".", "..")] for name in names]
     paths = [os.path.join(*part) if part else str(number) for number, part in enumerate(parts)]

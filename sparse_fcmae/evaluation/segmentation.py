@@ -17,6 +17,8 @@ from sparse_fcmae.runtime.errors import UserError
 from sparse_fcmae.runtime.options import check_unused
 from sparse_fcmae.weights.segmenter import read_segmenter
 
+NAMED = 10  # classes that a line names
+
 
 def confusion(labels: Tensor, found: Tensor, classes: int) -> Tensor:
     """How many pixels of each class were taken for each: int64 [true, predicted]. labels, found: of the same shape.
@@ -73,8 +75,9 @@ def evaluate_segmenter(config: EvaluateConfig) -> dict[str, Any]:
     if view.reading.pages == "images":
         raise UserError("`pages=images`: pages can't be paired with masks, so save them as files")
     classes = weights.classes
-    check_values(images, view, classes)
+    notes = said_of(images, view, classes)
     tiles = Tiles(images.source, images.masks, view.size if view.native else None, view.reading)
+    print("\n".join([*dict.fromkeys([*tiles.notes, *notes])]), flush=True)
     model = weights.model(config.backend).to(view.device)
     counts, bad = measure_tiles(model, tiles, range(len(tiles)), view, classes, "evaluating")
     bad = [*tiles.left_out, *bad]
@@ -91,11 +94,21 @@ def evaluate_segmenter(config: EvaluateConfig) -> dict[str, Any]:
     }
 
 
-def check_values(images: MaskedImages, view: EvaluationView, classes: MaskClasses) -> None:
-    """Raises UserError where masks have a value that is none of the classes', or another size than their images."""
-    known = {*classes.values, *classes.ignored}
-    if unknown := sorted(set(survey_masks(images, view.reading)) - known):
+def said_of(images: MaskedImages, view: EvaluationView, classes: MaskClasses) -> list[str]:
+    """What there is to say about masks: how much is ignored, and which classes are in none, a line each.
+
+    Raises UserError where masks have a value that is none of the classes', or another size than their images.
+    """
+    pixels = survey_masks(images, view.reading)
+    if unknown := sorted(set(pixels) - {*classes.values, *classes.ignored}):
         raise UserError(
             f"{images}: masks have the value {unknown[0]}, which is none of the model's classes "
             f"({', '.join(map(str, classes.values[:10]))}{', ...' if len(classes) > 10 else ''}): put them right"
         )
+    lines = []
+    if ignored := sum(pixels[value] for value in classes.ignored):
+        lines.append(f"{100 * ignored / pixels.total():.2g} % of the pixels are ignored, as the model was trained")
+    if absent := [name for name, value in zip(classes.names, classes.values, strict=True) if not pixels[value]]:
+        more = f", and {len(absent) - NAMED} more" if len(absent) > NAMED else ""
+        lines.append(f"in no mask: {', '.join(absent[:NAMED])}{more}")
+    return lines

@@ -209,7 +209,9 @@ def test_evaluate_reports_classes(segmenter, data, tmp_path, capsys):
     found = evaluate(data=str(data), init=str(segmenter), out=str(tmp_path / "out"), num_workers=0)
     assert found["images"] == 3
     assert found["iou_by_class"].keys() == {"ground", "road", "tree"}
-    assert "mIoU" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "mIoU" in said
+    assert " % of the pixels are ignored, as the model was trained" in said
     saved = json.loads((tmp_path / "out" / "confusion.json").read_text())
     assert sum(map(sum, saved["counts"])) == sum(
         int((np.asarray(Image.open(data / "masks" / f"{n}.png")) != 255).sum()) for n in range(3)

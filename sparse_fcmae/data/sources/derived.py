@@ -29,3 +29,19 @@ class Derived(ABC):
     def version(self) -> str | None:
         """That of `source`."""
         return self.source.version()
+
+
+class Annotated(Derived):
+    """All images of `source`, with more about each of them."""
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def whole(self, index: int) -> int:
+        """The same number, as the source has these images alone."""
+        return index
+
+    @property
+    def images(self) -> int:
+        """How many images there are, of which each may be there as several windows."""
+        return getattr(self.source, "images", len(self))

@@ -3,7 +3,7 @@
 import os
 import time
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
 import numpy as np
 from PIL import Image
@@ -58,9 +58,7 @@ def _index(root: str | os.PathLike, without: str | os.PathLike | None) -> Index:
     visited: list[tuple[str, int]] = []
     runs: list[str] = []
     files, notes = images_among(paths_below(root, without, visited, runs))
-    if runs:
-        shown = ", ".join(printable(run.rstrip(os.sep)) for run in runs[:NAMED])
-        notes.append(f"left out, as they are runs: {shown}{', ...' if len(runs) > NAMED else ''}")
+    notes += note_of_runs(runs)
     folders = Paths(folder for folder, _ in visited)
     return {
         "names": files.text,
@@ -71,6 +69,14 @@ def _index(root: str | os.PathLike, without: str | os.PathLike | None) -> Index:
         "folder_ends": folders.ends,
         "times": np.array([changed for _, changed in visited], np.int64),
     }
+
+
+def note_of_runs(runs: Sequence[str]) -> list[str]:
+    """A line about the folders of runs that are left out, where there are any."""
+    if not runs:
+        return []
+    shown = ", ".join(printable(run.rstrip(os.sep)) for run in runs[:NAMED])
+    return [f"left out, as they are runs: {shown}{', ...' if len(runs) > NAMED else ''}"]
 
 
 def _unchanged(root: str | os.PathLike, index: Index) -> bool:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sparse_fcmae.data.sources import BadImage, ImageSource
-from sparse_fcmae.data.sources.derived import Derived
+from sparse_fcmae.data.sources.derived import Annotated, Derived
 from sparse_fcmae.data.sources.files import ImageFiles, fingerprint_of
 from sparse_fcmae.runtime.errors import UserError
 
@@ -51,7 +51,7 @@ class Some(Derived):
 
 
 @dataclass
-class Labelled(Derived):
+class Labelled(Annotated):
     """A source's images with a class for each.
 
     classes: the names of the classes. labels: int64 [N], for each image an index into `classes`. labels_in_names:
@@ -84,18 +84,6 @@ class Labelled(Derived):
         label_of = {name: label for label, name in enumerate(classes)}
         labels = torch.tensor([label_of[name] for name in names], dtype=torch.int64)
         return cls(source, classes, labels, labels_in_names)
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def whole(self, index: int) -> int:
-        """The same number, as the source has these images alone."""
-        return index
-
-    @property
-    def images(self) -> int:
-        """How many images there are, of which each may be there as several windows."""
-        return getattr(self.source, "images", len(self))
 
     def with_classes(self, classes: Sequence[str]) -> "Labelled":
         """The same images with their labels among these classes, of which some may have no images."""
@@ -145,10 +133,15 @@ class Rows:
         if strange := next((name for name in names if not name.isprintable()), None):
             raise UserError(f"{source}: the class {strange!r} can't be printed: save the table as UTF-8")
         labelled = Labelled.by_names(source, names)
-        if others := {} if self.strict else self._others():
-            counts = ", ".join(f"{count} of {split}" for split, count in others.items())
-            labelled.notes.append(f"left out, as these are in none of train, val and test: {counts}")
+        labelled.notes += self.notes()
         return labelled
+
+    def notes(self) -> list[str]:
+        """A line about the images that are in none of train, val and test, where these are left out."""
+        if not (others := {} if self.strict else self._others()):
+            return []
+        counts = ", ".join(f"{count} of {split}" for split, count in others.items())
+        return [f"left out, as these are in none of train, val and test: {counts}"]
 
     def _others(self) -> dict[str, int]:
         """How many images are in each split that is none of train, val and test."""

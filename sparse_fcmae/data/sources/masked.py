@@ -18,9 +18,9 @@ from sparse_fcmae.data.decoders import open_image
 from sparse_fcmae.data.decoders.image import Reading
 from sparse_fcmae.data.masks import read_mask
 from sparse_fcmae.data.sources import ImageSource
-from sparse_fcmae.data.sources.derived import Derived
+from sparse_fcmae.data.sources.derived import Annotated
 from sparse_fcmae.data.sources.files import ImageFiles, printable
-from sparse_fcmae.data.sources.folder import check_folder, images_among, paths_below
+from sparse_fcmae.data.sources.folder import check_folder, images_among, note_of_runs, paths_below
 from sparse_fcmae.data.sources.hugging_face import names_dataset
 from sparse_fcmae.data.sources.labelled import SPLITS, Rows, Some
 from sparse_fcmae.data.sources.opening import open_rows
@@ -46,7 +46,7 @@ class Pair:
     mask: Any
 
 
-class MaskedImages(Derived):
+class MaskedImages(Annotated):
     """Images of a source, and a mask for each. source, masks: as many of both, in the same order."""
 
     def __init__(self, source: ImageSource, masks: ImageSource) -> None:
@@ -55,18 +55,6 @@ class MaskedImages(Derived):
     @cached_property
     def fingerprint(self) -> str:
         return sha256(f"{self.source.fingerprint} {self.masks.fingerprint}".encode()).hexdigest()
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def whole(self, index: int) -> int:
-        """The same number, as the source has these images alone."""
-        return index
-
-    @property
-    def images(self) -> int:
-        """How many images there are, of which each may be there as several windows."""
-        return getattr(self.source, "images", len(self))
 
     @contextmanager
     def open(self, index: int) -> Iterator[Pair]:
@@ -120,7 +108,9 @@ def open_masked(data: str, config: MaskConfig) -> SplitImages:
             )
         if config.mask_name:
             raise UserError(f"`mask_name` goes with folders: {data} names the masks itself")
-        return SplitImages(MaskedImages(rows.source, _masks_of_rows(data, config)), rows)
+        images = MaskedImages(rows.source, _masks_of_rows(data, config))
+        images.source.notes = [*images.notes, *rows.notes()]
+        return SplitImages(images, rows)
     check_folder(data)
     check_unused(config, ("path_column", "label_column", "split_column", "mask_column"), "goes with a table")
     images, notes, root, masks, expected = (_in_two_places if config.masks else _side_by_side)(data, config)
@@ -229,14 +219,17 @@ class Found(NamedTuple):
 def _in_two_places(data: str, config: MaskConfig) -> Found:
     """Images below `data`, and masks below another folder, which may lie in the former."""
     check_folder(config.masks)
-    images, notes = images_among(paths_below(data, config.masks, runs=[]))
-    masks, _ = images_among(paths_below(config.masks, runs=[]))
-    return Found(images, notes, Path(config.masks), masks, _as_masks(images, config.mask_name))
+    runs: list[str] = []
+    images, notes = images_among(paths_below(data, config.masks, runs=runs))
+    masks, _ = images_among(paths_below(config.masks))
+    return Found(images, notes + note_of_runs(runs), Path(config.masks), masks, _as_masks(images, config.mask_name))
 
 
 def _side_by_side(data: str, config: MaskConfig) -> Found:
     """Images and masks in folders below `data` that are called so."""
-    found, notes = images_among(paths_below(data, runs=[]))
+    runs: list[str] = []
+    found, notes = images_among(paths_below(data, runs=runs))
+    notes += note_of_runs(runs)
     folder = next((name for name in MASK_FOLDERS if any(_within(path, (name,)) for path in found)), None)
     images = [path for path in found if _within(path, IMAGE_FOLDERS)]
     masks = [path for path in found if folder and _within(path, (folder,))]
@@ -244,6 +237,8 @@ def _side_by_side(data: str, config: MaskConfig) -> Found:
         raise UserError(
             f"{data} has no folders {IMAGE_FOLDERS[0]} and {MASK_FOLDERS[0]}: name that of the masks by `masks`"
         )
+    if others := len(found) - len(images) - len(masks):
+        notes.append(f"left out, as they are in no folder of images or of masks: {others} files in {data}")
     moved = [os.sep.join(folder if part in IMAGE_FOLDERS else part for part in path.split(os.sep)) for path in images]
     return Found(images, notes, Path(data), masks, _as_masks(moved, config.mask_name))
 
@@ -274,7 +269,7 @@ def _as_masks(images: Sequence[str], mask_name: str | None) -> list[str]:
         raise UserError(
             f"`mask_name` {mask_name}: give what images' names have and what masks' have there, as _rgb=_mask"
         )
-    return [stem.replace(of_image, of_mask) for stem in stems]
+    return [os.path.join(folder, name.replace(of_image, of_mask)) for folder, name in map(os.path.split, stems)]
 
 
 def _paired(images: Sequence[str], expected: Sequence[str], masks: Sequence[str], root: Path) -> list[str]:

@@ -98,6 +98,13 @@ def test_data_sets_of_hugging_face(tmp_path):
         "annotation": [str(tmp_path / f"y{v}.png") for v in range(4)],
         "split": ["train", "train", "train", "validation"],
     }
+    parts = {
+        name: datasets.Dataset.from_dict({k: v[:1] for k, v in columns.items() if k != "split"})
+        for name in ("train", "extra")
+    }
+    datasets.DatasetDict(parts).save_to_disk(tmp_path / "others")
+    found = open_masked(str(tmp_path / "others"), MaskConfig()).part("train")
+    assert "left out, as these are in none of train, val and test: 1 of extra" in found.source.notes
     data = datasets.Dataset.from_dict(columns)
     data = data.cast_column("image", datasets.Image()).cast_column("annotation", datasets.Image())
     data.save_to_disk(tmp_path / "saved")
@@ -125,9 +132,21 @@ def test_masks_below_the_images_and_spare_ones(tmp_path):
     for value in range(3):
         pair(tmp_path / f"{value}.png", tmp_path / f"truth/{value}.png", value)
     Image.new("L", (8, 6)).save(tmp_path / "truth" / "spare.png")
+    (tmp_path / "runs/a/checkpoints").mkdir(parents=True)
+    (tmp_path / "runs/a/config.json").write_text('{"format": "sparse-fcmae fine-tuning run"}')
+    Image.new("L", (8, 6)).save(tmp_path / "runs/a/loss.png")
     images = open_masked(str(tmp_path), MaskConfig(masks=str(tmp_path / "truth"))).images
+    assert "left out, as they are runs: runs/a" in images.notes
     check(images, [0, 1, 2])
     assert any("masks of no image: 1 files" in note for note in images.notes)
+
+
+def test_names_of_masks_and_images_beside_the_folders(tmp_path):
+    pair(tmp_path / "rgb/images/1_rgb.png", tmp_path / "rgb/masks/1_label.png", 4)
+    Image.new("L", (8, 6)).save(tmp_path / "overview.png")
+    images = open_masked(str(tmp_path), MaskConfig(mask_name="rgb=label")).images
+    check(images, [4])
+    assert any("in no folder of images or of masks: 1 files" in note for note in images.notes)
 
 
 def test_mistakes_are_named(tmp_path):
