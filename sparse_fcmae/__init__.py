@@ -19,6 +19,7 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time see __getattr__
     from sparse_fcmae.weights.convert import convert as convert
     from sparse_fcmae.weights.read import load_classifier as load_classifier
     from sparse_fcmae.weights.read import load_encoder as load_encoder
+    from sparse_fcmae.weights.read import load_fcmae as load_fcmae
     from sparse_fcmae.weights.read import load_transform as load_transform
     from sparse_fcmae.weights.segmenter import load_segmenter as load_segmenter
 
@@ -39,6 +40,7 @@ PUBLIC = {  # name: the module that it is imported from when it is first used
     "load_segmenter": "weights.segmenter",
     "load_transform": "weights.read",
     "load_encoder": "weights.read",
+    "load_fcmae": "weights.read",
     "predict": "evaluation.predict",
     "pretrain": "tasks.pretraining",
     "random_mask": "model.masking",

@@ -26,6 +26,7 @@ assert_type(classifier, Classifier)
 names: tuple[str, ...] | None = classifier.classes
 
 assert_type(sf.load_segmenter("runs/masks"), Segmenter)
+assert_type(sf.load_fcmae("runs/first"), FCMAE)
 assert_type(sf.load_transform("runs/first"), Transform)
 assert_type(sf.create_encoder("atto", image_size=(64, 96), in_chans=13), SparseEncoder)
 assert_type(sf.create_classifier("tiny", num_classes=10), Classifier)

@@ -46,8 +46,17 @@ def load_classifier(path: str | Path, *, backend: str = "auto") -> Classifier:
     return _read_and_say(path).classifier(backend)
 
 
-def _read_and_say(path: str | Path) -> Weights:
-    weights = read_weights(path)
+def load_fcmae(path: str | Path, *, backend: str = "auto") -> FCMAE:
+    """The model of a pretraining run, with its decoder, in evaluation mode, as `forward` and `errors` need it.
+
+    path: a run of `pretrain`, one of its checkpoints, or a checkpoint of the official pretraining code. Raises
+    UserError where it has no decoder.
+    """
+    return _read_and_say(path, whole=True).fcmae(backend)
+
+
+def _read_and_say(path: str | Path, whole: bool = False) -> Weights:
+    weights = read_weights(path, whole=whole)
     for note in weights.notes:
         say_once(f"{path}: {note}")
     return weights

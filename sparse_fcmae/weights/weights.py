@@ -17,9 +17,11 @@ from sparse_fcmae.data.views import CentreView, default_crop_fraction
 from sparse_fcmae.kernels.constants import SIDES
 from sparse_fcmae.model.classifier import Classifier
 from sparse_fcmae.model.convnext import SparseEncoder
+from sparse_fcmae.model.fcmae import FCMAE
 from sparse_fcmae.runtime.errors import UserError
 
 DECODER = re.compile(r"(proj|mask_token|decoder|pred)\b")  # how the names of the decoder begin
+OBJECTIVE = ("mask_ratio", "mask_patch_size", "mask_grid", "norm_pix_loss", "sparse")  # of an FCMAE, in a run's config
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,22 @@ class Weights:
         model = Classifier(**self.architecture, num_classes=self.num_classes, backend=backend, drop_path=drop_path)
         model.load_state_dict(self.without("decoder"))
         model.classes, model.transform = self.classes, self.transform()
+        return model.eval()
+
+    def fcmae(self, backend: str = "auto") -> FCMAE:
+        """The model of pretraining, in evaluation mode. What no config says is as `FCMAE` has it.
+
+        Raises UserError where there is no decoder.
+        """
+        if not self.has_decoder:
+            raise UserError("these weights have no decoder: name a run of `pretrain`, or one of its checkpoints")
+        said = {name: self.config[name] for name in OBJECTIVE if name in (self.config or {})}
+        depth = len({key.split(".")[1] for key in self.state if key.startswith("decoder.")})
+        size = {"decoder_dim": self.state["mask_token"].numel(), "decoder_depth": depth}
+        model = FCMAE(**self.architecture, **said, **size, backend=backend)
+        own = self.without("norm", "head")
+        model.load_state_dict({key if DECODER.match(key) else f"encoder.{key}": own[key] for key in own})
+        model.encoder.transform = self.transform()
         return model.eval()
 
     def transform(self, crop_fraction: float | None = None) -> Transform:

@@ -7,7 +7,7 @@ import torch
 from helpers import randomise, relative_error
 from safetensors.torch import load_file, save_file
 
-from sparse_fcmae import UserError, convert, create_fcmae, load_classifier, load_encoder, pretrain
+from sparse_fcmae import UserError, convert, create_fcmae, load_classifier, load_encoder, load_fcmae, pretrain
 from sparse_fcmae.weights.adapters import ADAPTERS
 from sparse_fcmae.weights.huggingface import HuggingFace
 from sparse_fcmae.weights.mmpretrain import MMPretrain
@@ -79,6 +79,37 @@ def test_a_runs_folder_gives_its_decoder_to_fcmae(tmp_path, pictures):
     assert read_weights(checkpoint).architecture["image_size"] == (32, 32)
     with pytest.raises(UserError, match="would be replaced by its own conversion"):
         convert(tmp_path / "run", tmp_path / "run" / "exported", to="timm", overwrite=True)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"mask_ratio": 0.25, "decoder_dim": 24, "decoder_depth": 2, "norm_pix_loss": False, "grn_scope": "batch"},
+        {"mask_grid": 2, "sparse": False, "grn": False, "layer_scale": True, "stem_stride": 2},
+    ],
+)
+def test_the_model_of_a_run_comes_back_whole(tmp_path, pictures, options):
+    pretrain(data=str(pictures), out=str(tmp_path / "run"), image_size=64, batch_size=4, epochs=1, **options)
+    model = load_fcmae(tmp_path / "run")
+    assert not model.training
+    for name, value in options.items():
+        own = {"decoder_dim": model.pred.in_channels, "decoder_depth": len(model.decoder)}
+        assert own.get(name, getattr(model, name, getattr(model.encoder, name, None))) == value
+    (checkpoint,) = (tmp_path / "run" / "checkpoints").glob("step-*")
+    assert all(torch.equal(v, model.state_dict()[k]) for k, v in load_file(checkpoint / "model.safetensors").items())
+    assert model.encoder.preprocess(next(pictures.rglob("*.png"))).shape == (1, 3, 64, 64)
+    with pytest.raises(UserError, match="no decoder: name a run of `pretrain`"):
+        load_fcmae(tmp_path / "run" / "exported")
+
+
+def test_the_official_pretraining_checkpoint_is_a_whole_model(tmp_path):
+    model = randomise(create_fcmae("atto", image_size=64)).eval()
+    torch.save({"model": model.state_dict()}, tmp_path / "checkpoint-799.pth")
+    images, again = torch.randn(2, 3, 64, 64), load_fcmae(tmp_path / "checkpoint-799.pth")
+    mask = torch.tensor([[[True, False], [False, True]]]).expand(2, 2, 2)
+    with torch.no_grad():
+        for one, other in zip(model(images, mask), again(images, mask), strict=True):
+            assert torch.equal(one, other)
 
 
 def test_files_that_hold_no_weights_are_named(tmp_path, export_encoder):
