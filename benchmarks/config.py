@@ -117,6 +117,29 @@ class PretrainingConfig(OutputConfig, DeviceConfig, MaskedStepConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class AblationsConfig(OutputConfig):
+    """Options of `sparse-fcmae bench ablations`; `variants`, `seeds` and `labels` are lists with commas."""
+
+    data: str = option("", help="folder with train, and val or test, each of class folders", path=True)
+    out: str = option("runs/ablations", help="folder for the runs; goes on there", path=True)
+    variants: str = option(
+        "base,no-grn,v1-block,dense,mask-0.3,mask-0.9,decoder-3,random",
+        help="what to pretrain; of these, and mask-0.75",
+    )
+    seeds: str = option("0,1,2", help="of weights, order, crops, masks, and of the labels that are drawn")
+    labels: str | None = option(None, help="labels a class to fine-tune on, as 1,10,100 [no fine-tuning]")
+    model: str = option("atto", help="atto, femto, pico, nano, tiny, base, large or huge")
+    image_size: str = option("224", help="pixels, as 224 or, height first, 224x320")
+    stem_stride: int = option(4, help="the patch is 8 times that, so 2 or 1 suit small images", choices=(4, 2, 1))
+    batch_size: int = option(128, help="images a step of pretraining", above=0, at_most=MOST)
+    epochs: int = option(16, help="of pretraining", above=0)
+    lr: float = option(1e-3, help="peak learning rate of pretraining", above=0)
+    device: str = option("auto", help="auto, cpu, cuda, cuda:1, ...")
+    dtype: str = option("auto", help="auto is bf16 where the device has it", choices=("auto", "bf16", "fp32"))
+    png: str | None = option(None, help="draw what was learnt into this file", path=True)
+
+
+@dataclass(frozen=True, kw_only=True)
 class CompareConfig(OutputConfig, DeviceConfig, StepConfig):
     """Options of `sparse-fcmae bench compare`."""
 

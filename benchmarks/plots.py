@@ -172,6 +172,43 @@ def draw_scaling(rows: list[Row]) -> "Figure | None":
     return figure
 
 
+def draw_ablations(rows: list[Row]) -> "Figure | None":
+    """Nearest neighbours over the epochs, the mean over the seeds; and what each seed's run has learnt in the end."""
+    from matplotlib.figure import Figure
+
+    if not rows:
+        return None
+    variants = list(dict.fromkeys(row["variant"] for row in rows))
+    labels = sorted({row["labels"] for row in rows if row.get("labels")})
+    measures = [("k-NN, all labels", "knn", None), ("linear probe, all labels", "linear", None)]
+    measures += [(f"fine-tuned, {count} labels a class", "tuned", count) for count in labels]
+    figure = Figure(figsize=(4 + 2.6 * len(measures), 3.6), layout="constrained")
+    curves, *panels = figure.subplots(1, 1 + len(measures), width_ratios=[1.5] + [1] * len(measures))
+    for variant, colour in colours_of(variants).items():
+        own = [row for row in rows if row["variant"] == variant]
+        if len(own[0]["curve"]) > 2:  # before and after is no curve
+            epochs = [epoch for epoch, _ in own[0]["curve"]]
+            points = zip(*([top1 for _, top1 in row["curve"]] for row in own), strict=True)
+            means = [100 * sum(point) / len(point) for point in points]
+            curves.plot(epochs, means, marker=".", label=variant, color=colour)
+        for axes, (_, measure, count) in zip(panels, measures, strict=True):
+            found = {row["seed"]: row[measure] for row in own if count in (None, row.get("labels"))}
+            place = -variants.index(variant)
+            axes.plot([100 * value for value in found.values()], [place] * len(found), "o", color=colour, alpha=0.6)
+            if found:
+                axes.plot([100 * sum(found.values()) / len(found)], [place], "|", color="black", markersize=14)
+    curves.set(xlabel="epoch", ylabel="k-NN, top-1 %")
+    curves.legend(fontsize=7, frameon=False)
+    for axes, (title, _, _) in zip(panels, measures, strict=True):
+        axes.set_title(title, fontsize=9)
+        axes.set_xlabel("top-1 %")
+        axes.set_yticks([-i for i in range(len(variants))], variants if axes is panels[0] else [""] * len(variants))
+        axes.grid(axis="x", alpha=0.3)
+    for axes in (curves, *panels):
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
 def save_png(figure: "Figure", path: Path) -> None:
     """Writes a PNG, atomically."""
     write_atomic(path, lambda p: figure.savefig(p, format="png", dpi=120))

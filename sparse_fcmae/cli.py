@@ -106,6 +106,11 @@ COMMANDS = {
         "benchmarks.config:PretrainingConfig",
         "benchmarks.pretraining:pretraining",
     ),
+    "bench ablations": Command(
+        "what pretraining is worth without GRN, with other masks, with a dense encoder",
+        "benchmarks.config:AblationsConfig",
+        "benchmarks.ablations:ablations",
+    ),
     "bench gpu": Command(
         "all there is to measure on a GPU, in parts, some minutes at a time",
         "benchmarks.config:GpuConfig",
