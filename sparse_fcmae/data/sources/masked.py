@@ -24,7 +24,7 @@ from sparse_fcmae.data.sources.folder import check_folder, images_among, note_of
 from sparse_fcmae.data.sources.hugging_face import names_dataset
 from sparse_fcmae.data.sources.labelled import SPLITS, Rows, Some
 from sparse_fcmae.data.sources.opening import open_rows
-from sparse_fcmae.data.sources.shards import names_shards
+from sparse_fcmae.data.sources.shards import TarShards
 from sparse_fcmae.data.sources.table import names_table, read_table
 from sparse_fcmae.runtime.errors import UserError
 from sparse_fcmae.runtime.files import one_line
@@ -34,6 +34,7 @@ from sparse_fcmae.runtime.streams import Stream, numpy_generator
 IMAGE_FOLDERS = ("images", "image", "imgs", "img")  # what the folders are called, where both are below one
 MASK_FOLDERS = ("masks", "mask", "annotations", "labels", "gt")
 MASK_COLUMNS = ("mask", "mask_path", "annotation", "segmentation_mask", "segmentation", "label_map")
+MASK_PARTS = ("mask", "seg", "segmentation", "annotation", "label")  # of a mask's name in an archive, as 7.mask.png
 HELD_OUT = ("val", "test")
 NAMED = 3  # images that a message names
 
@@ -92,22 +93,23 @@ class SplitImages:
 def open_masked(data: str, config: MaskConfig) -> SplitImages:
     """All images that `data` names, with their masks.
 
-    data: a table or data set with a column of masks, or a folder. Of a folder `masks` names that of the masks, where
-    each has the path of its image, but for the ending and what `mask_name` says. Without `masks` both are below `data`,
-    in folders of such names as IMAGE_FOLDERS and MASK_FOLDERS. Masks without an image are left out, and counted in the
-    notes. Folders of runs are left out. Raises UserError for an image without a mask.
+    data: a table or data set with a column of masks, archives with both, or a folder. Of a folder `masks` names that of
+    the masks, where each has the path of its image, but for the ending and what `mask_name` says. Without `masks` both
+    are below `data`, in folders of such names as IMAGE_FOLDERS and MASK_FOLDERS. Masks without an image are left out,
+    and counted in the notes. Folders of runs are left out. Raises UserError for an image without a mask.
     """
     if config.channel_files:
         raise UserError("`channel_files` can't be paired with masks: name the files of both in a table")
     if rows := open_rows(data, config):
         if config.masks:
             raise UserError(f"`masks` goes with a folder of images: in {data} name the column by `mask_column`")
-        if names_shards(data) or not (names_table(data) or names_dataset(data)):
-            raise UserError(
-                f"{data}: masks in archives and behind addresses can't be read: name the files of both in a table"
-            )
         if config.mask_name:
             raise UserError(f"`mask_name` goes with folders: {data} names the masks itself")
+        if isinstance(rows.source, TarShards):
+            check_unused(config, ("mask_column",), "goes with a table")
+            return _in_archives(rows.source, rows)
+        if not (names_table(data) or names_dataset(data)):
+            raise UserError(f"{data}: a folder behind an address can't be paired: name the files of both in a table")
         images = MaskedImages(rows.source, _masks_of_rows(data, config))
         images.source.notes = [*images.notes, *rows.notes()]
         return SplitImages(images, rows)
@@ -188,6 +190,34 @@ def another_size(mask: np.ndarray, size: tuple[int, int]) -> str:
     """Words for a mask that has not its image's (width, height)."""
     turned = ", which may be turned by its EXIF: a mask has to be upright" if mask.shape == size else ""
     return f"has {mask.shape[0]}x{mask.shape[1]} pixels, and its image {size[1]}x{size[0]}{turned}"
+
+
+def _in_archives(shards: TarShards, rows: Rows) -> SplitImages:
+    """The images of archives with their masks: that of 7.jpg is 7.mask.png, or 7.seg.png."""
+    images: dict[tuple[int, str], int] = {}
+    masks: dict[tuple[int, str], int] = {}
+    for index in range(len(shards)):
+        archive, key, parts = shards.sample(index)
+        kind = masks if set(parts) & set(MASK_PARTS) else images
+        if (other := kind.setdefault((archive, key), index)) != index:
+            what = "masks of one image" if kind is masks else "images of one sample"
+            raise UserError(f"{shards.name(other)} and {shards.name(index)} are {what}: keep one")
+    without = [shards.name(index) for sample, index in images.items() if sample not in masks]
+    if without or not images:
+        raise UserError(
+            f"{shards}: {len(without)} of {len(images)} images have no mask{_such_as(without)}: the mask of 7.jpg is "
+            "called 7.mask.png"
+        )
+    pairs = MaskedImages(Some(shards, list(images.values())), Some(shards, [masks[sample] for sample in images]))
+    if spare := len(masks) - len(images):
+        pairs.notes.append(f"left out, as they are masks of no image: {spare} files in {shards}")
+    splits = rows.splits and [rows.splits[index] for index in images.values()]
+    return SplitImages(pairs, Rows(pairs.source, None, splits))
+
+
+def _such_as(names: Sequence[str]) -> str:
+    """Words that name the first few of names."""
+    return f", such as {', '.join(names[:NAMED])}{', ...' if len(names) > NAMED else ''}" if names else ""
 
 
 def _masks_of_rows(data: str, config: MaskConfig) -> ImageSource:
@@ -284,9 +314,8 @@ def _paired(images: Sequence[str], expected: Sequence[str], masks: Sequence[str]
         by_stem[stem] = mask
     without = [path for path, stem in zip(images, expected, strict=True) if stem not in by_stem]
     if without:
-        shown = ", ".join(map(printable, without[:NAMED])) + (", ..." if len(without) > NAMED else "")
         raise UserError(
-            f"{len(without)} of {len(images)} images have no mask in {root}, such as {shown}: leave them out, or say "
-            "by `mask_name` how masks are named"
+            f"{len(without)} of {len(images)} images have no mask in {root}{_such_as([*map(printable, without)])}: "
+            "leave them out, or say by `mask_name` how masks are named"
         )
     return [by_stem[stem] for stem in expected]

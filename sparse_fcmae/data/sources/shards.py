@@ -87,6 +87,14 @@ class TarShards:
         """The archive and the image's path in it."""
         return printable(f"{os.path.basename(self.shards[self.shard[index]])}/{self.names[index]}")
 
+    def sample(self, index: int) -> tuple[int, str, list[str]]:
+        """The number of an image's archive, its path up to the first dot of its name, and the words behind that.
+
+        Files of one sample have the first two in common. Of 7.mask.png the path is "7", and the words are mask and png.
+        """
+        name = str(self.names[index])
+        return int(self.shard[index]), _key(name), os.path.basename(name).lower().split(".")[1:]
+
     def version(self) -> str | None:
         """Where the archives are, their sizes and versions; None where a server does not tell these."""
         known = all(version for _, version in self.versions)

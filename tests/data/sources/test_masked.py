@@ -1,6 +1,9 @@
 """Images and masks in the layouts that people have them in."""
 
 import csv
+import os
+import shutil
+import tarfile
 
 import numpy as np
 import pytest
@@ -111,6 +114,39 @@ def test_data_sets_of_hugging_face(tmp_path):
     train, val = open_masked_splits(str(tmp_path / "saved"), MaskConfig(), None, 0)
     check(train, [0, 1, 2])
     check(val, [3])
+
+
+def test_archives(tmp_path):
+    for number, (split, names) in enumerate({"train": ("a", "b.rgb"), "val": ("a",)}.items()):
+        with tarfile.open(tmp_path / f"{split}-000.tar", "w") as archive:
+            for value, name in enumerate(names, 10 * number):
+                key = name.split(".")[0]
+                pair(tmp_path / "image.png", tmp_path / "mask.png", value)
+                archive.add(tmp_path / "mask.png", f"sub/{key}.Seg.png")  # before its image, whose order counts
+                archive.add(tmp_path / "image.png", f"sub/{name}.png")
+    with tarfile.open(tmp_path / "train-000.tar", "a") as archive:
+        archive.add(tmp_path / "mask.png", "c.mask.png")
+    data = str(tmp_path / "{train,val}-000.tar")
+    train, val = open_masked_splits(data, MaskConfig(), None, 0)
+    check(train, [0, 1])
+    check(val, [10])
+    assert any("masks of no image: 1 files" in note for note in open_masked(data, MaskConfig()).images.notes)
+    with pytest.raises(UserError, match="`mask_name` goes with folders"):
+        open_masked(data, MaskConfig(mask_name="rgb=label"))
+    with pytest.raises(UserError, match="`mask_column` goes with a table"):
+        open_masked(data, MaskConfig(mask_column="mask"))
+    for name, message in (
+        ("d.png", r"1 of 3 images have no mask, such as train-000.tar/d.png: the mask of 7.jpg is called 7.mask.png"),
+        ("c.seg.png", "train-000.tar/c.mask.png and train-000.tar/c.seg.png are masks of one image"),
+        ("sub/a.bmp", "train-000.tar/sub/a.png and train-000.tar/sub/a.bmp are images of one sample"),
+    ):
+        more = tmp_path / f"with {os.path.basename(name)}" / "train-000.tar"
+        more.parent.mkdir()
+        shutil.copy(tmp_path / "train-000.tar", more)
+        with tarfile.open(more, "a") as archive:
+            archive.add(tmp_path / "image.png", name)
+        with pytest.raises(UserError, match=message):
+            open_masked(str(more), MaskConfig())
 
 
 def test_a_random_part_is_held_out(tmp_path):
