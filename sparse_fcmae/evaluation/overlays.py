@@ -75,7 +75,8 @@ def draw_overlays(model: Segmenter, tiles: Tiles, view: EvaluationView, classes:
         columns["image"].append(_square(picture))
         names.append(tiles.source.name(index))
     if names:
-        save_picture(sheet({name: np.stack(tiles) for name, tiles in columns.items()}, names), path)
+        legend = dict(zip(classes.names, colours, strict=True))
+        save_picture(sheet({name: np.stack(tiles) for name, tiles in columns.items()}, names, legend), path)
 
 
 def _square(picture: np.ndarray) -> np.ndarray:

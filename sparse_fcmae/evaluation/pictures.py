@@ -1,6 +1,6 @@
 """Images as people look at them: sheets of small pictures, and histograms of values."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +13,7 @@ from sparse_fcmae.runtime.files import write_atomic
 
 SHOWN = (0.01, 0.99)  # quantiles of a channel that are shown as black and as white
 GAP, LABEL_HEIGHT, LEAST_WIDTH = 4, 14, 96  # pixels of a sheet
+EMPTY: Mapping[str, np.ndarray] = {}
 BINS, PANELS = 100, 16  # of a histogram, and channels that have one
 
 
@@ -34,10 +35,13 @@ def rgb(images: Tensor) -> np.ndarray:
     return (255 * colour.clamp(0, 1)).round().byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
-def sheet(columns: dict[str, np.ndarray], rows: Sequence[str] = ()) -> Image.Image:
+def sheet(
+    columns: dict[str, np.ndarray], rows: Sequence[str] = (), legend: Mapping[str, np.ndarray] = EMPTY
+) -> Image.Image:
     """Columns of pictures [N, H, W, 3] under their names, enlarged to a width of at least LEAST_WIDTH.
 
-    rows: the names of the N rows, which are written above them, where there are any.
+    rows: the names of the N rows, which are written above them, where there are any. legend: colours by what they
+    mean, float [3] between 0 and 1, which are shown at the bottom.
     """
     count, height, width, _ = next(iter(columns.values())).shape
     scale = max(1, -(-LEAST_WIDTH // width))
@@ -54,7 +58,26 @@ def sheet(columns: dict[str, np.ndarray], rows: Sequence[str] = ()) -> Image.Ima
             picture.paste(enlarged, (left, LABEL_HEIGHT + row * each + each - height))
     for row, name in enumerate(rows):
         draw.text((GAP, LABEL_HEIGHT + row * each + 2), _fitting(draw, name, size[0] - 2 * GAP), fill="black")
-    return picture
+    return _with_legend(picture, legend) if legend else picture
+
+
+def _with_legend(picture: Image.Image, legend: Mapping[str, np.ndarray]) -> Image.Image:
+    """A picture with squares of colours and their names below it, in as many lines as they need."""
+    measure, places, left, line = ImageDraw.Draw(picture), [], GAP, 0
+    for name in legend:
+        text = _fitting(measure, name, picture.width - LABEL_HEIGHT - 2 * GAP)
+        width = LABEL_HEIGHT + 2 * GAP + round(measure.textlength(text))
+        if left > GAP and left + width > picture.width:
+            left, line = GAP, line + 1
+        places.append((left, picture.height + line * LABEL_HEIGHT, text))
+        left += width + GAP
+    larger = Image.new("RGB", (picture.width, picture.height + (line + 1) * LABEL_HEIGHT + GAP), "white")
+    larger.paste(picture)
+    draw = ImageDraw.Draw(larger)
+    for (x, y, text), colour in zip(places, legend.values(), strict=True):
+        draw.rectangle((x, y + 2, x + LABEL_HEIGHT - 4, y + LABEL_HEIGHT - 2), tuple((255 * colour).astype(int)))
+        draw.text((x + LABEL_HEIGHT, y + 1), text, fill="black")
+    return larger
 
 
 def _fitting(draw: ImageDraw.ImageDraw, text: str, width: int) -> str:
