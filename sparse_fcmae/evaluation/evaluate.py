@@ -152,6 +152,7 @@ def judge(config: EvaluateConfig, weights: Weights, view: EvaluationView) -> dic
         "images": len(index),
         "unreadable": [image.name for image in bad],
         **{name: found[name] for name in problem.measures if name != "loss"},
+        **problem.by_output(values, targets[index], outputs),
     }
 
 
@@ -256,9 +257,6 @@ def report(found: dict[str, Any]) -> str:
     for name, shown in (("mae", "mean absolute error"), ("rmse", "root of the mean squared error"), ("r2", "R2")):
         if name in found:
             lines.append(f"{shown} {found[name]:.6g}")
-    if "iou_by_class" in found:
-        worst = sorted(found["iou_by_class"].items(), key=lambda item: item[1])[:20]
-        lines.append("IoU by class, the worst first: " + ", ".join(f"{name} {100 * iou:.1f} %" for name, iou in worst))
     for name in ("top1", "top5", "knn_top1", "linear_probe_top1"):
         if name in found:
             lines.append(f"{name.replace('_', ' ').replace('top', 'top-')} {100 * found[name]:.2f} %")
@@ -266,9 +264,14 @@ def report(found: dict[str, Any]) -> str:
         lines.append(f"balanced accuracy {100 * found['balanced_accuracy']:.2f} %, the mean over classes")
     if found.get("among", 0) < found.get("outputs", 0):
         lines.append(f"among the {found['among']} of {found['outputs']} classes that the folder has")
-    if "by_class" in found:
-        worst = sorted(found["by_class"].items(), key=lambda item: item[1])[:20]
-        lines.append("by class, the worst first: " + ", ".join(f"{name} {100 * top1:.1f} %" for name, top1 in worst))
+    for name, what in (
+        ("by_class", "by class"),
+        ("iou_by_class", "IoU by class"),
+        ("average_precision_by_label", "average precision by label"),
+    ):
+        if name in found:
+            worst = sorted(found[name].items(), key=lambda item: item[1])[:20]
+            lines.append(f"{what}, the worst first: " + ", ".join(f"{of} {100 * value:.1f} %" for of, value in worst))
     for name, errors in found.get("errors", {}).items():
         lines.append(f"{name:20} error " + "  ".join(f"{100 * error:5.1f}" for error in errors.values()) + " %")
     if "mean_error" in found:

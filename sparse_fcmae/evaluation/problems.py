@@ -41,6 +41,10 @@ class Problem(ABC):
     def scores(self, logits: Tensor, targets: Tensor) -> dict[str, float]:
         """What is measured of logits and targets, float [N, K] both."""
 
+    def by_output(self, logits: Tensor, targets: Tensor, outputs: Sequence[str]) -> dict[str, dict[str, float]]:
+        """What is measured of each output by itself, by its name; nothing where there is but one."""
+        return {}
+
     def targets(self, images: Labelled, outputs: tuple[str, ...]) -> Tensor:
         """The target of each image: float32 [N, K]."""
         each = []
@@ -78,14 +82,22 @@ class SeveralLabels(Problem):
         For F1 an image has the labels whose probability is more than one half.
         """
         true, found = targets > 0.5, logits > 0
-        there = true.any(0).nonzero()[:, 0].tolist()
-        precisions = [average_precision(logits[:, label], true[:, label]) for label in there]
+        precisions = self._average_precisions(logits, true).values()
         both = 2 * (true & found).sum().item()
         return {
             "mean_average_precision": sum(precisions) / max(1, len(precisions)),
             "f1": both / max(1, true.sum().item() + found.sum().item()),
             "loss": self.loss(logits.double(), targets.double()).item(),
         }
+
+    def by_output(self, logits: Tensor, targets: Tensor, outputs: Sequence[str]) -> dict[str, dict[str, float]]:
+        precisions = self._average_precisions(logits, targets > 0.5)
+        return {"average_precision_by_label": {outputs[label]: value for label, value in precisions.items()}}
+
+    def _average_precisions(self, logits: Tensor, true: Tensor) -> dict[int, float]:
+        """Of each label that an image has, by its number."""
+        there = true.any(0).nonzero()[:, 0].tolist()
+        return {label: average_precision(logits[:, label], true[:, label]) for label in there}
 
 
 class Numbers(Problem):

@@ -48,6 +48,11 @@ def test_several_labels():
     assert found["f1"] == pytest.approx(2 * (true & said).sum().item() / (true.sum() + said.sum()).item())
     expected = [by_thresholds(logits[:, label], true[:, label]) for label in range(3)]
     assert found["mean_average_precision"] == pytest.approx(sum(expected) / 3)
+    by_label = SEVERAL.by_output(logits, targets, outputs)["average_precision_by_label"]
+    assert list(by_label) == ["cat", "dog", "newt"]
+    assert list(by_label.values()) == pytest.approx(expected)
+    targets_without = targets * torch.tensor([1, 0, 1])  # a label of no image has no precision
+    assert list(SEVERAL.by_output(logits, targets_without, outputs)["average_precision_by_label"]) == ["cat", "newt"]
     p = logits.sigmoid()
     assert found["loss"] == pytest.approx(-(targets * p.log() + (1 - targets) * (1 - p).log()).mean().item(), rel=1e-5)
     with pytest.raises(ValueError, match="the label bird is none of those that are trained: cat, dog, newt"):

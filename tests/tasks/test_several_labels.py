@@ -51,7 +51,7 @@ def rows(run):
     return [json.loads(line) for line in (run / "evaluations.jsonl").read_text().splitlines()]
 
 
-def test_several_labels(tables, tmp_path):
+def test_several_labels(tables, tmp_path, capsys):
     data, run = tables / "several.csv", tmp_path / "run"
     finetune(task="multilabel", data=data, out=run, epochs=15, eval_every=15, **SMALL)
     found = rows(run)[-1]
@@ -61,6 +61,8 @@ def test_several_labels(tables, tmp_path):
     again = evaluate(data=str(data), init=str(run), num_workers=0, dtype="fp32")
     assert again["f1"] == pytest.approx(found["f1"])
     assert again["mean_average_precision"] == pytest.approx(found["mean_average_precision"])
+    assert "average precision by label, the worst first: " in capsys.readouterr().out
+    assert sum(again["average_precision_by_label"].values()) == pytest.approx(2 * found["mean_average_precision"])
     table = predict(data=data, init=run, out=tmp_path / "t.jsonl", num_workers=0, dtype="fp32")
     answers = [json.loads(line) for line in table.read_text().splitlines()]
     assert len(answers) == 40
