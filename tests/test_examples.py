@@ -5,11 +5,13 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pytest
+import tifffile
 import torch
 from PIL import Image
 from transformers import ConvNextV2Backbone, RTDetrForObjectDetection
 
-from sparse_fcmae import convert, create_encoder
+from sparse_fcmae import convert, create_encoder, load_fcmae
 from sparse_fcmae.weights.convert import export_model
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -52,3 +54,57 @@ def test_detection(tmp_path):
     again = RTDetrForObjectDetection.from_pretrained(tmp_path / "detector")
     assert again.config.id2label == {0: "red", 1: "green"}
     assert Image.open(tmp_path / "detector" / "first.png").size == (96, 80)
+
+
+def test_satellite(tmp_path, capsys):
+    rng, x = np.random.default_rng(0), np.linspace(0, 1, 70)
+    for number in range(3):  # planes, which interpolation fills in and a mean does not
+        slopes = rng.uniform(0.1, 0.3, (2, 5))
+        scene = slopes[0] * x[:, None, None] + slopes[1] * x[:66, None] + rng.normal(0, 1e-3, (70, 66, 5))
+        np.save(tmp_path / f"{number}.npy", scene.astype(np.float32))
+    satellite = load("satellite")
+    words = f"--scenes {tmp_path} --held-out 2.npy --out {tmp_path / 'run'} --epochs 4 --batch-size 4 --masks 2"
+    errors = satellite.main([*words.split(), "--bands", "5,3,1"])
+    assert (errors["interpolation"] < 0.5 * errors["mean"]).all()
+    assert {name: len(of_band) for name, of_band in errors.items()} == {"mean": 5, "interpolation": 5, "model": 5}
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["in_chans"] == 5
+    assert Image.open(tmp_path / "run" / "filled-in.png").width > 300
+    assert "interpolation" in capsys.readouterr().out
+    tiles = satellite.windows(np.load(tmp_path / "2.npy"))
+    assert np.array_equal(tiles[3], np.load(tmp_path / "2.npy")[32:64, 32:64])
+    model = load_fcmae(tmp_path / "run")
+    torch.nn.init.zeros_(model.pred.weight)
+    for pixel in range(8 * 8):  # each patch is predicted as the numbers of its pixels, in its channel 1
+        model.pred.bias.data.view(8 * 8, 5)[pixel] = torch.tensor([0.0, pixel, 0, 0, 0])
+    found = satellite.by_model(model, tiles, model.draw_mask(len(tiles), (32, 32)))
+    form = model.encoder.transform.form
+    assert found[0, 9, 10, 1] == pytest.approx(form.mean[1] + form.std[1] * (8 * 1 + 2), rel=1e-5)
+
+
+def test_microscopy(tmp_path, monkeypatch, capsys):
+    rng = np.random.default_rng(0)
+    (tmp_path / "fields").mkdir()
+    for number in range(6):
+        field = rng.normal(30, 2, (140, 150))
+        for _ in range(8):
+            top, left = rng.integers(10, 110), rng.integers(10, 110)
+            field[top : top + 24, left : left + 24] += 60
+            field[top + 8 : top + 14, left + 8 : left + 14] += 90
+        tifffile.imwrite(tmp_path / "fields" / f"{number}.tif", field.clip(0, 255).astype(np.uint8))
+    microscopy = load("microscopy")
+    mask = microscopy.mask_by_thresholds(tifffile.imread(tmp_path / "fields" / "0.tif"))
+    assert set(np.unique(mask)) == {0, 1, 2}
+    monkeypatch.setattr(microscopy, "STEPS", 2)
+    monkeypatch.setattr(microscopy, "BATCH", 2)
+    words = f"--images {tmp_path / 'fields'} --out {tmp_path / 'out'} --epochs 1 --batch-size 4 --masks 2 --seeds 3"
+    rows = microscopy.main(words.split())
+    assert [(row["masks"], row["start"], row["seed"]) for row in rows] == [(2, "pretrained", 3), (2, "random", 3)]
+    assert all(0 <= row["miou"] <= 1 for row in rows)
+    assert sorted(path.name for path in (tmp_path / "out" / "pairs" / "val" / "images").iterdir()) == ["2.tif", "5.tif"]
+    assert "untrained: the nearest window is of the same field in " in capsys.readouterr().out
+    features = {"features": np.array([[1.0, 0], [1, 0.1], [0, 1], [0.1, 1]]), "files": np.array(["a", "b", "a", "b"])}
+    apart = np.array([[0, 0, 8, 8], [0, 0, 8, 8], [8, 0, 16, 8], [4, 0, 12, 8]])
+    np.savez(tmp_path / "four.npz", **features, boxes=apart)
+    own, chance = microscopy.own_neighbours(tmp_path / "four.npz")
+    assert own == 0  # windows that look alike are of the other file
+    assert chance == pytest.approx(2 / 10)  # those of b overlap
