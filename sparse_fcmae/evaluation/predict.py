@@ -53,11 +53,11 @@ def predict(options: dict[str, Any]) -> Path:
 
 def predict_classes(config: PredictConfig) -> Path:
     """Writes what a classifier says of images into a table, a row each, and returns that."""
+    weights = read_weights(config.init).per_image()
+    if not weights.num_classes:
+        raise UserError(f"{config.init} has no classification head: fine-tune it first, or `embed` its features")
     out = check_table(config)
     with process_group(config.device) as ranks:
-        weights = read_weights(config.init).per_image()
-        if not weights.num_classes:
-            raise UserError(f"{config.init} has no classification head: fine-tune it first, or `embed` its features")
         classes = weights.classes or tuple(map(str, range(weights.num_classes)))
         view = view_of(config, weights, ranks.device)
         if weights.task != "classification":

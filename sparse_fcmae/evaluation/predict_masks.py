@@ -143,8 +143,9 @@ class Masks:
             raise UserError(f"{folder} holds masks with another {other}: give `overwrite=True`, or choose another")
         with writing(folder):
             for file in found.get("files", ()) if ours else ():
-                if (folder / file).resolve().is_relative_to(folder):
-                    (folder / file).unlink(missing_ok=True)
+                if (path := (folder / file).resolve()).is_relative_to(folder):
+                    path.unlink(missing_ok=True)
+                    remove_empty(path.parent, folder)
         write_json(folder / SETTINGS, self.settings | {"files": files})
 
     @contextmanager
@@ -161,6 +162,13 @@ class Masks:
     def missing(self, files: list[str]) -> list[int]:
         """The numbers of the images that are not done."""
         return [i for i, file in enumerate(files) if not all((folder / file).is_file() for folder in self.folders)]
+
+
+def remove_empty(folder: Path, top: Path) -> None:
+    """Removes a folder, and those above it that are empty without it, up to `top`, which stays."""
+    while folder != top and folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
+        folder = folder.parent
 
 
 def mask_files(images: ImageSource) -> list[str]:

@@ -184,6 +184,14 @@ def test_what_is_not_this_commands_is_left_alone(segmenter, data, tmp_path, caps
         predict(data=other, out=out, maps=tmp_path / "maps", overwrite=_ == 0, **options)
         assert "left out 1 that can't be read" in capsys.readouterr().out
         assert sorted(path.name for path in out.glob("*.png")) == ["z.png"]
+    (other / "sub" / "deep").mkdir(parents=True)
+    (other / "z.png").rename(other / "sub" / "deep" / "z.png")
+    predict(data=other, out=out, overwrite=True, **options)
+    assert (out / "sub" / "deep" / "z.png").exists()
+    (out / "sub" / "mine.txt").touch()
+    predict(data=data / "images", out=out, overwrite=True, **options)
+    assert not (out / "sub" / "deep").exists()
+    assert (out / "sub" / "mine.txt").exists()
 
 
 def test_an_interruption_says_how_to_go_on(segmenter, data, tmp_path, capsys, monkeypatch):
