@@ -2,12 +2,17 @@
 
 import numpy as np
 import pytest
+import segmentation_models_pytorch as smp
 import timm
 import torch
 import torch.nn.functional as F
 from helpers import relative_error
 from PIL import Image
-from torchvision.ops import FeaturePyramidNetwork
+from torch import nn
+from torchvision.extension import _has_ops
+from torchvision.models.detection import FasterRCNN
+from torchvision.models.detection.rpn import AnchorGenerator
+from torchvision.ops import FeaturePyramidNetwork, boxes
 from transformers import AutoModel, ConvNextV2Backbone, pipeline
 
 from sparse_fcmae import convert, load_classifier
@@ -29,6 +34,18 @@ def test_timms_features_only_of_a_folder(tmp_path, model):
     images = torch.randn(2, 3, 64, 96)
     for a, b in zip(theirs(images), model.features(images), strict=True):
         assert relative_error(a, b) < 1e-5
+
+
+@torch.no_grad()
+def test_a_unet_of_segmentation_models(tmp_path, model):
+    convert(tmp_path / "ours", tmp_path / "timm", to="timm")
+    theirs = timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True, features_only=True)
+    unet = smp.Unet("tu-convnextv2_atto", encoder_weights=None, classes=3).eval()
+    unet.encoder.model.load_state_dict(theirs.state_dict())
+    images = torch.randn(2, 3, 64, 96)
+    for a, b in zip(unet.encoder(images)[-4:], model.features(images), strict=True):
+        assert relative_error(a, b) < 1e-5
+    assert unet(images).shape == (2, 3, 64, 96)
 
 
 @torch.no_grad()
@@ -65,3 +82,40 @@ def test_torchvisions_pyramid_trains_the_encoder(model):
     sum(x.square().mean() for x in maps.values()).backward()
     encoder = [p for name, p in model.named_parameters() if not name.startswith(("norm", "head"))]
     assert all(p.grad is not None and p.grad.isfinite().all() for p in encoder)
+
+
+class Pyramid(nn.Module):
+    """What torchvision's detectors take: a module with `out_channels` that gives maps by name."""
+
+    def __init__(self, encoder, channels):
+        super().__init__()
+        self.encoder, self.out_channels = encoder, channels
+        self.pyramid = FeaturePyramidNetwork(list(encoder.channels), channels)
+
+    def forward(self, images):
+        return self.pyramid(dict(zip("0123", self.encoder.features(images), strict=True)))
+
+
+def suppressed(found, scores, threshold):
+    """Non-maximum suppression in plain PyTorch, in place of torchvision's where that is not compiled."""
+    kept, order, overlap = [], scores.argsort(descending=True).tolist(), boxes.box_iou(found, found)
+    while order:
+        kept.append(order.pop(0))
+        order = [other for other in order if overlap[kept[-1], other] <= threshold]
+    return torch.tensor(kept, dtype=torch.int64)
+
+
+def test_torchvisions_faster_rcnn(model, monkeypatch):
+    if not _has_ops():
+        monkeypatch.setattr(boxes, "nms", suppressed)
+    anchors = AnchorGenerator(((16,), (32,), (64,), (128,)), ((0.5, 1.0, 2.0),) * 4)
+    detector = FasterRCNN(Pyramid(model, 16), num_classes=3, min_size=80, max_size=96, rpn_anchor_generator=anchors)
+    images = [torch.rand(3, 80, 96), torch.rand(3, 96, 70)]
+    truth = [{"boxes": torch.tensor([[4.0, 8, 40, 44]]), "labels": torch.tensor([label])} for label in (1, 2)]
+    losses = detector(images, truth)
+    assert set(losses) == {"loss_classifier", "loss_box_reg", "loss_objectness", "loss_rpn_box_reg"}
+    sum(losses.values()).backward()
+    encoder = [p for name, p in model.named_parameters() if not name.startswith(("norm", "head"))]
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in encoder)
+    found = detector.eval()(images)
+    assert [set(each) for each in found] == [{"boxes", "labels", "scores"}] * 2
