@@ -21,15 +21,18 @@ from sparse_fcmae.data.sources.pages import by_page
 from sparse_fcmae.data.sources.windows import Windows
 from sparse_fcmae.data.survey import Kind, asked_reading, reading_options, sample_values, spread, survey
 from sparse_fcmae.evaluation.pictures import draw_histograms, rgb, save_picture, sheet, shown
+from sparse_fcmae.kernels.constants import SIDES
 from sparse_fcmae.runtime.errors import UserError
 from sparse_fcmae.runtime.files import one_line, write_json, writing
 from sparse_fcmae.runtime.options import check, image_size_of, keywords_of
 from sparse_fcmae.tasks.build import training_view
-from sparse_fcmae.tasks.config import InspectConfig
+from sparse_fcmae.tasks.config import STRIDES, InspectConfig
 
 REPORT, HISTOGRAMS, VIEWS = "inspection.json", "histograms.png", "views.png"  # files in the folder `out`
 PIECE = 1 << 20  # bytes that are read at once
 EXAMPLES = 5  # that a line of the report names
+SMALLER, LARGER = 0.75, 4  # times the side that the model sees, from which on images call for advice
+LEAST_PATCHES = 4  # along a side, for a mask to leave something to learn from
 ROWS, VIEWS_EACH = 6, 4  # images in the sheet of views, and views of each
 
 
@@ -55,6 +58,8 @@ def inspect(options: dict[str, Any]) -> dict[str, Any]:
     for note in source.notes[len(files.notes) :]:
         print(note)
     form, notes = survey(source, config, config.seed)
+    if config.crop != "native":
+        notes += advice(found["sizes"], size)
     found |= {"format": form.as_json(), "notes": [*source.notes, *notes]}
     print("\n".join([*notes, f"training reads {counted(form.in_chans)} of {form.dtype}"]))
     if config.crop == "native":
@@ -135,6 +140,23 @@ def report(source: ImageSource, found: dict[str, Any]) -> list[str]:
         have = "has" if extra == 1 else "have"
         lines.append(f"{extra} {have} the same bytes as another: {_some([' = '.join(c) for c in found['copies']])}")
     return lines
+
+
+def advice(sizes: dict[str, tuple[int, int]], size: tuple[int, int]) -> list[str]:
+    """What to do about images that are far smaller or far larger than what the model sees, by the median image."""
+    if not sizes:
+        return []
+    side, seen = min(sizes["median"]), min(size)
+    if 8 <= side < SMALLER * seen:
+        stride = next(stride for stride in STRIDES if stride == 1 or side >= LEAST_PATCHES * SIDES[0] * stride)
+        patch = SIDES[0] * stride
+        fitting = (side + patch // 2) // patch * patch
+        return [f"half of the images are enlarged to be seen: --image-size {fitting} --stem-stride {stride} suits them"]
+    if side > LARGER * seen:
+        return [
+            f"half of the images are reduced to a {side // seen}th or less: --crop native shows what is small in them"
+        ]
+    return []
 
 
 def draw(source: ImageSource, form: ImageFormat, config: InspectConfig, size: tuple[int, int], out: Path) -> list[str]:

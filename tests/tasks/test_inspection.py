@@ -6,7 +6,7 @@ from PIL import Image
 
 from sparse_fcmae import UserError
 from sparse_fcmae.cli import main
-from sparse_fcmae.tasks.inspection import inspect
+from sparse_fcmae.tasks.inspection import advice, inspect
 
 
 @pytest.fixture
@@ -55,6 +55,34 @@ def test_a_sample_and_no_pictures(stacks, capsys):
     found = inspect(data=stacks, images=3)
     assert (found["images"], found["looked_at"]) == (9, 3)
     assert "pictures in" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("median", "expected"),
+    [
+        ((28, 40), "--image-size 32 --stem-stride 1"),
+        ((32, 32), "--image-size 32 --stem-stride 1"),
+        ((90, 70), "--image-size 64 --stem-stride 2"),
+        ((150, 150), "--image-size 160 --stem-stride 4"),
+        ((200, 300), None),
+        ((500, 896), None),
+        ((2000, 1000), "reduced to a 4th or less: --crop native"),
+    ],
+)
+def test_advice_about_sizes(median, expected):
+    lines = advice({"least": (1, 1), "median": median, "greatest": (9000, 9000)}, (224, 224))
+    assert len(lines) == (expected is not None)
+    assert all(expected in line for line in lines)
+
+
+def test_advice_is_given(tmp_path, capsys):
+    for number in range(3):
+        Image.new("RGB", (32, 32), (number, 9, 9)).save(tmp_path / f"{number}.png")
+    line = "half of the images are enlarged to be seen: --image-size 32 --stem-stride 1 suits them"
+    assert line in inspect(data=tmp_path)["notes"]
+    assert line in capsys.readouterr().out
+    assert line not in inspect(data=tmp_path, image_size=32)["notes"]
+    assert not advice({}, (224, 224))
 
 
 def test_the_report_comes_before_what_is_wrong(tmp_path, capsys):
