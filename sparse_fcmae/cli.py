@@ -74,6 +74,11 @@ COMMANDS = {
         "evaluation.config:PredictConfig",
         "evaluation.predict:predict",
     ),
+    "reconstruct": Command(
+        "pictures of what a pretrained model fills in, of any images and under any mask",
+        "evaluation.config:ReconstructConfig",
+        "evaluation.reconstruct:draw_reconstructions",
+    ),
     "demo": Command("draw images and pretrain on them, in a few minutes on a CPU", "demo:DemoConfig", "demo:demo"),
     "bench report": Command(
         "the suite on this machine, as tables, plots and one HTML page",

@@ -1,4 +1,4 @@
-"""The options of `sparse-fcmae evaluate`, `embed` and `predict`."""
+"""The options of `sparse-fcmae evaluate`, `embed`, `predict` and `reconstruct`."""
 
 from dataclasses import dataclass
 
@@ -102,3 +102,21 @@ class PredictConfig(SeeingConfig):
     maps: str | None = option(
         None, help="folder for maps of the classes of each image's native windows, or of its pixels", path=True
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReconstructConfig(SeeingConfig):
+    """Options of `sparse-fcmae reconstruct`."""
+
+    data: str | tuple[str, ...] = option_of(EmbedConfig, "data")
+    init: str = option(help="a run of `pretrain`, one of its checkpoints, or one of the official code's", path=True)
+    out: str = option(help="picture: .png, or an animation over a run's checkpoints: .webp or .gif", path=True)
+    overwrite: bool = option(False, help="replace what is in `out`")
+    images: int = option(8, help="images or windows to show, spread evenly over all", above=0, at_most=1000)
+    masks: int = option(1, help="masks of each image", above=0, at_most=1000)
+    mask_ratio: float | None = option(None, help="fraction of the patches that is masked [the run's]", at_least=0)
+    mask: str | None = option(None, help="picture of a mask, white where patches are hidden", path=True)
+    show: str | None = option(
+        None, help="channels shown as red, green and blue, counted from 1, as 4,3,2 [the first ones]"
+    )
+    seed: int = seed_option("of the masks")

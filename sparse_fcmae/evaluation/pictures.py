@@ -29,9 +29,15 @@ def shown(form: ImageFormat, images: Tensor, originals: Tensor) -> Tensor:
     return (images - low) / (high - low).clamp_min(1e-6)
 
 
-def rgb(images: Tensor) -> np.ndarray:
-    """Values between 0 and 1 [N, C, H, W] as uint8 [N, H, W, 3]: the first three channels, or the first in grey."""
-    colour = images[:, :3] if images.shape[1] >= 3 else images[:, :1].expand(-1, 3, -1, -1)
+def rgb(images: Tensor, channels: Sequence[int] = ()) -> np.ndarray:
+    """Values between 0 and 1 [N, C, H, W] as uint8 [N, H, W, 3].
+
+    channels: which to show, counted from 0; the first three where none are named. Three are red, green and blue, two
+    are green and magenta, and one is grey.
+    """
+    chosen = images[:, list(channels)] if channels else images[:, :3]
+    places = {1: (0, 0, 0), 2: (1, 0, 1), 3: (0, 1, 2)}[chosen.shape[1]]
+    colour = chosen[:, list(places)]
     return (255 * colour.clamp(0, 1)).round().byte().permute(0, 2, 3, 1).cpu().numpy()
 
 

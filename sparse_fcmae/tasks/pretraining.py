@@ -22,7 +22,7 @@ from sparse_fcmae.data.views import CentreView, NativeView, RandomView
 from sparse_fcmae.evaluation.held_out import HeldOutLoss
 from sparse_fcmae.evaluation.pictures import save_picture
 from sparse_fcmae.evaluation.probes import KNNMonitor
-from sparse_fcmae.evaluation.reconstruct import reconstruct, sample_images
+from sparse_fcmae.evaluation.reconstruction import draw_reconstruction, reconstruct, sample_images
 from sparse_fcmae.runtime.checkpoint_folder import newest_checkpoint
 from sparse_fcmae.runtime.distributed import Ranks, process_group
 from sparse_fcmae.runtime.errors import UserError
@@ -183,12 +183,14 @@ class Pretraining(Task):
         """The same images and masks each time, so that the pictures of different steps can be compared."""
         if not len(self.samples):
             return
+        generator = torch.Generator().manual_seed(self.config.seed)
+        mask = self.model.draw_mask(len(self.samples), self.size, generator=generator)
         with torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=self.config.dtype == "bf16"):
-            picture = reconstruct(self.model, self.form, self.samples, torch.Generator().manual_seed(self.config.seed))
+            found = reconstruct(self.model, self.form, self.samples, mask)
         if self.ranks.main:
             with writing(run):
                 (run / "reconstructions").mkdir(exist_ok=True)
-            save_picture(picture, run / "reconstructions" / f"step-{step:08d}.png")
+            save_picture(draw_reconstruction(found, self.form), run / "reconstructions" / f"step-{step:08d}.png")
             thin_out(run / "reconstructions", MOST_PICTURES)
 
     def export(self, run: Path, log: RunLog) -> None:

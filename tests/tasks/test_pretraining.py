@@ -69,7 +69,7 @@ def test_run_folder(whole):
         "meta.json",
     }
     with Image.open(whole / "reconstructions" / "step-00000012.png") as picture:
-        assert picture.size == (3 * 100 + 4, 8 * 100 + 18)
+        assert picture.size == (4 * 100 + 4, 8 * 100 + 18)
     assert not [p for p in whole.rglob("*") if p.name.endswith((".tmp", ".old"))]
     os.umask(umask := os.umask(0))
     assert {p.stat().st_mode & 0o777 for p in whole.rglob("*") if p.is_file()} == {0o666 & ~umask}
