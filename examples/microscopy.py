@@ -4,9 +4,9 @@
 
 FIELDS is a folder of grey TIFF files, a field each. Every third is held out, and nothing is trained on it. The encoder
 is pretrained on the others without masks. Then UperNet is trained on the masks of 1 and of 4 of these, from the
-pretrained encoder and from random weights, from three seeds. Nobody has drawn the masks: they come from thresholds that
-are relative to each pixel's surroundings. The neighbours of each window say whether features know the field that it is
-from. It needs the extras microscopy and segmentation, and scipy.
+pretrained encoder and from random weights, from three seeds, which choose the fields. Nobody has drawn the masks: they
+come from thresholds that are relative to each pixel's surroundings. The neighbours of each window say whether features
+know the field that it is from. It needs the extras microscopy and segmentation, and scipy.
 """
 
 import argparse
@@ -34,7 +34,7 @@ def mask_by_thresholds(field: np.ndarray) -> np.ndarray:
 
 
 def lay_out(fields: list[Path], held_out: list[Path], folder: Path) -> Path:
-    """A folder of images and masks to train on and to be measured on, as `finetune --task segmentation` takes it."""
+    """A folder of images and masks to train and to measure on, as `finetune --task segmentation` takes it."""
     for split, files in (("train", fields), ("val", held_out)):
         for part in ("images", "masks"):
             (folder / split / part).mkdir(parents=True, exist_ok=True)
@@ -42,6 +42,8 @@ def lay_out(fields: list[Path], held_out: list[Path], folder: Path) -> Path:
             shutil.copy(file, folder / split / "images" / file.name)
             mask = mask_by_thresholds(tifffile.imread(file))
             Image.fromarray(mask).save(folder / split / "masks" / f"{file.stem}.png")
+        if {path.name for path in (folder / split / "images").iterdir()} != {file.name for file in files}:
+            raise SystemExit(f"{folder} holds other fields than these: choose another --out")
     return folder
 
 
@@ -72,6 +74,12 @@ def main(words: list[str] | None = None) -> list[dict]:
 
     files = sorted(path for path in given.images.iterdir() if path.suffix.lower() in (".tif", ".tiff"))
     fields, held_out = [file for i, file in enumerate(files) if i % 3 != 2], files[2::3]
+    with_spots = [file for file in fields if 2 in mask_by_thresholds(tifffile.imread(file))]  # have all classes
+    counts = [int(count) for count in given.masks.split(",")]
+    if not held_out or max(counts) > len(with_spots):
+        parser.error(
+            f"{len(files)} fields, {len(with_spots)} with spots to train on: too few for --masks {given.masks}"
+        )
     shape = {"model": "atto", "image_size": SIZE, "stem_stride": 4}
     seen = {"crop": "native", "rotate": True}
     everything = lay_out(fields, held_out, given.out / "pairs")
@@ -87,9 +95,9 @@ def main(words: list[str] | None = None) -> list[dict]:
 
     rows = []
     for seed in map(int, given.seeds.split(",")):
-        order = np.random.default_rng(seed).permutation(len(fields))
-        for masks in map(int, given.masks.split(",")):
-            chosen = [fields[i] for i in order[:masks]]
+        order = np.random.default_rng(seed).permutation(len(with_spots))
+        for masks in counts:
+            chosen = [with_spots[i] for i in order[:masks]]
             pairs = lay_out(chosen, held_out, given.out / f"pairs-{masks}-seed{seed}")
             for start in ("pretrained", "random"):
                 begin = {"from_scratch": True, "layer_decay": 1.0} | shape if start == "random" else {}
@@ -103,7 +111,7 @@ def main(words: list[str] | None = None) -> list[dict]:
                     batch_size=BATCH,
                     max_steps=STEPS,
                     warmup_epochs=0.0,
-                    eval_every=STEPS,
+                    eval_every=STEPS,  # epochs, which are never more than steps: in the end alone
                     lr=1e-3,
                     seed=seed,
                     out=str(out),

@@ -3,7 +3,7 @@
     python examples/satellite.py --scenes SCENES --held-out scene-4.npy --out runs/satellite
 
 The folder SCENES holds scenes as .npy files [height, width, bands]. All but the held-out one are pretrained on, in
-windows of their own resolution. Then 60 % of the patches are hidden in each window of the held-out scene, several
+windows of their own resolution. Then 10 of the 16 patches are hidden in each window of the held-out scene, several
 times. What the model makes of them is compared with the mean of the visible pixels, and with linear interpolation
 between them. The table has the root of the mean squared error of each band, in the scenes' own units. It needs scipy.
 """
@@ -17,6 +17,7 @@ from scipy.interpolate import LinearNDInterpolator, NearestNDInterpolator
 
 from sparse_fcmae import load_fcmae, pretrain
 from sparse_fcmae.evaluation.pictures import sheet
+from sparse_fcmae.model.fcmae import unpatchify
 
 SIZE = 32  # pixels of a window, whose patches have 8 with a stem of stride 1
 SHOWN = 6  # windows in the picture
@@ -47,11 +48,9 @@ def by_interpolation(window: np.ndarray, hidden: np.ndarray) -> np.ndarray:
 @torch.no_grad()
 def by_model(model: torch.nn.Module, tiles: np.ndarray, masks: torch.Tensor) -> np.ndarray:
     """What the model predicts of all pixels, in the scene's units: [N, 32, 32, C]."""
-    form, side = model.encoder.transform.form, model.patch_size
+    form = model.encoder.transform.form
     prediction = model(form.normalise(torch.from_numpy(tiles)), masks).prediction.float()
-    rows = cols = SIZE // side
-    patches = prediction.view(len(tiles), rows, cols, side, side, -1)
-    images = patches.permute(0, 5, 1, 3, 2, 4).reshape(len(tiles), -1, SIZE, SIZE)
+    images = unpatchify(prediction, model.patch_size, masks.shape[1:])
     return form.restore(images).permute(0, 2, 3, 1).numpy()
 
 
@@ -64,11 +63,13 @@ def main(words: list[str] | None = None) -> dict[str, np.ndarray]:
     parser.add_argument("--epochs", type=int, default=800)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--masks", type=int, default=8, help="of each window")
+    parser.add_argument("--seed", type=int, default=0, help="of the training")
     parser.add_argument("--bands", default="4,3,2", help="shown as red, green and blue, counted from 1")
     given = parser.parse_args(words)
 
-    scene = np.load(given.scenes / given.held_out)
-    others = [str(path) for path in sorted(given.scenes.glob("*.npy")) if path.name != given.held_out]
+    held_out = given.scenes / given.held_out
+    scene = np.load(held_out)
+    others = [str(path) for path in sorted(given.scenes.glob("*.npy")) if path.resolve() != held_out.resolve()]
     pretrain(
         data=tuple(others),
         out=given.out,
@@ -80,6 +81,7 @@ def main(words: list[str] | None = None) -> dict[str, np.ndarray]:
         epochs=given.epochs,
         batch_size=given.batch_size,
         lr=1e-3,
+        seed=given.seed,
         resume="auto",
     )
     model, tiles = load_fcmae(given.out), windows(scene)

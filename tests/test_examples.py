@@ -63,11 +63,13 @@ def test_satellite(tmp_path, capsys):
         scene = slopes[0] * x[:, None, None] + slopes[1] * x[:66, None] + rng.normal(0, 1e-3, (70, 66, 5))
         np.save(tmp_path / f"{number}.npy", scene.astype(np.float32))
     satellite = load("satellite")
-    words = f"--scenes {tmp_path} --held-out 2.npy --out {tmp_path / 'run'} --epochs 4 --batch-size 4 --masks 2"
+    words = f"--scenes {tmp_path} --held-out ./2.npy --out {tmp_path / 'run'} --epochs 4 --batch-size 4 --masks 2"
     errors = satellite.main([*words.split(), "--bands", "5,3,1"])
     assert (errors["interpolation"] < 0.5 * errors["mean"]).all()
     assert {name: len(of_band) for name, of_band in errors.items()} == {"mean": 5, "interpolation": 5, "model": 5}
-    assert json.loads((tmp_path / "run" / "config.json").read_text())["in_chans"] == 5
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["in_chans"] == 5
+    assert [Path(path).name for path in config["data"]] == ["0.npy", "1.npy"]
     assert Image.open(tmp_path / "run" / "filled-in.png").width > 300
     assert "interpolation" in capsys.readouterr().out
     tiles = satellite.windows(np.load(tmp_path / "2.npy"))
@@ -97,6 +99,9 @@ def test_microscopy(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(microscopy, "STEPS", 2)
     monkeypatch.setattr(microscopy, "BATCH", 2)
     words = f"--images {tmp_path / 'fields'} --out {tmp_path / 'out'} --epochs 1 --batch-size 4 --masks 2 --seeds 3"
+    with pytest.raises(SystemExit):
+        microscopy.main([*words.split(), "--masks", "9"])
+    assert "6 fields, 4 with spots to train on: too few for --masks 9" in capsys.readouterr().err
     rows = microscopy.main(words.split())
     assert [(row["masks"], row["start"], row["seed"]) for row in rows] == [(2, "pretrained", 3), (2, "random", 3)]
     assert all(0 <= row["miou"] <= 1 for row in rows)
