@@ -141,11 +141,14 @@ class Masks:
         if ours and before != self.settings and not overwrite:
             other = differing(before, self.settings)
             raise UserError(f"{folder} holds masks with another {other}: give `overwrite=True`, or choose another")
+        emptied: set[Path] = set()
         with writing(folder):
             for file in found.get("files", ()) if ours else ():
-                if (path := (folder / file).resolve()).is_relative_to(folder):
-                    path.unlink(missing_ok=True)
-                    remove_empty(path.parent, folder)
+                if (folder / file).resolve().is_relative_to(folder):
+                    (folder / file).unlink(missing_ok=True)
+                    emptied.add((folder / file).parent)
+            for path in sorted(emptied, key=lambda path: len(path.parts), reverse=True):
+                remove_empty(path, folder)
         write_json(folder / SETTINGS, self.settings | {"files": files})
 
     @contextmanager

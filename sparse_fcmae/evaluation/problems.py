@@ -42,7 +42,7 @@ class Problem(ABC):
         """What is measured of logits and targets, float [N, K] both."""
 
     def by_output(self, logits: Tensor, targets: Tensor, outputs: Sequence[str]) -> dict[str, dict[str, float]]:
-        """What is measured of each output by itself, by its name; nothing where there is but one."""
+        """What is measured of each output by itself, by its name; nothing where a task does not say."""
         return {}
 
     def targets(self, images: Labelled, outputs: tuple[str, ...]) -> Tensor:

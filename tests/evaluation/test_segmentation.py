@@ -189,9 +189,12 @@ def test_what_is_not_this_commands_is_left_alone(segmenter, data, tmp_path, caps
     predict(data=other, out=out, overwrite=True, **options)
     assert (out / "sub" / "deep" / "z.png").exists()
     (out / "sub" / "mine.txt").touch()
+    (out / "sub" / "deep" / "z.png").rename(out / "mine.png")
+    (out / "sub" / "deep" / "z.png").symlink_to(out / "mine.png")
     predict(data=data / "images", out=out, overwrite=True, **options)
     assert not (out / "sub" / "deep").exists()
     assert (out / "sub" / "mine.txt").exists()
+    assert (out / "mine.png").exists()
 
 
 def test_an_interruption_says_how_to_go_on(segmenter, data, tmp_path, capsys, monkeypatch):

@@ -35,6 +35,7 @@ IMAGE_FOLDERS = ("images", "image", "imgs", "img")  # what the folders are calle
 MASK_FOLDERS = ("masks", "mask", "annotations", "labels", "gt")
 MASK_COLUMNS = ("mask", "mask_path", "annotation", "segmentation_mask", "segmentation", "label_map")
 MASK_PARTS = ("mask", "seg", "segmentation", "annotation", "label")  # of a mask's name in an archive, as 7.mask.png
+COLUMNS = ("path_column", "label_column", "split_column", "mask_column")  # options about tables
 HELD_OUT = ("val", "test")
 NAMED = 3  # images that a message names
 
@@ -101,20 +102,22 @@ def open_masked(data: str, config: MaskConfig) -> SplitImages:
     if config.channel_files:
         raise UserError("`channel_files` can't be paired with masks: name the files of both in a table")
     if rows := open_rows(data, config):
-        if config.masks:
-            raise UserError(f"`masks` goes with a folder of images: in {data} name the column by `mask_column`")
         if config.mask_name:
             raise UserError(f"`mask_name` goes with folders: {data} names the masks itself")
         if isinstance(rows.source, TarShards):
-            check_unused(config, ("mask_column",), "goes with a table")
+            if config.masks:
+                raise UserError(f"`masks` goes with a folder of images: in {data} the mask of 7.jpg is 7.mask.png")
+            check_unused(config, COLUMNS, "goes with a table")
             return _in_archives(rows.source, rows)
+        if config.masks:
+            raise UserError(f"`masks` goes with a folder of images: in {data} name the column by `mask_column`")
         if not (names_table(data) or names_dataset(data)):
             raise UserError(f"{data}: a folder behind an address can't be paired: name the files of both in a table")
         images = MaskedImages(rows.source, _masks_of_rows(data, config))
         images.source.notes = [*images.notes, *rows.notes()]
         return SplitImages(images, rows)
     check_folder(data)
-    check_unused(config, ("path_column", "label_column", "split_column", "mask_column"), "goes with a table")
+    check_unused(config, COLUMNS, "goes with a table")
     images, notes, root, masks, expected = (_in_two_places if config.masks else _side_by_side)(data, config)
     if not images:
         raise UserError(f"{data}: no image files in this folder or below it")
@@ -208,11 +211,12 @@ def _in_archives(shards: TarShards, rows: Rows) -> SplitImages:
             f"{shards}: {len(without)} of {len(images)} images have no mask{_such_as(without)}: the mask of 7.jpg is "
             "called 7.mask.png"
         )
-    pairs = MaskedImages(Some(shards, list(images.values())), Some(shards, [masks[sample] for sample in images]))
+    source = Some(shards, list(images.values()))
     if spare := len(masks) - len(images):
-        pairs.notes.append(f"left out, as they are masks of no image: {spare} files in {shards}")
+        source.notes.append(f"left out, as they are masks of no image: {spare} files in {shards}")
     splits = rows.splits and [rows.splits[index] for index in images.values()]
-    return SplitImages(pairs, Rows(pairs.source, None, splits))
+    pairs = MaskedImages(source, Some(shards, [masks[sample] for sample in images]))
+    return SplitImages(pairs, Rows(source, None, splits))
 
 
 def _such_as(names: Sequence[str]) -> str:

@@ -130,11 +130,15 @@ def test_archives(tmp_path):
     train, val = open_masked_splits(data, MaskConfig(), None, 0)
     check(train, [0, 1])
     check(val, [10])
-    assert any("masks of no image: 1 files" in note for note in open_masked(data, MaskConfig()).images.notes)
+    for images in (open_masked(data, MaskConfig()).images, train, val):
+        assert any("masks of no image: 1 files" in note for note in images.notes)
     with pytest.raises(UserError, match="`mask_name` goes with folders"):
         open_masked(data, MaskConfig(mask_name="rgb=label"))
-    with pytest.raises(UserError, match="`mask_column` goes with a table"):
-        open_masked(data, MaskConfig(mask_column="mask"))
+    for column in ("mask_column", "label_column"):
+        with pytest.raises(UserError, match=f"`{column}` goes with a table"):
+            open_masked(data, MaskConfig(**{column: "mask"}))
+    with pytest.raises(UserError, match=r"`masks` goes with a folder of images: in .* the mask of 7.jpg is 7.mask.png"):
+        open_masked(data, MaskConfig(masks=str(tmp_path)))
     for name, message in (
         ("d.png", r"1 of 3 images have no mask, such as train-000.tar/d.png: the mask of 7.jpg is called 7.mask.png"),
         ("c.seg.png", "train-000.tar/c.mask.png and train-000.tar/c.seg.png are masks of one image"),
