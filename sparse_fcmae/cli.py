@@ -79,6 +79,11 @@ COMMANDS = {
         "evaluation.config:ReconstructConfig",
         "evaluation.reconstruct:draw_reconstructions",
     ),
+    "analyze": Command(
+        "feature collapse by block, dead channels and the rank of embeddings",
+        "evaluation.config:AnalyzeConfig",
+        "evaluation.analyze:analyze",
+    ),
     "demo": Command("draw images and pretrain on them, in a few minutes on a CPU", "demo:DemoConfig", "demo:demo"),
     "bench report": Command(
         "the suite on this machine, as tables, plots and one HTML page",

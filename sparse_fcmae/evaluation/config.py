@@ -1,4 +1,4 @@
-"""The options of `sparse-fcmae evaluate`, `embed`, `predict` and `reconstruct`."""
+"""The options of `sparse-fcmae evaluate`, `embed`, `predict`, `reconstruct` and `analyze`."""
 
 from dataclasses import dataclass
 
@@ -120,3 +120,14 @@ class ReconstructConfig(SeeingConfig):
         None, help="channels shown as red, green and blue, counted from 1, as 4,3,2 [the first ones]"
     )
     seed: int = seed_option("of the masks")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnalyzeConfig(SeeingConfig):
+    """Options of `sparse-fcmae analyze`."""
+
+    data: str | tuple[str, ...] = option_of(EmbedConfig, "data")
+    init: str | tuple[str, ...] = option(help=f"{WEIGHTS}; several to compare", path=True)
+    out: str = option(help="folder for analysis.json and the pictures", path=True)
+    overwrite: bool = option(False, help="replace an earlier analysis in `out`")
+    images: int = option(256, help="how many images or windows, spread evenly over all", above=0)

@@ -2,7 +2,7 @@
 
 import colorsys
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,31 @@ def check_installed(option: str, module: str, package: str, extra: str) -> None:
 def plain(text: str) -> str:
     """A text that matplotlib shows as it is, and not as a formula."""
     return text.replace("$", r"\$")
+
+
+def draw_curves(
+    curves: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    xlabel: str,
+    ylabel: str,
+    path: Path,
+    *,
+    floor: float | None = None,
+    log: bool = False,
+) -> None:
+    """Writes a PNG of curves by their names, each of x and y. floor: where the axis of y begins. log: its scale."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 3.6), layout="constrained")
+    axes = figure.subplots()
+    for name, (x, y) in curves.items():
+        axes.plot(x, y, marker="." if len(x) < 50 else None, label=plain(name))
+    axes.set(xlabel=xlabel, ylabel=ylabel, yscale="log" if log else "linear")
+    if floor is not None:
+        axes.set_ylim(bottom=floor)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", alpha=0.3)
+    axes.legend(fontsize=8, frameon=False)
+    write_atomic(path, lambda p: figure.savefig(p, format="png", dpi=120))
 
 
 def draw_confusion(confusion: dict[str, Any], path: Path) -> None:

@@ -105,12 +105,15 @@ class Block(nn.Module):
         layers = (self.dwconv, self.norm, self.pwconv1, self.grn, self.pwconv2)
         if type(self.grn) is GRN and self.gamma is None and patches.fuses(*layers):
             return patches.fused_block(x, self.ten_parameters(), self.grn_scope)
+        y = self.pwconv2(self.expanded(x, patches))
+        return x + (y if self.gamma is None else self.gamma * y)
+
+    def expanded(self, x: Tensor, patches: Patches) -> Tensor:
+        """GRN's features [..., 4 * dim], or GELU's where there is no GRN, which pwconv2 takes."""
         y = patches.dwconv(x, self.dwconv)
         y = self.norm(y)
         y = self.pwconv1(y)
-        y = F.gelu(y) if self.grn is None else self.grn(y, patches, self.grn_scope)
-        y = self.pwconv2(y)
-        return x + (y if self.gamma is None else self.gamma * y)
+        return F.gelu(y) if self.grn is None else self.grn(y, patches, self.grn_scope)
 
     def ten_parameters(self) -> list[Tensor]:
         """All parameters in the official order, as `ops.convnext_block` takes them."""

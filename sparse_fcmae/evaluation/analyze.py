@@ -1,0 +1,190 @@
+"""The command `analyze`: whether the features of encoders have collapsed, measured on images without labels."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from sparse_fcmae.data.batches import EvaluationImages, make_loader
+from sparse_fcmae.data.sources import BadImage
+from sparse_fcmae.data.sources.labelled import Some
+from sparse_fcmae.data.survey import spread
+from sparse_fcmae.evaluation.collapse import BlockStatistics, expanded_features, rank_me
+from sparse_fcmae.evaluation.config import AnalyzeConfig
+from sparse_fcmae.evaluation.pictures import save_picture, sheet
+from sparse_fcmae.evaluation.plots import check_installed, draw_curves
+from sparse_fcmae.evaluation.run import EvaluationView, check_any, view_of
+from sparse_fcmae.evaluation.samples import EXPORTED, Samples, say_unreadable
+from sparse_fcmae.runtime.errors import UserError
+from sparse_fcmae.runtime.files import write_json, writing
+from sparse_fcmae.runtime.options import check, check_given, check_paths, keywords_of
+from sparse_fcmae.weights.read import read_weights
+
+REPORT, COLLAPSE, SPECTRUM = "analysis.json", "collapse.png", "spectrum.png"  # files in the folder `out`
+CHANNELS = 64  # whose maps are drawn, as in the paper's figure 2
+SHOWN_STAGE, SIDE = "3", 64  # of whose last block they are, and how many pixels a map is to have along a side
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """What was found of an encoder.
+
+    blocks: in their order. embeddings: float32 [N, D]. maps: of the last block of SHOWN_STAGE, [C, H, W] of one image.
+    """
+
+    name: str
+    weights: str
+    blocks: list[BlockStatistics]
+    embeddings: Tensor
+    maps: Tensor
+
+    def as_json(self) -> dict[str, Any]:
+        """All numbers."""
+        values = torch.linalg.svdvals(self.embeddings.double())
+        return {
+            "weights": self.weights,
+            "images": len(self.embeddings),
+            "blocks": [{"name": b.name, "distance": b.distance, "dead": b.dead} for b in self.blocks],
+            "effective_rank": rank_me(self.embeddings),
+            "dimensions": self.embeddings.shape[1],
+            "singular_values": values.tolist(),
+        }
+
+
+@keywords_of(AnalyzeConfig)
+def analyze(options: dict[str, Any]) -> list[dict[str, Any]]:
+    """Measures feature collapse block by block and the rank of the embeddings, of one encoder or several.
+
+    Prints a line for each, draws what it found into `out` and returns the numbers. Raises UserError for what the user
+    can put right.
+    """
+    check_paths(AnalyzeConfig, options)
+    check_given(options, {"data": "the images", "init": "the weights", "out": "a folder for the pictures"})
+    config = AnalyzeConfig(**options)
+    check(config)
+    out = Path(config.out)
+    if (out / REPORT).exists() and not config.overwrite:
+        raise UserError(f"`out` {out} holds an analysis: choose another or give `overwrite=True`")
+    if out.exists() and not out.is_dir():
+        raise UserError(f"`out` {out} is a file: name a folder")
+    check_installed("out", "matplotlib", "matplotlib", "plots")
+    inits = [config.init] if isinstance(config.init, str) else list(config.init)
+    for init in inits:
+        read_weights(init)  # whatever is wrong with one of them is said before any is run
+    analyses = [analyzed(config, init, name) for init, name in zip(inits, names_of(inits), strict=True)]
+    found = [analysis.as_json() for analysis in analyses]
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+    drawn = draw(analyses, found, out)
+    write_json(out / REPORT, found)
+    print("\n".join([*report(analyses, found), f"pictures in {out}: {', '.join(drawn)}"]))
+    return found
+
+
+def names_of(inits: list[str]) -> list[str]:
+    """What weights are called in pictures: by the last part of their paths, or the whole where that is not enough."""
+    paths = [Path(init) for init in inits]
+    short = [(path.parent if path.name.startswith(EXPORTED) else path).name for path in paths]
+    return short if len(set(short)) == len(short) else inits
+
+
+def analyzed(config: AnalyzeConfig, init: str, name: str) -> Analysis:
+    """What is found of one encoder over the images."""
+    weights = read_weights(init).per_image()
+    view = view_of(config, weights)
+    samples = Samples(config.data, view, config)
+    print("\n".join([*weights.notes, *samples.notes]), flush=True)
+    encoder = weights.encoder(config.backend).to(view.device)
+    blocks: dict[str, BlockStatistics] = {}
+    embeddings, first, bad = [], None, list(samples.left_out)
+    for images in batches(samples, view, config.images, name, bad):
+        with torch.no_grad(), torch.autocast(view.device.type, torch.bfloat16, enabled=view.bf16):
+            for block, maps in expanded_features(encoder, images):
+                if block == "output":
+                    embeddings.append(maps.float().mean((2, 3)).cpu())
+                    continue
+                blocks.setdefault(block, BlockStatistics(block)).add(maps)
+                if block.startswith(SHOWN_STAGE) and len(embeddings) == 0:
+                    first = maps[0].float().cpu()
+    check_any(embeddings, bad, samples.source)
+    if bad:
+        say_unreadable(bad, Path(config.out))
+    return Analysis(name, init, list(blocks.values()), torch.cat(embeddings), first)
+
+
+def batches(samples: Samples, view: EvaluationView, count: int, name: str, bad: list[BadImage]) -> Iterator[Tensor]:
+    """Normalised images [B, C, H, W] on the device, up to `count` spread evenly over the samples, under a bar.
+
+    bad: where unreadable images are added.
+    """
+    chosen = Some(samples.source, spread(samples.source, count))
+    keys = [part.tolist() for part in torch.arange(len(chosen)).split(view.batch_size)]
+    loader = make_loader(EvaluationImages(chosen, view.of_image), keys, view.num_workers, pin_memory=False)
+    with tqdm(total=len(chosen), desc=name, unit="image", dynamic_ncols=True) as bar, loader.explained():
+        for batch in loader:
+            bad += batch.bad
+            if len(batch.pixels):
+                yield view.form.normalise(batch.pixels.to(view.device))
+            bar.update(len(batch.index))
+
+
+def draw(analyses: list[Analysis], found: list[dict[str, Any]], out: Path) -> list[str]:
+    """Draws the distances by block, the spectra, and the maps of channels. Returns the files' names."""
+    curves = {}
+    for analysis in analyses:
+        depths = np.linspace(0, 1, len(analysis.blocks)) if len(analysis.blocks) > 1 else [0.0]
+        curves[analysis.name] = (depths, [block.distance for block in analysis.blocks])
+    labels = ("depth of the block, from the first to the last", "distance between its channels")
+    draw_curves(curves, *labels, out / COLLAPSE, floor=0.0)
+    spectra = {}
+    for analysis, numbers in zip(analyses, found, strict=True):
+        values = np.array(numbers["singular_values"])
+        spectra[analysis.name] = (np.arange(1, len(values) + 1), values / max(values[0], 1e-300))
+    draw_curves(spectra, "number", "singular value by the first", out / SPECTRUM, log=True)
+    drawn = [COLLAPSE, SPECTRUM]
+    for number, analysis in enumerate(analyses):
+        drawn.append(f"channels-{number + 1}-{analysis.name.replace('/', '-')}.png")
+        save_picture(sheet({f"64 channels of {analysis.name}": channel_sheet(analysis.maps)[None]}), out / drawn[-1])
+    return drawn
+
+
+def channel_sheet(maps: Tensor) -> np.ndarray:
+    """The first CHANNELS of an image's maps [C, H, W] in a square, uint8 [height, width, 3], each with a white border.
+
+    All have one scale of grey, so that constant channels and saturated ones show as such.
+    """
+    shown = maps[:CHANNELS].numpy()
+    low, high = np.quantile(shown, (0.01, 0.99))
+    grey = (255 * ((shown - low) / max(high - low, 1e-12)).clip(0, 1)).astype(np.uint8)
+    side, larger = int(np.ceil(np.sqrt(len(grey)))), max(1, SIDE // max(grey.shape[1:]))
+    grey = grey.repeat(larger, 1).repeat(larger, 2)
+    _, height, width = grey.shape
+    picture = np.full((side * (height + 1), side * (width + 1)), 255, np.uint8)
+    for number, channel in enumerate(grey):
+        top, left = number // side * (height + 1), number % side * (width + 1)
+        picture[top : top + height, left : left + width] = channel
+    return np.repeat(picture[..., None], 3, 2)
+
+
+def report(analyses: list[Analysis], found: list[dict[str, Any]]) -> list[str]:
+    """What was found, for people: two lines for each encoder."""
+    lines = []
+    for analysis, numbers in zip(analyses, found, strict=True):
+        distances = [block.distance for block in analysis.blocks]
+        least = int(np.argmin(distances))
+        dead = max(analysis.blocks, key=lambda block: block.dead)
+        lines.append(
+            f"{analysis.name}: the distance between channels is {np.mean(distances):.3f} in the mean over blocks, and "
+            f"least in block {analysis.blocks[least].name}, {distances[least]:.3f}; constant channels are at most "
+            f"{100 * dead.dead:.1f} %, in block {dead.name}"
+        )
+        lines.append(
+            f"{analysis.name}: the embeddings of {numbers['images']} images fill {numbers['effective_rank']:.1f} of "
+            f"{numbers['dimensions']} dimensions"
+        )
+    return lines
