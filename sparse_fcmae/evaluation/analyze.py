@@ -10,16 +10,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from sparse_fcmae.data.batches import EvaluationImages, make_loader
-from sparse_fcmae.data.sources import BadImage
-from sparse_fcmae.data.sources.labelled import Some
-from sparse_fcmae.data.survey import spread
+from sparse_fcmae.data.batches import Batch
 from sparse_fcmae.evaluation.collapse import BlockStatistics, expanded_features, rank_me
 from sparse_fcmae.evaluation.config import AnalyzeConfig
 from sparse_fcmae.evaluation.pictures import save_picture, sheet
 from sparse_fcmae.evaluation.plots import check_installed, draw_curves
 from sparse_fcmae.evaluation.run import EvaluationView, check_any, view_of
-from sparse_fcmae.evaluation.samples import EXPORTED, Samples, say_unreadable
+from sparse_fcmae.evaluation.samples import EXPORTED, Samples, say_unreadable, spread_batches
+from sparse_fcmae.model.convnext import SparseEncoder
 from sparse_fcmae.runtime.errors import UserError
 from sparse_fcmae.runtime.files import write_json, writing
 from sparse_fcmae.runtime.options import check, check_given, check_paths, keywords_of
@@ -102,35 +100,31 @@ def analyzed(config: AnalyzeConfig, init: str, name: str) -> Analysis:
     encoder = weights.encoder(config.backend).to(view.device)
     blocks: dict[str, BlockStatistics] = {}
     embeddings, first, bad = [], None, list(samples.left_out)
-    for images in batches(samples, view, config.images, name, bad):
-        with torch.no_grad(), torch.autocast(view.device.type, torch.bfloat16, enabled=view.bf16):
-            for block, maps in expanded_features(encoder, images):
+    total = min(config.images, len(samples))
+    with tqdm(total=total, desc=name, unit="image", dynamic_ncols=True) as bar:
+        for batch, readable in spread_batches(samples, view, config.images):
+            bad += batch.bad
+            for block, maps in features_of_batch(encoder, view, batch) if readable else ():
                 if block == "output":
-                    embeddings.append(maps.float().mean((2, 3)).cpu())
+                    embeddings.append(maps.mean((2, 3)).cpu())
                     continue
                 blocks.setdefault(block, BlockStatistics(block)).add(maps)
-                if block.startswith(SHOWN_STAGE) and len(embeddings) == 0:
-                    first = maps[0].float().cpu()
+                if block.startswith(SHOWN_STAGE) and not embeddings:
+                    first = maps[0].cpu()
+            bar.update(len(readable) + len(batch.bad))
     check_any(embeddings, bad, samples.source)
     if bad:
         say_unreadable(bad, Path(config.out))
     return Analysis(name, init, list(blocks.values()), torch.cat(embeddings), first)
 
 
-def batches(samples: Samples, view: EvaluationView, count: int, name: str, bad: list[BadImage]) -> Iterator[Tensor]:
-    """Normalised images [B, C, H, W] on the device, up to `count` spread evenly over the samples, under a bar.
-
-    bad: where unreadable images are added.
-    """
-    chosen = Some(samples.source, spread(samples.source, count))
-    keys = [part.tolist() for part in torch.arange(len(chosen)).split(view.batch_size)]
-    loader = make_loader(EvaluationImages(chosen, view.of_image), keys, view.num_workers, pin_memory=False)
-    with tqdm(total=len(chosen), desc=name, unit="image", dynamic_ncols=True) as bar, loader.explained():
-        for batch in loader:
-            bad += batch.bad
-            if len(batch.pixels):
-                yield view.form.normalise(batch.pixels.to(view.device))
-            bar.update(len(batch.index))
+@torch.no_grad()
+def features_of_batch(encoder: SparseEncoder, view: EvaluationView, batch: Batch) -> Iterator[tuple[str, Tensor]]:
+    """What `expanded_features` gives of a batch as it was read, float32."""
+    images = view.form.normalise(batch.pixels.to(view.device))
+    with torch.autocast(view.device.type, torch.bfloat16, enabled=view.bf16):
+        for block, maps in expanded_features(encoder, images):
+            yield block, maps.float()
 
 
 def draw(analyses: list[Analysis], found: list[dict[str, Any]], out: Path) -> list[str]:

@@ -9,14 +9,11 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from sparse_fcmae.data.batches import EvaluationImages, make_loader
 from sparse_fcmae.data.sources import BadImage
-from sparse_fcmae.data.sources.labelled import Some
-from sparse_fcmae.data.survey import spread
 from sparse_fcmae.evaluation.config import ReconstructConfig
 from sparse_fcmae.evaluation.reconstruction import draw_reconstruction, reconstruct
 from sparse_fcmae.evaluation.run import EvaluationView, check_any, view_of
-from sparse_fcmae.evaluation.samples import Samples, check_ending, say_unreadable
+from sparse_fcmae.evaluation.samples import Samples, check_ending, say_unreadable, spread_batches
 from sparse_fcmae.model.fcmae import FCMAE
 from sparse_fcmae.runtime.checkpoint_folder import checkpoints_in, damage, step_of
 from sparse_fcmae.runtime.errors import UserError
@@ -89,17 +86,13 @@ def checked(options: dict[str, Any]) -> tuple[ReconstructConfig, list[Path]]:
 
 def views_of(samples: Samples, view: EvaluationView, count: int) -> tuple[Tensor, list[str], list[BadImage]]:
     """Up to `count` samples spread evenly: pixels [N, H, W, C] as they are read, names, and what is unreadable."""
-    chosen = Some(samples.source, spread(samples.source, count))
-    batches = [part.tolist() for part in torch.arange(len(chosen)).split(view.batch_size)]
     pixels, names, bad = [], [], list(samples.left_out)
-    loader = make_loader(EvaluationImages(chosen, view.of_image), batches, view.num_workers, pin_memory=False)
-    with loader.explained():
-        for batch in loader:
-            pixels.append(batch.pixels)
-            names += [chosen.name(int(index)) for index in batch.index]
-            bad += batch.bad
+    for batch, readable in spread_batches(samples, view, count):
+        names += readable
+        pixels += [batch.pixels] if readable else []
+        bad += batch.bad
     check_any(names, bad, samples.source)
-    return torch.cat([part for part in pixels if len(part)]), names, bad
+    return torch.cat(pixels), names, bad
 
 
 def shown_channels(config: ReconstructConfig, in_chans: int) -> list[int]:

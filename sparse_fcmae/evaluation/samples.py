@@ -2,21 +2,24 @@
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
+from sparse_fcmae.data.batches import Batch, EvaluationImages, make_loader
 from sparse_fcmae.data.config import SourceConfig
 from sparse_fcmae.data.decoders.image import library
 from sparse_fcmae.data.sources import BadImage, ImageSource
 from sparse_fcmae.data.sources.class_folder import open_described
-from sparse_fcmae.data.sources.labelled import Labelled
+from sparse_fcmae.data.sources.labelled import Labelled, Some
 from sparse_fcmae.data.sources.opening import is_named
 from sparse_fcmae.data.sources.pages import by_page, labelled_by_page
 from sparse_fcmae.data.sources.parts import labelled_parts
 from sparse_fcmae.data.sources.windows import Covering
+from sparse_fcmae.data.survey import spread
 from sparse_fcmae.evaluation.config import EvaluateConfig
 from sparse_fcmae.evaluation.run import EvaluationView
 from sparse_fcmae.runtime.errors import UserError
@@ -66,6 +69,17 @@ class Samples:
     def labels(self, samples: np.ndarray) -> np.ndarray:
         """int64, the classes of samples."""
         return self.source.labels[samples].numpy()
+
+
+def spread_batches(samples: Samples, view: EvaluationView, count: int) -> Iterator[tuple[Batch, list[str]]]:
+    """Batches of up to `count` samples, spread evenly, and the names of those in them that can be read."""
+    chosen = Some(samples.source, spread(samples.source, count))
+    keys = [part.tolist() for part in torch.arange(len(chosen)).split(view.batch_size)]
+    loader = make_loader(EvaluationImages(chosen, view.of_image), keys, view.num_workers, pin_memory=False)
+    with loader.explained():
+        for batch in loader:
+            names = [chosen.name(int(index)) for index in batch.index] if len(batch.pixels) else []
+            yield batch, names
 
 
 def check_ending(option: str, file: Path, endings: tuple[str, ...]) -> None:
