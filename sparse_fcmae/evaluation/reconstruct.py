@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from sparse_fcmae.data.sources import BadImage
 from sparse_fcmae.evaluation.config import ReconstructConfig
-from sparse_fcmae.evaluation.reconstruction import draw_reconstruction, reconstruct
+from sparse_fcmae.evaluation.reconstruction import Reconstruction, draw_reconstruction, reconstruct
 from sparse_fcmae.evaluation.run import EvaluationView, check_any, view_of
 from sparse_fcmae.evaluation.samples import Samples, check_ending, say_unreadable, spread_batches
 from sparse_fcmae.model.fcmae import FCMAE
@@ -33,7 +33,7 @@ def draw_reconstructions(options: dict[str, Any]) -> Path:
     Raises UserError for what the user can put right.
     """
     config, checkpoints = checked(options)
-    out, notes = Path(config.out), []
+    out = Path(config.out)
     weights = read_weights(checkpoints[-1], whole=True)
     view = view_of(config, weights)
     samples = Samples(config.data, view, config)
@@ -42,18 +42,15 @@ def draw_reconstructions(options: dict[str, Any]) -> Path:
     if config.masks > 1:
         pixels = pixels.repeat_interleave(config.masks, 0)
         names = [f"{name}, mask {number + 1}" for name in names for number in range(config.masks)]
-    mask, channels = None, shown_channels(config, view.form.in_chans)
-    frames = []
+    mask, channels, frames = None, shown_channels(config, view.form.in_chans), []
     for checkpoint in tqdm(checkpoints, desc="checkpoints", delay=2, leave=False, dynamic_ncols=True):
         model = read_weights(checkpoint, whole=True).fcmae(config.backend).to(view.device)
         mask = masks_for(model, config, view.size, len(pixels)) if mask is None else mask
-        with torch.autocast(view.device.type, torch.bfloat16, enabled=view.bf16):
-            found = reconstruct(model, view.form, pixels.to(view.device), mask)
+        found = in_batches(model, view, pixels, mask)
         step = f", step {step_of(checkpoint)}" if len(checkpoints) > 1 else ""
         frames.append(draw_reconstruction(found, view.form, names, channels, step))
-        notes = [f"the loss on what is hidden is {found.loss:.4f}{step and f' at{step[1:]}'}"]
     write_atomic(out, lambda path: save(frames, path, out.suffix))
-    print(f"{out}: {len(pixels)} rows; {notes[0]}")
+    print(f"{out}: {len(pixels)} rows; the loss on what is hidden is {found.loss:.4f}")
     say_unreadable(bad, out)
     return out
 
@@ -93,6 +90,18 @@ def views_of(samples: Samples, view: EvaluationView, count: int) -> tuple[Tensor
         bad += batch.bad
     check_any(names, bad, samples.source)
     return torch.cat(pixels), names, bad
+
+
+def in_batches(model: FCMAE, view: EvaluationView, pixels: Tensor, mask: Tensor) -> Reconstruction:
+    """What `reconstruct` gives of rows of any number, on the CPU."""
+    found = []
+    for part, hidden in zip(pixels.split(view.batch_size), mask.split(view.batch_size), strict=True):
+        with torch.autocast(view.device.type, torch.bfloat16, enabled=view.bf16):
+            found.append(reconstruct(model, view.form, part.to(view.device), hidden))
+    patches = [int(hidden.sum()) for hidden in mask.split(view.batch_size)]
+    loss = sum(part.loss.cpu() * count for part, count in zip(found, patches, strict=True)) / sum(patches)
+    images, predicted, hidden = (torch.cat([part[i].cpu() for part in found]) for i in range(3))
+    return Reconstruction(images, predicted, hidden, loss)
 
 
 def shown_channels(config: ReconstructConfig, in_chans: int) -> list[int]:

@@ -39,8 +39,8 @@ def hidden_patches(masked):
 
 def test_rows_for_images_and_masks(run, pictures, tmp_path, capsys):
     main(
-        f"reconstruct --init {run} --data {pictures} --out {tmp_path / 'a.png'} --images 2 --masks 3 --dtype fp32 "
-        "--num-workers 0 --mask-ratio 0.25 --seed 5".split()
+        f"reconstruct --init {run} --data {pictures} --out {tmp_path / 'a.png'} --images 2 --masks 3 --batch-size 4 "
+        "--dtype fp32 --num-workers 0 --mask-ratio 0.25 --seed 5".split()
     )
     found = tiles(tmp_path / "a.png", 6)
     masks = [hidden_patches(row[1]) for row in found]
