@@ -11,12 +11,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sparse_fcmae.data.batches import Batch
+from sparse_fcmae.data.sources import BadImage
 from sparse_fcmae.evaluation.collapse import BlockStatistics, expanded_features, rank_me
 from sparse_fcmae.evaluation.config import AnalyzeConfig
 from sparse_fcmae.evaluation.pictures import save_picture, sheet
 from sparse_fcmae.evaluation.plots import check_installed, draw_curves
-from sparse_fcmae.evaluation.run import EvaluationView, check_any, view_of
-from sparse_fcmae.evaluation.samples import EXPORTED, Samples, say_unreadable, spread_batches
+from sparse_fcmae.evaluation.run import EvaluationView, check_any, together, view_of
+from sparse_fcmae.evaluation.samples import EXPORTED, UNFIT, Samples, check_apart, say_unreadable, spread_batches
 from sparse_fcmae.model.convnext import SparseEncoder
 from sparse_fcmae.runtime.errors import UserError
 from sparse_fcmae.runtime.files import write_json, writing
@@ -24,6 +25,7 @@ from sparse_fcmae.runtime.options import check, check_given, check_paths, keywor
 from sparse_fcmae.weights.read import read_weights
 
 REPORT, COLLAPSE, SPECTRUM = "analysis.json", "collapse.png", "spectrum.png"  # files in the folder `out`
+CHANNEL_MAPS, LONGEST = "channels-{}.png", 80  # a file for each encoder, by so many letters of its name
 CHANNELS = 64  # whose maps are drawn, as in the paper's figure 2
 SHOWN_STAGE, SIDE = "3", 64  # of whose last block they are, and how many pixels a map is to have along a side
 
@@ -33,6 +35,7 @@ class Analysis:
     """What was found of an encoder.
 
     blocks: in their order. embeddings: float32 [N, D]. maps: of the last block of SHOWN_STAGE, [C, H, W] of one image.
+    bad: the images that were left out, as they can't be read.
     """
 
     name: str
@@ -40,6 +43,7 @@ class Analysis:
     blocks: list[BlockStatistics]
     embeddings: Tensor
     maps: Tensor
+    bad: list[BadImage]
 
     def as_json(self) -> dict[str, Any]:
         """All numbers."""
@@ -65,23 +69,34 @@ def analyze(options: dict[str, Any]) -> list[dict[str, Any]]:
     check_given(options, {"data": "the images", "init": "the weights", "out": "a folder for the pictures"})
     config = AnalyzeConfig(**options)
     check(config)
+    inits = [config.init] if isinstance(config.init, str) else list(config.init)
+    for init in inits:
+        read_weights(init)  # whatever is wrong with one of them is said before any is run
+    out = folder_for(config)
+    analyses = [analyzed(config, init, name) for init, name in zip(inits, names_of(inits), strict=True)]
+    found = [analysis.as_json() for analysis in analyses]
+    with writing(out):
+        for path in out.glob(CHANNEL_MAPS.format("*")) if (out / REPORT).exists() else ():  # of an earlier analysis
+            path.unlink()
+    drawn = draw(analyses, found, out)
+    write_json(out / REPORT, found)
+    print("\n".join([*report(analyses, found), f"pictures in {out}: {', '.join(drawn)}"]))
+    say_unreadable(together([analysis.bad for analysis in analyses]), out)
+    return found
+
+
+def folder_for(config: AnalyzeConfig) -> Path:
+    """The folder for the pictures, which is made. Raises UserError where it can't be, or holds an analysis."""
     out = Path(config.out)
     if (out / REPORT).exists() and not config.overwrite:
         raise UserError(f"`out` {out} holds an analysis: choose another or give `overwrite=True`")
     if out.exists() and not out.is_dir():
         raise UserError(f"`out` {out} is a file: name a folder")
+    check_apart(config.data, out)
     check_installed("out", "matplotlib", "matplotlib", "plots")
-    inits = [config.init] if isinstance(config.init, str) else list(config.init)
-    for init in inits:
-        read_weights(init)  # whatever is wrong with one of them is said before any is run
-    analyses = [analyzed(config, init, name) for init, name in zip(inits, names_of(inits), strict=True)]
-    found = [analysis.as_json() for analysis in analyses]
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
-    drawn = draw(analyses, found, out)
-    write_json(out / REPORT, found)
-    print("\n".join([*report(analyses, found), f"pictures in {out}: {', '.join(drawn)}"]))
-    return found
+    return out
 
 
 def names_of(inits: list[str]) -> list[str]:
@@ -113,9 +128,7 @@ def analyzed(config: AnalyzeConfig, init: str, name: str) -> Analysis:
                     first = maps[0].cpu()
             bar.update(len(readable) + len(batch.bad))
     check_any(embeddings, bad, samples.source)
-    if bad:
-        say_unreadable(bad, Path(config.out))
-    return Analysis(name, init, list(blocks.values()), torch.cat(embeddings), first)
+    return Analysis(name, init, list(blocks.values()), torch.cat(embeddings), first, bad)
 
 
 @torch.no_grad()
@@ -142,7 +155,7 @@ def draw(analyses: list[Analysis], found: list[dict[str, Any]], out: Path) -> li
     draw_curves(spectra, "number", "singular value by the first", out / SPECTRUM, log=True)
     drawn = [COLLAPSE, SPECTRUM]
     for number, analysis in enumerate(analyses):
-        drawn.append(f"channels-{number + 1}-{analysis.name.replace('/', '-')}.png")
+        drawn.append(CHANNEL_MAPS.format(f"{number + 1}-{UNFIT.sub('-', analysis.name)[-LONGEST:]}"))
         save_picture(sheet({f"64 channels of {analysis.name}": channel_sheet(analysis.maps)[None]}), out / drawn[-1])
     return drawn
 

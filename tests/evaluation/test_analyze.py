@@ -147,3 +147,14 @@ def test_mistakes(weights, pictures, tmp_path):
     assert "0.png" in (tmp_path / "out.unreadable.txt").read_text()
     with pytest.raises(UserError, match="holds an analysis: choose another or give `overwrite=True`"):
         analyze(**options)
+    with pytest.raises(UserError, match="lies among the images"):
+        analyze(**options | {"out": pictures / "analysis"})
+    (tmp_path / "out" / "mine.png").touch()
+    analyze(**options | {"init": weights[1]}, overwrite=True)
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.png")) == [
+        "channels-1-without.png",
+        "collapse.png",
+        "mine.png",
+        "spectrum.png",
+    ]
+    assert not (tmp_path / "out.unreadable.txt").exists()
