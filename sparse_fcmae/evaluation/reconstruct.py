@@ -13,7 +13,7 @@ from sparse_fcmae.data.sources import BadImage
 from sparse_fcmae.evaluation.config import ReconstructConfig
 from sparse_fcmae.evaluation.reconstruction import Reconstruction, draw_reconstruction, reconstruct
 from sparse_fcmae.evaluation.run import EvaluationView, check_any, view_of
-from sparse_fcmae.evaluation.samples import Samples, check_ending, say_unreadable, spread_batches
+from sparse_fcmae.evaluation.samples import Samples, check_apart, check_ending, say_unreadable, spread_batches
 from sparse_fcmae.model.fcmae import FCMAE
 from sparse_fcmae.runtime.checkpoint_folder import checkpoints_in, damage, step_of
 from sparse_fcmae.runtime.errors import UserError
@@ -23,6 +23,7 @@ from sparse_fcmae.weights.read import read_weights
 
 ENDINGS = (".png", ".gif", ".webp")
 ANIMATED = ENDINGS[1:]  # with a frame for each checkpoint
+MOST_PIXELS = {".webp": 16383, ".gif": 65535}  # along a side
 FRAME, LAST_FRAME = 600, 3000  # milliseconds
 
 
@@ -49,6 +50,7 @@ def draw_reconstructions(options: dict[str, Any]) -> Path:
         found = in_batches(model, view, pixels, mask)
         step = f", step {step_of(checkpoint)}" if len(checkpoints) > 1 else ""
         frames.append(draw_reconstruction(found, view.form, names, channels, step))
+        check_size(frames[0], out)
     write_atomic(out, lambda path: save(frames, path, out.suffix))
     print(f"{out}: {len(pixels)} rows; the loss on what is hidden is {found.loss:.4f}")
     say_unreadable(bad, out)
@@ -65,6 +67,7 @@ def checked(options: dict[str, Any]) -> tuple[ReconstructConfig, list[Path]]:
     check_ending("out", out, ENDINGS)
     if out.exists() and not config.overwrite:
         raise UserError(f"`out` {out} exists: choose another or give `overwrite=True`")
+    check_apart(config.data, out)
     if config.mask and (config.mask_ratio is not None or config.masks > 1):
         raise UserError("`mask` is one mask: leave `mask_ratio` and `masks` out")
     with writing(out):
@@ -135,6 +138,16 @@ def mask_in(file: Path, grid: tuple[int, int]) -> Tensor:
         what = "hides all patches" if mask.all() else "hides no patch"
         raise UserError(f"`mask` {file} {what}: paint what is to be hidden white, and the rest black")
     return mask
+
+
+def check_size(frame: Image.Image, out: Path) -> None:
+    """Raises UserError for a picture that the file's format has no room for."""
+    most = MOST_PIXELS.get(out.suffix, max(frame.size))
+    if max(frame.size) > most:
+        raise UserError(
+            f"`out` {out}: the picture has {frame.height} rows of pixels, and {out.suffix} at most {most}: give `out` "
+            "ending in .png, or fewer `images` or `masks`"
+        )
 
 
 def save(frames: list[Image.Image], path: Path, ending: str) -> None:

@@ -8,7 +8,7 @@ from PIL import Image
 
 from sparse_fcmae import UserError, load_fcmae, pretrain
 from sparse_fcmae.cli import main
-from sparse_fcmae.evaluation.reconstruct import draw_reconstructions
+from sparse_fcmae.evaluation.reconstruct import MOST_PIXELS, draw_reconstructions
 
 SMALL = {"image_size": 32, "stem_stride": 1, "batch_size": 4, "dtype": "fp32", "num_workers": 0}
 
@@ -93,6 +93,11 @@ def test_an_animation_over_the_checkpoints(run, pictures, tmp_path, ending):
     originals = [frame[32:128, 4:100] for frame in seen]
     assert np.abs(originals[0] - originals[2]).mean() < 8  # but for what the format loses
     assert not np.array_equal(seen[0], seen[2])
+    with pytest.raises(
+        UserError, match=f"rows of pixels, and .{ending} at most {MOST_PIXELS['.' + ending]}: give `out`"
+    ):
+        draw_reconstructions(out=tmp_path / f"b.{ending}", masks=600, **options | {"images": 1})
+    assert not (tmp_path / f"b.{ending}").exists()
     with pytest.raises(UserError, match="has 0 checkpoints, too few for an animation: give `out`"):
         draw_reconstructions(out=tmp_path / f"b.{ending}", **options | {"init": run / "exported"})
 
@@ -126,6 +131,8 @@ def test_mistakes(run, pictures, tmp_path):
         draw_reconstructions(out=tmp_path / "a.png", **options | {"init": run / "exported"})
     with pytest.raises(UserError, match="keeps no patch"):
         draw_reconstructions(out=tmp_path / "a.png", mask_ratio=0.99, **options)
+    with pytest.raises(UserError, match="lies among the images"):
+        draw_reconstructions(out=pictures / "a.png", **options)
     (tmp_path / "a.png").write_text("mine")
     with pytest.raises(UserError, match="exists: choose another or give `overwrite=True`"):
         draw_reconstructions(out=tmp_path / "a.png", **options)
