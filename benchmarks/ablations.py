@@ -40,12 +40,12 @@ VARIANTS: dict[str, dict[str, Any]] = {  # what differs in the options of `pretr
     "mask-0.75": {"mask_ratio": 0.75},
     "mask-0.9": {"mask_ratio": 0.9},
     "decoder-3": {"decoder_depth": 3},
-    "random": {"max_steps": 1, "lr": 1e-12},  # which leaves the weights as they were drawn
+    "random": {"max_steps": 1, "lr": 1e-12},  # which moves no weight by more than some 1e-12
 }
 EVALUATIONS = 4  # by nearest neighbours, evenly over a run
 BATCH, STEPS = 50, 400  # of fine-tuning
 TUNING = {"lr": 1e-3, "min_crop": 0.3, "ema_decay": 0.0}
-SETTINGS = "settings.json"  # of the folder with all runs
+SETTINGS = "ablations.json"  # of the folder with all runs
 FREE = {"data", "out", "variants", "seeds", "labels", "json", "csv", "png"}  # options that may differ from call to call
 COLUMNS: Columns = {
     "variant": ("variant", ""),
@@ -123,8 +123,10 @@ def settle(config: AblationsConfig, device: torch.device, train: Labelled, held_
         "device": device.type,
         "dtype": str(choose_dtype(config.dtype, device, "auto")),
         "tuning": [BATCH, STEPS, TUNING],
+        "data": [train.fingerprint, held_out.fingerprint],
     }
-    settings |= {"data": [train.fingerprint, held_out.fingerprint]}
+    if (out / SETTINGS).exists() and "tuning" not in read_json(out / SETTINGS):
+        raise UserError(f"`out` {out} holds another {SETTINGS}: choose another folder")
     if (out / SETTINGS).exists() and any(out.glob("*-seed*")):
         before = read_json(out / SETTINGS)
         if differing := [name for name, value in settings.items() if before.get(name) != value]:

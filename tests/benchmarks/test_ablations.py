@@ -75,6 +75,11 @@ def test_a_mistake_does_not_settle_anything(colours, tmp_path):
         with pytest.raises(UserError):
             ablations(**options | wrong)
         assert not (tmp_path / "runs").exists()
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "ablations.json").write_text('{"mine": 1}')
+    with pytest.raises(UserError, match=r"holds another ablations.json: choose another folder"):
+        ablations(**options)
+    assert (tmp_path / "runs" / "ablations.json").read_text() == '{"mine": 1}'
 
 
 @pytest.mark.parametrize(
