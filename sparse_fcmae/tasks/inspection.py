@@ -153,9 +153,7 @@ def advice(sizes: dict[str, tuple[int, int]], size: tuple[int, int]) -> list[str
         fitting = (side + patch // 2) // patch * patch
         return [f"half of the images are enlarged to be seen: --image-size {fitting} --stem-stride {stride} suits them"]
     if side > LARGER * seen:
-        return [
-            f"half of the images are reduced to a {side // seen}th or less: --crop native shows what is small in them"
-        ]
+        return [f"half of the images are made at least {side // seen} times smaller: --crop native keeps their details"]
     return []
 
 

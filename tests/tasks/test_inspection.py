@@ -66,7 +66,7 @@ def test_a_sample_and_no_pictures(stacks, capsys):
         ((150, 150), "--image-size 160 --stem-stride 4"),
         ((200, 300), None),
         ((500, 896), None),
-        ((2000, 1000), "reduced to a 4th or less: --crop native"),
+        ((2000, 1000), "made at least 4 times smaller: --crop native"),
     ],
 )
 def test_advice_about_sizes(median, expected):
