@@ -16,7 +16,7 @@ import torch
 from scipy.interpolate import LinearNDInterpolator, NearestNDInterpolator
 
 from sparse_fcmae import load_fcmae, pretrain
-from sparse_fcmae.evaluation.pictures import sheet
+from sparse_fcmae.evaluation.sheet import sheet
 from sparse_fcmae.model.fcmae import unpatchify
 
 SIZE = 32  # pixels of a window, whose patches have 8 with a stem of stride 1

@@ -14,10 +14,10 @@ from sparse_fcmae.data.batches import Batch
 from sparse_fcmae.data.sources import BadImage
 from sparse_fcmae.evaluation.collapse import BlockStatistics, expanded_features, rank_me
 from sparse_fcmae.evaluation.config import AnalyzeConfig
-from sparse_fcmae.evaluation.pictures import save_picture, sheet
 from sparse_fcmae.evaluation.plots import check_installed, draw_curves
 from sparse_fcmae.evaluation.run import EvaluationView, check_any, together, view_of
 from sparse_fcmae.evaluation.samples import EXPORTED, UNFIT, Samples, check_apart, say_unreadable, spread_batches
+from sparse_fcmae.evaluation.sheet import save_picture, sheet
 from sparse_fcmae.model.convnext import SparseEncoder
 from sparse_fcmae.runtime.errors import UserError
 from sparse_fcmae.runtime.files import write_json, writing

@@ -10,9 +10,10 @@ from sparse_fcmae.data.decoders.image import Reading
 from sparse_fcmae.data.format import ImageFormat
 from sparse_fcmae.data.masks import MaskClasses, nearest, read_mask
 from sparse_fcmae.data.sources import BadImage, ImageSource
-from sparse_fcmae.evaluation.pictures import rgb, save_picture, sheet, shown
+from sparse_fcmae.evaluation.pictures import rgb, shown
 from sparse_fcmae.evaluation.plots import colours_of, overlaid
 from sparse_fcmae.evaluation.run import EvaluationView
+from sparse_fcmae.evaluation.sheet import save_picture, sheet
 from sparse_fcmae.evaluation.tiles import Segmented, Tiles, owned, segmented
 from sparse_fcmae.model.segmenter import Segmenter
 

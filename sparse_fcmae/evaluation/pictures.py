@@ -1,19 +1,16 @@
-"""Images as people look at them: sheets of small pictures, and histograms of values."""
+"""Images as people look at them: values that can be shown, and histograms of values."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
 from torch import Tensor
 
 from sparse_fcmae.data.format import BYTE, ImageFormat
 from sparse_fcmae.runtime.files import write_atomic
 
 SHOWN = (0.01, 0.99)  # quantiles of a channel that are shown as black and as white
-GAP, LABEL_HEIGHT, LEAST_WIDTH = 4, 14, 96  # pixels of a sheet
-EMPTY: Mapping[str, np.ndarray] = {}
 BINS, PANELS = 100, 16  # of a histogram, and channels that have one
 
 
@@ -39,65 +36,6 @@ def rgb(images: Tensor, channels: Sequence[int] = ()) -> np.ndarray:
     places = {1: (0, 0, 0), 2: (1, 0, 1), 3: (0, 1, 2)}[chosen.shape[1]]
     colour = chosen[:, list(places)]
     return (255 * colour.clamp(0, 1)).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-
-
-def sheet(
-    columns: dict[str, np.ndarray], rows: Sequence[str] = (), legend: Mapping[str, np.ndarray] = EMPTY
-) -> Image.Image:
-    """Columns of pictures [N, H, W, 3] under their names, enlarged to a width of at least LEAST_WIDTH.
-
-    rows: the names of the N rows, which are written above them, where there are any. legend: colours by what they
-    mean, float [3] between 0 and 1, which are shown at the bottom.
-    """
-    count, height, width, _ = next(iter(columns.values())).shape
-    scale = max(1, -(-LEAST_WIDTH // width))
-    height, width = height * scale, width * scale
-    each = height + GAP + (LABEL_HEIGHT if rows else 0)
-    size = (len(columns) * (width + GAP) + GAP, count * each + GAP + LABEL_HEIGHT)
-    picture = Image.new("RGB", size, "white")
-    draw = ImageDraw.Draw(picture)
-    for column, (name, tiles) in enumerate(columns.items()):
-        left = GAP + column * (width + GAP)
-        draw.text((left, 2), name, fill="black")
-        for row, tile in enumerate(tiles):
-            enlarged = Image.fromarray(tile).resize((width, height), Image.Resampling.NEAREST)
-            picture.paste(enlarged, (left, LABEL_HEIGHT + row * each + each - height))
-    for row, name in enumerate(rows):
-        draw.text((GAP, LABEL_HEIGHT + row * each + 2), _fitting(draw, name, size[0] - 2 * GAP), fill="black")
-    return _with_legend(picture, legend) if legend else picture
-
-
-def _with_legend(picture: Image.Image, legend: Mapping[str, np.ndarray]) -> Image.Image:
-    """A picture with squares of colours and their names below it, in as many lines as they need."""
-    measure, places, left, line = ImageDraw.Draw(picture), [], GAP, 0
-    for name in legend:
-        text = _fitting(measure, name, picture.width - LABEL_HEIGHT - 2 * GAP)
-        width = LABEL_HEIGHT + 2 * GAP + round(measure.textlength(text))
-        if left > GAP and left + width > picture.width:
-            left, line = GAP, line + 1
-        places.append((left, picture.height + line * LABEL_HEIGHT, text))
-        left += width + GAP
-    larger = Image.new("RGB", (picture.width, picture.height + (line + 1) * LABEL_HEIGHT + GAP), "white")
-    larger.paste(picture)
-    draw = ImageDraw.Draw(larger)
-    for (x, y, text), colour in zip(places, legend.values(), strict=True):
-        draw.rectangle((x, y + 2, x + LABEL_HEIGHT - 4, y + LABEL_HEIGHT - 2), tuple((255 * colour).astype(int)))
-        draw.text((x + LABEL_HEIGHT, y + 1), text, fill="black")
-    return larger
-
-
-def _fitting(draw: ImageDraw.ImageDraw, text: str, width: int) -> str:
-    """The end of a text, as much of it as is no wider than so many pixels."""
-    if draw.textlength(text) <= width:
-        return text
-    while len(text) > 1 and draw.textlength(f"...{text}") > width:
-        text = text[1:]
-    return f"...{text}"
-
-
-def save_picture(picture: Image.Image, path: Path) -> None:
-    """Writes a PNG, atomically."""
-    write_atomic(path, lambda p: picture.save(p, format="PNG"))
 
 
 def draw_histograms(columns: np.ndarray, form: ImageFormat, path: Path) -> None:

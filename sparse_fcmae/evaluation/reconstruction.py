@@ -12,7 +12,8 @@ from torch import Tensor
 from sparse_fcmae.data.format import ImageFormat
 from sparse_fcmae.data.sources import ImageSource
 from sparse_fcmae.data.views import CentreView
-from sparse_fcmae.evaluation.pictures import rgb, sheet, shown
+from sparse_fcmae.evaluation.pictures import rgb, shown
+from sparse_fcmae.evaluation.sheet import sheet
 from sparse_fcmae.kernels.constants import EPS
 from sparse_fcmae.model.fcmae import FCMAE, patchify, unpatchify
 

@@ -20,7 +20,8 @@ from sparse_fcmae.data.sources.opening import is_named, open_images
 from sparse_fcmae.data.sources.pages import by_page
 from sparse_fcmae.data.sources.windows import Windows
 from sparse_fcmae.data.survey import Kind, asked_reading, reading_options, sample_values, spread, survey
-from sparse_fcmae.evaluation.pictures import draw_histograms, rgb, save_picture, sheet, shown
+from sparse_fcmae.evaluation.pictures import draw_histograms, rgb, shown
+from sparse_fcmae.evaluation.sheet import save_picture, sheet
 from sparse_fcmae.kernels.constants import SIDES
 from sparse_fcmae.runtime.errors import UserError
 from sparse_fcmae.runtime.files import one_line, write_json, writing

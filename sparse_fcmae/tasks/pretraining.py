@@ -20,9 +20,9 @@ from sparse_fcmae.data.sources.windows import Windows
 from sparse_fcmae.data.survey import asked_reading, check_fits
 from sparse_fcmae.data.views import CentreView, NativeView, RandomView
 from sparse_fcmae.evaluation.held_out import HeldOutLoss
-from sparse_fcmae.evaluation.pictures import save_picture
 from sparse_fcmae.evaluation.probes import KNNMonitor
 from sparse_fcmae.evaluation.reconstruction import draw_reconstruction, reconstruct, sample_images
+from sparse_fcmae.evaluation.sheet import save_picture
 from sparse_fcmae.runtime.checkpoint_folder import newest_checkpoint
 from sparse_fcmae.runtime.distributed import Ranks, process_group
 from sparse_fcmae.runtime.errors import UserError

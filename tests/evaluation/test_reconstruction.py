@@ -7,8 +7,8 @@ from sparse_fcmae.data.decoders.image import Reading
 from sparse_fcmae.data.format import ImageFormat
 from sparse_fcmae.data.sources.folder import ImageFolder
 from sparse_fcmae.data.views import CentreView
-from sparse_fcmae.evaluation.pictures import save_picture
 from sparse_fcmae.evaluation.reconstruction import draw_reconstruction, reconstruct, sample_images
+from sparse_fcmae.evaluation.sheet import save_picture
 
 
 def test_samples_are_spread_over_the_source(tmp_path):
