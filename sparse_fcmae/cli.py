@@ -84,6 +84,11 @@ COMMANDS = {
         "evaluation.config:AnalyzeConfig",
         "evaluation.analyze:analyze",
     ),
+    "report": Command(
+        "one page of a run, or of several beside each other, also while they go on",
+        "report.config:ReportConfig",
+        "report.report:report",
+    ),
     "demo": Command("draw images and pretrain on them, in a few minutes on a CPU", "demo:DemoConfig", "demo:demo"),
     "bench report": Command(
         "the suite on this machine, as tables, plots and one HTML page",

@@ -19,10 +19,17 @@ LAYERS = [  # from the ground up: a layer imports from itself and from those bef
     {"model", "data"},
     {"weights"},
     {"training", "evaluation"},
-    {"tasks", "benchmarks"},
+    {"tasks", "benchmarks", "report"},
     {"demo", "info", "cli", "__main__"},
 ]
-APART = [("model", "data"), ("training", "evaluation"), ("evaluation", "training"), ("tasks", "benchmarks")]
+APART = [
+    ("model", "data"),
+    ("training", "evaluation"),
+    ("evaluation", "training"),
+    ("tasks", "benchmarks"),
+    ("report", "tasks"),
+    ("tasks", "report"),
+]
 FILES = {"sparse_fcmae": ROOT / "sparse_fcmae", "kernels": ROOT / "kernels", "benchmarks": ROOT / "benchmarks"}
 
 

@@ -17,6 +17,7 @@ from sparse_fcmae.evaluation.sheet import sheet
 from sparse_fcmae.kernels.constants import EPS
 from sparse_fcmae.model.fcmae import FCMAE, patchify, unpatchify
 
+COLUMNS = ("original", "masked", "predicted", "filled in")  # of a picture
 GREY = 0.5  # of masked pixels
 
 
@@ -71,10 +72,6 @@ def draw_reconstruction(
     """
     filled = torch.where(found.hidden, found.predicted, found.images)
     original, predicted, filled = (shown(form, part, found.images) for part in (found.images, found.predicted, filled))
-    columns = {
-        f"original{note}": original,
-        "masked": original.masked_fill(found.hidden, GREY),
-        "predicted": predicted,
-        "filled in": filled,
-    }
-    return sheet({name: rgb(part, channels) for name, part in columns.items()}, rows)
+    parts = (original, original.masked_fill(found.hidden, GREY), predicted, filled)
+    names = (f"{COLUMNS[0]}{note}", *COLUMNS[1:])
+    return sheet({name: rgb(part, channels) for name, part in zip(names, parts, strict=True)}, rows)

@@ -25,6 +25,9 @@ PARTS = (  # of every run; a task has further ones
     "events.out.tfevents.*",
     "trackers.json",
     "lr-range.png",
+    "report.html",
+    "evaluation",
+    "analysis",
     CHECKPOINTS,
     "exported",
 )

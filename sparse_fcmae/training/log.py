@@ -25,6 +25,7 @@ from sparse_fcmae.training.writers import Writers
 
 # of 80 columns, in which there is room for a million steps and days
 BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+REPLACED, LEFT_OUT = "unreadable, replaced by another image: ", "unreadable, left out of the evaluation: "
 WORTH_SAYING = 0.1  # share of the time that images are waited for, from which on the bar says it
 
 
@@ -109,7 +110,7 @@ class RunLog:
         for name, reason in unreadable:
             if name not in self.left_out:
                 self.left_out.add(name)
-                self.say(f"unreadable, left out of the evaluation: {name}: {reason}")
+                self.say(f"{LEFT_OUT}{name}: {reason}")
 
     def steps(
         self,

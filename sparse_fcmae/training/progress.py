@@ -16,7 +16,7 @@ from sparse_fcmae.runtime.distributed import Ranks
 from sparse_fcmae.runtime.energy import EnergyMeter
 from sparse_fcmae.runtime.errors import UserError
 from sparse_fcmae.training.config import RunConfig
-from sparse_fcmae.training.log import RunLog
+from sparse_fcmae.training.log import REPLACED, RunLog
 from sparse_fcmae.training.schedule import Schedule
 from sparse_fcmae.training.step import StepResult
 
@@ -98,7 +98,7 @@ class Progress:
         for found in (found for of_rank in self.ranks.gather(self.new_bad) for found in of_rank):
             if found.name not in self.bad:
                 self.bad[found.name] = found.reason
-                self.log.say(f"unreadable, replaced by another image: {found.name}: {found.reason}")
+                self.log.say(f"{REPLACED}{found.name}: {found.reason}")
         self.new_bad = []
         images = getattr(self.source, "images", len(self.source))  # fewer than windows
         if len(self.bad) > self.config.max_bad_images * images:

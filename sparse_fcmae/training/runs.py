@@ -3,14 +3,16 @@
 import json
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sparse_fcmae.runtime.checkpoint_folder import checkpoints_in, is_exported, step_of
+from sparse_fcmae.runtime.checkpoint_folder import CHECKPOINTS, checkpoints_in, is_exported, step_of
 from sparse_fcmae.runtime.errors import UserError
 from sparse_fcmae.runtime.files import read_json
 from sparse_fcmae.runtime.lock import is_locked
 from sparse_fcmae.runtime.options import check, keywords_of
+from sparse_fcmae.runtime.run_folder import CONFIG
 from sparse_fcmae.training.config import RunsConfig
 from sparse_fcmae.training.lr_range import STEPS
 
@@ -39,7 +41,7 @@ def runs(options: dict[str, Any]) -> str:
     root = Path(config.folder)
     if not root.is_dir():
         raise UserError(f"{root}: no such folder")
-    found = [run for folder, names, files in os.walk(root) for run in [_look_at(Path(folder), files, names)] if run]
+    found = list(_runs_below(root))
     if not found:
         raise UserError(f"{root}: no run in this folder or below it")
     table = [("run", "task", "state", "step", "loss", "images/s", "last written")]
@@ -48,18 +50,25 @@ def runs(options: dict[str, Any]) -> str:
     return "\n".join("  ".join(f"{cell:{w}}" for cell, w in zip(row, widths, strict=True)).rstrip() for row in table)
 
 
-def _look_at(folder: Path, files: list[str], names: list[str]) -> Found | None:
-    """The run in a folder, None for none. names: of the folders in it, which are no longer looked into then."""
-    if "config.json" not in files or "checkpoints" not in names:
+def _runs_below(root: Path) -> Iterator[Found]:
+    """The runs in a folder and below it. What a run's own folder holds is not looked into."""
+    for folder, names, _ in os.walk(root):
+        if run := look_at(Path(folder)):
+            names.clear()
+            yield run
+
+
+def look_at(folder: Path) -> Found | None:
+    """The run in a folder, None where it holds none."""
+    if not ((folder / CONFIG).is_file() and (folder / CHECKPOINTS).is_dir()):
         return None
     try:
-        config = read_json(folder / "config.json")
+        config = read_json(folder / CONFIG)
         form = config["format"]
     except (UserError, KeyError, TypeError):
         return None
     if not (isinstance(form, str) and form.startswith(FORMAT) and form.endswith(" run")):
         return None
-    names.clear()
     row, saved = _last_row(folder / "metrics.jsonl"), checkpoints_in(folder)
     step, steps = row.get("step", 0), None
     if row.get("epoch") and isinstance(config.get("epochs"), int):
@@ -74,7 +83,7 @@ def _look_at(folder: Path, files: list[str], names: list[str]) -> Found | None:
     else:
         state = f"stopped, checkpoint at {newest}" if newest else "stopped, no checkpoint"
     log = folder / "train.log"
-    written = (log if log.is_file() else folder / "config.json").stat().st_mtime
+    written = (log if log.is_file() else folder / CONFIG).stat().st_mtime
     task = form.removeprefix(FORMAT).removesuffix(" run")
     speed = row.get("images_per_second")
     return Found(folder, task, state, step, steps, row.get("loss"), speed, max(0.0, time.time() - written))
