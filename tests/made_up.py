@@ -33,6 +33,7 @@ def made_run(folder, steps=12, **options):
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     evaluations = [
         {"step": n, "epoch": n / 4, "knn_top1": n / 100, "val_loss": 2 / (n + 1), "ema_knn_top1": n / 200}
+        | {"effective_rank": 40.0 + n, "channel_distance": 0.25, "distance_1.1": 0.25, "distance_3.2": 0.5}
         for n in (0, *CHECKPOINTS)
     ]
     (folder / "evaluations.jsonl").write_text("".join(json.dumps(row) + "\n" for row in evaluations))

@@ -74,8 +74,8 @@ function ticks(low, high, log) {
 }
 
 class Chart {
-  constructor(name, title, lines) {
-    Object.assign(this, { name, title, lines, cursor: null });
+  constructor(name, title, lines, mark) {
+    Object.assign(this, { name, title, lines, mark, cursor: null });
     const positive = lines.every((line) => (line.low ?? line.value).every((value) => value > 0));
     const toggle = () => {
       view.logs.has(name) ? view.logs.delete(name) : view.logs.add(name);
@@ -126,6 +126,11 @@ class Chart {
     }
     for (const value of ticks(0, right, false)) {
       this.svg.append(svg("text", { x: this.x(value), y: height - 6, "text-anchor": "middle" }, number(value)));
+    }
+    if (this.mark && this.mark.value >= low && this.mark.value <= high) {
+      const y = this.y(this.mark.value);
+      this.svg.append(svg("line", { class: "cursor", x1: this.left, x2: width - 8, y1: y, y2: y }));
+      this.svg.append(svg("text", { x: width - 8, y: y + 13, "text-anchor": "end" }, this.mark.text));
     }
     for (const line of lines) this.svg.append(...this.curve(line));
     this.show(this.cursor);
@@ -195,12 +200,13 @@ class Chart {
 
 function charts(runs) {
   const found = new Map();
-  runs.forEach((run, number) => run.charts.forEach(({ name, title, lines }) => {
-    if (!found.has(name)) found.set(name, { title, lines: [] });
+  runs.forEach((run, number) => run.charts.forEach(({ name, title, lines, mark, detail }) => {
+    if (detail && runs.length > 1) return;
+    if (!found.has(name)) found.set(name, { title, mark, lines: [] });
     found.get(name).lines.push(...lines.map((line) => ({ ...line, run: number })));
   }));
   if (!found.size) return [el("h2", {}, "Over time"), el("p", {}, "No step is recorded yet.")];
-  const all = [...found].map(([name, { title, lines }]) => new Chart(name, title, lines));
+  const all = [...found].map(([name, { title, lines, mark }]) => new Chart(name, title, lines, mark));
   const redraw = () => all.forEach((chart) => chart.draw());
   const show = (event, run) => {
     view.hidden[event.target.checked ? "delete" : "add"](run);
@@ -308,6 +314,8 @@ function facts(runs) {
   return runs.flatMap((run, i) => [
     runs.length > 1 ? el("h3", {}, key(i), run.name) : null,
     el("p", { class: "soft" }, `${run.task}, ${run.folder}`),
+    run.verdict ? el("p", { class: "verdict", "data-state": run.verdict.state },
+      el("b", {}, run.verdict.state), `: ${run.verdict.reason}`) : null,
     ...run.notes.map((note) => el("p", {}, note)),
     el("dl", { class: "facts" }, ...run.facts.map(([name, value]) =>
       el("div", {}, el("dt", {}, name), el("dd", {}, value)))),
@@ -429,7 +437,7 @@ function section(id, shown, build, always = false) {
 
 function render() {
   const of = (...parts) => record.runs.map((run) => [run.name, ...parts.map((part) => run[part])]);
-  section("facts", of("facts", "notes"), facts);
+  section("facts", of("facts", "notes", "verdict"), facts);
   section("charts", of("charts"), charts);
   section("reconstructions", of("reconstructions"), reconstructions);
   section("evaluation", of("evaluation"), evaluation);

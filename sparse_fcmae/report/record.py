@@ -12,13 +12,14 @@ from PIL import Image
 
 from sparse_fcmae.evaluation.reconstruction import COLUMNS
 from sparse_fcmae.evaluation.sheet import tiles_of
-from sparse_fcmae.report.rows import Rows
+from sparse_fcmae.evaluation.verdict import OF_BLOCK, guessing, judge
 from sparse_fcmae.runtime.errors import UserError
 from sparse_fcmae.runtime.files import read_json
 from sparse_fcmae.runtime.options import flag, image_size_of
+from sparse_fcmae.runtime.rows import Rows, short
 from sparse_fcmae.runtime.run_folder import CONFIG
 from sparse_fcmae.training.log import LEFT_OUT, REPLACED
-from sparse_fcmae.training.measures import is_fraction
+from sparse_fcmae.training.measures import is_detail, is_fraction
 from sparse_fcmae.training.runs import Found, look_at
 
 PICTURES = 24  # of reconstructions that a page shows
@@ -32,7 +33,15 @@ CHARTS = {  # what metrics.jsonl measures: the heading, and by what the values a
     "data_wait": ("% of the time without an image to train on", 100),
     "memory_gb": ("memory, GB", 1),
 }
-TITLES = {"knn_top1": "k-NN top-1, %", "top1": "top-1, %", "top5": "top-5, %", "miou": "mIoU, %", "r2": "R2"}
+TITLES = {
+    "knn_top1": "k-NN top-1, %",
+    "top1": "top-1, %",
+    "top5": "top-5, %",
+    "miou": "mIoU, %",
+    "r2": "R2",
+    "effective_rank": "effective rank of the embeddings",
+    "channel_distance": "distance between channels, in the block where it is least",
+}
 SNIPPET = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 Keep = Callable[[bytes, str], str]
 Record = dict[str, Any]
@@ -64,9 +73,10 @@ class RunReader:
             "folder": str(self.folder),
             "task": found.task,
             "state": found.state,
+            "verdict": self._verdict(found, config),
             "facts": self._facts(found, config),
             "notes": [*self._notes(), *unfit],
-            "charts": self._charts(found.task),
+            "charts": self._charts(found.task, bool(config.get("init"))),
             "reconstructions": pictures,
             "evaluation": self._evaluation(),
             "analysis": self._analysis(),
@@ -78,17 +88,25 @@ class RunReader:
             "log": log[-LINES:],
         }
 
+    def _verdict(self, found: Found, config: dict[str, Any]) -> dict[str, str] | None:
+        """Whether a pretraining run goes well, None where there is nothing to judge."""
+        if found.task != "pretraining" or config.get("lr_range") or not found.steps:
+            return None
+        warmup = round((config.get("warmup_epochs") or 0) * found.step / self.metrics.last("epoch"))
+        return judge(self.metrics, self.evaluations, warmup, found.steps, bool(config.get("init")))._asdict()
+
     def _facts(self, found: Found, config: dict[str, Any]) -> list[tuple[str, str]]:
         """What one looks for first: names and values in words."""
         row, facts = self.metrics.last, [("state", found.state)]
         facts.append(("step", f"{found.step:,} of {found.steps:,}" if found.steps else f"{found.step:,}"))
         if epoch := row("epoch"):
-            facts.append(("epoch", f"{epoch:.4g} of {config['epochs']}" if config.get("epochs") else f"{epoch:.4g}"))
+            whole = config.get("epochs") if not config.get("max_steps") else None
+            facts.append(("epoch", f"{epoch:.4g} of {whole}" if whole else f"{epoch:.4g}"))
         if (loss := row("loss")) is not None:
             facts.append(("loss", f"{loss:.4f}"))
-        for name in self.evaluations.columns:
-            if name not in ("step", "epoch") and (value := self.evaluations.last(name)) is not None:
-                facts.append((in_words(name), f"{100 * value:.2f} %" if is_fraction(name) else f"{value:.4f}"))
+        for name in self._measured():
+            if (value := self.evaluations.last(name)) is not None:
+                facts.append((in_words(name), f"{100 * value:.2f} %" if is_fraction(name) else f"{value:.4g}"))
         if speed := row("images_per_second"):
             facts.append(("images a second", f"{speed:.0f}"))
             if found.state == "running" and found.steps:
@@ -102,20 +120,27 @@ class RunReader:
         written = time.time() - found.seconds
         return [*facts, ("last written", time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(written)))]
 
+    def _measured(self) -> list[str]:
+        """The names of what evaluations measure, without those of which there are many."""
+        return [name for name in self.evaluations.columns if name not in ("step", "epoch") and not is_detail(name)]
+
     def _notes(self) -> list[str]:
         """What is wrong with the files."""
         files = [rows for rows in (self.metrics, self.evaluations) if rows.damaged]
         return [f"{rows.path.name} has lines that are no rows and are left out: {rows.damaged}" for rows in files]
 
-    def _charts(self, task: str) -> list[Record]:
+    def _charts(self, task: str, from_weights: bool) -> list[Record]:
         """Headings, and lines over the steps. The loss is there twice where it is measured on held-out images too."""
         held_out = "val_loss" if task == "pretraining" else "loss"
         lines = [line("steps", self.metrics.curve("loss"))]
         for prefix, label in (("", "held-out images"), ("ema_", "held-out images, moving average")):
             lines.append(line(label, self.evaluations.curve(prefix + held_out), dashed=bool(prefix)))
         charts = [chart("loss", "loss on hidden patches" if task == "pretraining" else "loss", lines)]
-        for name in self.evaluations.columns:
-            if name in ("step", "epoch", held_out) or name.startswith("ema_"):
+        if task == "pretraining":
+            nothing = guessing(self.metrics.numbers("loss"), from_weights)
+            charts[0]["mark"] = {"value": short(nothing), "text": "nothing learnt"}
+        for name in self._measured():
+            if name == held_out or name.startswith("ema_"):
                 continue
             scale = 100 if is_fraction(name) else 1
             title = TITLES.get(name, in_words(name) + (", %" if is_fraction(name) else ""))
@@ -124,6 +149,9 @@ class RunReader:
                 for prefix, label in (("", ""), ("ema_", "moving average"))
             ]
             charts.append(chart(name, title, lines))
+        blocks = {name: name.removeprefix(OF_BLOCK) for name in self.evaluations.columns if name.startswith(OF_BLOCK)}
+        lines = [line(f"block {block}", self.evaluations.curve(name)) for name, block in sorted(blocks.items())]
+        charts.append(chart("distances", "distance between channels, block by block", lines) | {"detail": True})
         for name, (title, scale) in CHARTS.items():
             charts.append(chart(name, title, [line("", self.metrics.curve(name, scale))]))
         return [found for found in charts if found["lines"]]

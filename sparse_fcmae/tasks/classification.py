@@ -97,6 +97,7 @@ class Classification(Task):
     """
 
     outputs = ("loss.png", "accuracy.png", "exported-ema")
+    evaluates = True
 
     def __init__(self, config: FinetuneConfig, ranks: Ranks) -> None:
         self.ranks = ranks
@@ -182,7 +183,7 @@ class Classification(Task):
         problem = {"problem_type": PROBLEM_TYPES[self.config.task]}
         return {"classes": self.classes, "images": self.form.as_json(), **problem}
 
-    def evaluate(self, log: RunLog) -> dict[str, float]:
+    def evaluate(self, log: RunLog, step: int) -> dict[str, float]:
         models = {"": self.model, "ema_": self.ema.module} if self.ema else {"": self.model}
         if self.problem:
             targets = self.held_out_targets

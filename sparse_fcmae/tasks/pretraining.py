@@ -19,15 +19,18 @@ from sparse_fcmae.data.sources.pages import by_page
 from sparse_fcmae.data.sources.windows import Windows
 from sparse_fcmae.data.survey import asked_reading, check_fits
 from sparse_fcmae.data.views import CentreView, NativeView, RandomView
+from sparse_fcmae.evaluation.feature_check import FeatureCheck, images_for, steps_between_checks
 from sparse_fcmae.evaluation.held_out import HeldOutLoss
 from sparse_fcmae.evaluation.probes import KNNMonitor
 from sparse_fcmae.evaluation.reconstruction import draw_reconstruction, reconstruct, sample_images
 from sparse_fcmae.evaluation.sheet import save_picture
+from sparse_fcmae.evaluation.verdict import Verdict, judge
 from sparse_fcmae.runtime.checkpoint_folder import newest_checkpoint
 from sparse_fcmae.runtime.distributed import Ranks, process_group
 from sparse_fcmae.runtime.errors import UserError
 from sparse_fcmae.runtime.files import writing
 from sparse_fcmae.runtime.options import image_size_of, keywords_of
+from sparse_fcmae.runtime.rows import Rows
 from sparse_fcmae.runtime.streams import Stream, torch_seed
 from sparse_fcmae.tasks.build import (
     build_fcmae,
@@ -46,8 +49,9 @@ from sparse_fcmae.training.configure import configure
 from sparse_fcmae.training.log import RunLog
 from sparse_fcmae.training.loop import train
 from sparse_fcmae.training.optim import adamw
-from sparse_fcmae.training.parallel import device_of_new_model, place, shards, whole_state
+from sparse_fcmae.training.parallel import device_of_new_model, is_sharded, place, shards, whole_state
 from sparse_fcmae.training.plots import draw_loss
+from sparse_fcmae.training.schedule import Schedule
 from sparse_fcmae.training.step import GraphedTrainStep
 from sparse_fcmae.training.task import Task
 from sparse_fcmae.weights.convert import export_model
@@ -134,9 +138,10 @@ class Pretraining(Task):
         self.measures = (*names, *(f"ema_{name}" for name in names if self.ema))
         measured = {"knn_top1": self.monitor, "val_loss": held_out}.get((config.monitor or "").removeprefix("ema_"))
         self.judge = measured.fingerprint if measured else ""
-        self.evaluates_untrained = bool(self.measures)
-        centre = CentreView(self.size, self.training_view.reading, native=config.crop == "native")
-        samples = sample_images(self.source, SAMPLES, centre)
+        self.features: FeatureCheck | None = None
+        self.rows: list[Rows] = []
+        self.centre = CentreView(self.size, self.training_view.reading, native=config.crop == "native")
+        samples = sample_images(self.source, SAMPLES, self.centre)
         self.samples = samples.to(ranks.device)
         if not (config.resume or config.init):
             self.notes += hints(self.model.encoder, samples)
@@ -147,6 +152,17 @@ class Pretraining(Task):
             f"{'from CUDA graphs, ' if self.cuda_graphs else ''}"
             f"{sum(p.numel() for p in self.model.parameters()) / 1e6:.1f} M parameters with the decoder"
         )
+
+    def plan(self, schedule: Schedule) -> None:
+        """Decides how often features are checked. A range test is not judged, as it goes on until the loss explodes."""
+        self.schedule, self.evaluates = schedule, not schedule.lr_range or bool(self.measures)
+        images = images_for(self.source, self.centre)
+        sizes = (images, self.config.batch_size, schedule.steps, schedule.eval_steps)
+        every = steps_between_checks(*sizes) if not (schedule.lr_range or is_sharded(self.model)) else None
+        if every:
+            bf16 = self.config.dtype == "bf16"
+            self.features = FeatureCheck(self.source, self.centre, self.form, every, bf16)
+        self.evaluates_untrained = bool(self.measures or self.features)
 
     def beside_config(self) -> dict[str, Any]:
         return {"images": self.form.as_json()}
@@ -166,13 +182,23 @@ class Pretraining(Task):
             self.masks = masks.chunk(self.ranks.world)[self.ranks.rank]
         return batch.pixels, self.masks[first : first + len(batch.pixels)]
 
-    def evaluate(self, log: RunLog) -> dict[str, float]:
+    def evaluate(self, log: RunLog, step: int) -> dict[str, float]:
         values, models = {}, {"": self.model, "ema_": self.ema.module} if self.ema else {"": self.model}
         for prefix, model in models.items():
             for name, measure in self._measuring(model).items():
                 values[f"{prefix}{name}"], unreadable = measure()
                 log.say_left_out(unreadable)
+        if self.features and (step % self.features.every == 0 or step == self.schedule.steps):
+            values |= self.features.of(self.model.encoder)
         return values
+
+    def verdict(self, run: Path) -> Verdict | None:
+        if self.schedule.lr_range:
+            return None
+        self.rows = self.rows or [Rows(run / name) for name in ("metrics.jsonl", "evaluations.jsonl")]
+        for rows in self.rows:
+            rows.read_on()
+        return judge(*self.rows, self.schedule.warmup_steps, self.schedule.steps, bool(self.config.init))
 
     def _measuring(self, model: nn.Module) -> dict[str, Callable[[], tuple[float, list[BadImage]]]]:
         """What is measured of a model, by name: functions that give the value and the unreadable images."""

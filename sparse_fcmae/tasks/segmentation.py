@@ -112,6 +112,7 @@ class Segmentation(Task):
     """A model that learns the classes of pixels, and is evaluated on other images."""
 
     outputs = ("loss.png", "miou.png", "exported-ema", "segmentations")
+    evaluates = True
     divides = False  # a part of a single image has no statistics
 
     def __init__(self, config: FinetuneConfig, ranks: Ranks) -> None:
@@ -214,7 +215,7 @@ class Segmentation(Task):
         named = {"classes": classes.names, "mask_values": classes.values, "ignored": classes.ignored}
         return named | {"images": self.form.as_json()}
 
-    def evaluate(self, log: RunLog) -> dict[str, float]:
+    def evaluate(self, log: RunLog, step: int) -> dict[str, float]:
         models = {"": self.model, "ema_": self.ema.module} if self.ema else {"": self.model}
         values, bad, numbers = {}, [], range(len(self.tiles))
         for prefix, model in models.items():

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import TextIO
+from typing import Protocol, TextIO
 
 from tqdm import tqdm
 
@@ -20,13 +20,19 @@ from sparse_fcmae.data.sources import BadImage
 from sparse_fcmae.runtime.errors import UserError
 from sparse_fcmae.runtime.files import write_atomic, writing
 from sparse_fcmae.runtime.terminal import lost_if_unread
-from sparse_fcmae.training.measures import is_fraction
+from sparse_fcmae.training.measures import is_detail, is_fraction
 from sparse_fcmae.training.writers import Writers
 
 # of 80 columns, in which there is room for a million steps and days
 BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
 REPLACED, LEFT_OUT = "unreadable, replaced by another image: ", "unreadable, left out of the evaluation: "
 WORTH_SAYING = 0.1  # share of the time that images are waited for, from which on the bar says it
+
+
+class Verdict(Protocol):
+    """Whether a run goes well. Its text is the state, in a word or a few, and why."""
+
+    state: str
 
 
 def in_notebook() -> bool:
@@ -59,14 +65,14 @@ class RunLog:
         step: int,
         steps: int,
         main: bool,
-        evaluates: bool,
         trackers: Writers | None = None,
     ) -> None:
         self.run, self.main = run, main
         if main:
             with writing(run):
                 self.metrics, notes = _open_rows(run / "metrics.jsonl", step)
-                self.evaluations, more = _open_rows(run / "evaluations.jsonl", step) if evaluates else (None, [])
+                known = (run / "evaluations.jsonl").exists()  # else it is made with the first evaluation
+                self.evaluations, more = _open_rows(run / "evaluations.jsonl", step) if known else (None, [])
                 self.text = (run / "train.log").open("a", buffering=1, encoding="utf-8", errors="backslashreplace")
         self.shows_bar = main and (sys.stderr.isatty() or in_notebook())
         self.bar = bar_type()(
@@ -74,6 +80,7 @@ class RunLog:
         )
         self.since = time.perf_counter()
         self.left_out: set[str] = set()
+        self.state = ""  # of the run, as the last verdict says
         for note in (*notes, *more) if main else ():
             self.say(note)
         self.writers = trackers or Writers({}, usual=True)
@@ -138,7 +145,7 @@ class RunLog:
                 for step, row in rows:
                     self.metrics.write(as_row({"step": step, "epoch": round(step / steps_per_epoch, 4), **row}))
             self.writers.rows(rows)
-        status = f"loss {losses[-1]:.4f}, {speed:.1f} images/s"
+        status = f"loss {losses[-1]:.4f}, {speed:.1f} images/s{self.state}"
         waits = f", {wait:.0%} waiting for images" if wait > WORTH_SAYING else ""
         line = f"step {last}, {status}, lr {lrs[-1]:.2e}{waits}"
         with lost_if_unread():
@@ -150,15 +157,24 @@ class RunLog:
             self.say(line)
 
     def evaluation(self, step: int, epoch: float, values: dict[str, float]) -> None:
-        """Records what was measured after a step: fractions between 0 and 1, and losses."""
-        if not self.main:
+        """Records what was measured after a step: fractions between 0 and 1, losses, and other numbers."""
+        if not (self.main and values):
             return
         with writing(self.run):
+            if not self.evaluations:
+                self.evaluations, _ = _open_rows(self.run / "evaluations.jsonl", step)
             self.evaluations.write(as_row({"step": step, "epoch": round(epoch, 4), **values}))
         self.writers.rows([(step, values)])
-        shown = (f"{k} {100 * v:.2f} %" if is_fraction(k) else f"{k} {v:.4f}" for k, v in values.items())
+        said = {name: value for name, value in values.items() if not is_detail(name)}
+        shown = (f"{k} {100 * v:.2f} %" if is_fraction(k) else f"{k} {v:.4f}" for k, v in said.items())
         self.say(f"step {step}, epoch {epoch:g}: {', '.join(shown)}")
         self.since = time.perf_counter()  # evaluating is not training
+
+    def verdict(self, verdict: "Verdict | None") -> None:
+        """Says whether the run goes well, and keeps it in the bar."""
+        if verdict:
+            self.say(str(verdict))
+            self.state = f", {verdict.state}"
 
     def draw(self, picture: Callable[[], None]) -> None:
         """Draws where matplotlib is installed."""

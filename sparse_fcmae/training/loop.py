@@ -49,6 +49,7 @@ def train(task: Task) -> Path:
     if len(set(ranks.gather(task.source.fingerprint))) > 1:
         raise UserError(f"the processes see different images in {config.data}: are all files there, on each machine?")
     schedule = Schedule.of(config, len(task.source), ranks.world, task.min_lr)
+    task.plan(schedule)
     changed = changes(run.saved_options() or {}, config) if config.resume else []
     optimizer = task.optimizer()
     best = Best(config, task.measures, task.judge)
@@ -67,7 +68,7 @@ def train(task: Task) -> Path:
         return run.path / "exported"
     loader, notes = _loader(task, schedule, start)
     trackers, swapped = _begin(task, run, start)
-    log = RunLog(run.path, start, schedule.steps, ranks.main, bool(task.measures), trackers)
+    log = RunLog(run.path, start, schedule.steps, ranks.main, trackers)
     meter = EnergyMeter() if ranks.main else None
     waiting = Waiting(log.say, str(task.source))
     watch = Watch(ranks, waiting, config.hang_minutes, start, log.last_words)
@@ -84,7 +85,7 @@ def train(task: Task) -> Path:
         with checkpoints.kept(progress), loader.explained():
             if not start and task.evaluates_untrained:
                 with watch.rest():
-                    log.evaluation(0, 0.0, ranks.gather(task.evaluate(log))[0])
+                    log.evaluation(0, 0.0, ranks.gather(task.evaluate(log, 0))[0])
             for step in range(start, start if finished else schedule.steps):
                 set_lr(optimizer, lr := schedule.lr(step))
                 for first, images in schedule.micro_batches():
@@ -97,15 +98,16 @@ def train(task: Task) -> Path:
                 watch.step = done = step + 1
 
                 stopping = stop.agreed(done)
-                evaluating = task.measures and schedule.evaluates_after(done)
+                evaluating = task.evaluates and schedule.evaluates_after(done)
                 saving = stopping or checkpoints.asked_for(done) or (ranks.world == 1 and checkpoints.due(done))
                 if evaluating or saving or done % config.log_every == 0 or step == start:
                     with checkpoints.withheld() if evaluating else nullcontext():
                         progress.flush(done, waiting.take_seconds())
                         if evaluating:
                             with watch.rest():
-                                values = ranks.gather(task.evaluate(log))[0]
+                                values = ranks.gather(task.evaluate(log, done))[0]
                             log.evaluation(done, schedule.epoch(done), values)
+                            log.verdict(task.verdict(run.path) if ranks.main else None)
                             saving |= best.look(done, values) or best.ended
                     if runner.most < most:
                         most = runner.most

@@ -13,7 +13,8 @@ from sparse_fcmae.data.batches import Batch
 from sparse_fcmae.data.sources import ImageSource
 from sparse_fcmae.runtime.distributed import Ranks
 from sparse_fcmae.training.config import RunConfig
-from sparse_fcmae.training.log import RunLog
+from sparse_fcmae.training.log import RunLog, Verdict
+from sparse_fcmae.training.schedule import Schedule
 from sparse_fcmae.training.step import TrainStep
 
 
@@ -27,11 +28,11 @@ class Task(ABC):
     asked for. objective: a module whose forward takes the tensors of `inputs` and gives their mean loss. description:
     what is trained, where and how, in a line. notes: what else the log says at the start, a line each. outputs: the
     names of the files and folders in the run's folder that the task makes, beside `exported`. step_type: how steps run.
-    min_lr: the learning rate at the end of the cosine. measures: the names of the values that `evaluate` gives; it is
-    not called where there are none. judge: a digest of the images that `monitor` is measured on. evaluates_untrained:
-    whether `evaluate` is also called before the first step. divides: whether micro-batches may be divided where they do
-    not fit into memory. flops: of an image's forward and backward pass, 0 where
-    they are not known.
+    min_lr: the learning rate at the end of the cosine. measures: the names of the values of `evaluate` that `monitor`
+    may name. judge: a digest of the images that these are measured on. evaluates, evaluates_untrained: whether
+    `evaluate` is called after the steps that the schedule says, and before the first step. divides: whether
+    micro-batches may be divided where they do not fit into memory. flops: of an image's forward and backward pass, 0
+    where they are not known.
     """
 
     config: RunConfig
@@ -47,6 +48,7 @@ class Task(ABC):
     min_lr: float = 0.0
     measures: tuple[str, ...] = ()
     judge: str = ""
+    evaluates: bool = False
     evaluates_untrained: bool = False
     divides: bool = True
     flops: float = 0.0
@@ -85,9 +87,16 @@ class Task(ABC):
         if self.ema:
             self.ema.load_state_dict(state["ema"])
 
-    def evaluate(self, log: RunLog) -> dict[str, float]:
-        """What is measured of the model now. All ranks call it together."""
-        raise NotImplementedError("a task that names what it measures measures it")
+    def plan(self, schedule: Schedule) -> None:
+        """Is told the plan of the run before anything is written. All ranks call it together."""
+
+    def evaluate(self, log: RunLog, step: int) -> dict[str, float]:
+        """What is measured of the model after so many steps. All ranks call it together."""
+        raise NotImplementedError("a task that evaluates says how")
+
+    def verdict(self, run: Path) -> Verdict | None:
+        """Whether the run in a folder goes well, after an evaluation. The main rank alone calls it."""
+        return None
 
     def illustrate(self, run: Path, step: int) -> None:
         """Draws into the run's folder what the model does, at each checkpoint. All ranks call it together."""

@@ -38,7 +38,10 @@ def test_a_record_has_what_the_run_measured(run):
     assert facts["unreadable images"] == "1"
     assert "steps skipped, as not finite" not in facts
     charts = {chart["name"]: chart for chart in found["charts"]}
-    assert list(charts) == ["loss", "knn_top1", "lr", "grad_norm", "images_per_second", "data_wait", "memory_gb"]
+    measured = ["loss", "knn_top1", "effective_rank", "channel_distance", "distances"]
+    assert list(charts) == [*measured, "lr", "grad_norm", "images_per_second", "data_wait", "memory_gb"]
+    assert [line["label"] for line in charts["distances"]["lines"]] == ["block 1.1", "block 3.2"]
+    assert facts["effective rank"] == "52"
     assert [line["label"] for line in charts["loss"]["lines"]] == ["steps", "held-out images"]
     assert charts["loss"]["lines"][0]["value"][1] == 0.5
     assert charts["knn_top1"]["lines"][0]["value"] == [0, 4, 8, 12]
@@ -52,6 +55,7 @@ def test_a_record_has_what_the_run_measured(run):
     assert exported["code"] == f'load_encoder("{run / "exported"}")\n'
     assert ("model.safetensors", 2_500_000) in exported["files"]
     assert found["notes"] == []
+    assert found["verdict"] == {"state": "too early to say", "reason": "12 steps are done"}
     assert (found["evaluation"], found["analysis"]) == (None, None)
 
 

@@ -1,6 +1,7 @@
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 
 from sparse_fcmae import UserError, available_backends, load_classifier, load_encoder, pretrain
 from sparse_fcmae.cli import main
+from sparse_fcmae.evaluation import feature_check
 from sparse_fcmae.tasks.pretraining import thin_out
 from sparse_fcmae.weights.read import read_weights
 
@@ -554,3 +556,29 @@ def test_a_run_stopped_before_its_first_checkpoint_starts_from_its_weights_again
     pretrain(out=tmp_path / "run", resume=True)
     state, after = (load_file(f / "model.safetensors") for f in (encoder, tmp_path / "run" / "exported"))
     assert all((after[key] - value).abs().max() < 1e-6 for key, value in state.items())
+
+
+def test_a_run_says_whether_it_learns(pictures, tmp_path, monkeypatch):
+    """Its features are checked in a small part of its time, and resuming it changes none of the numbers."""
+    run = tmp_path / "run"
+    monkeypatch.setattr(feature_check, "SHARE", 1)  # or as few steps could afford no check
+    options = SMALL | {"epochs": 30, "eval_every": 10, "batch_size": 20, "save_every": 20, "keep_checkpoints": 9}
+    pretrain(data=pictures, out=run, **options)
+    evaluations = (run / "evaluations.jsonl").read_text()
+    rows = [json.loads(line) for line in evaluations.splitlines()]
+    assert [row["step"] for row in rows] == [0, 20, 40, 60]
+    assert all(1 <= row["effective_rank"] <= 40 and 0 < row["channel_distance"] <= 0.5 for row in rows)
+    assert sum(name.startswith("distance_") for name in rows[0]) == 12
+    said = re.findall(r"(learning|too early to say|broken): .*", (run / "train.log").read_text())
+    assert said[:2] == ["too early to say"] * 2
+    assert len(said) == 3
+    go_back(run, 40)
+    pretrain(out=run, resume=True)
+    assert (run / "evaluations.jsonl").read_text() == evaluations
+
+
+def test_a_range_test_is_not_judged(pictures, tmp_path):
+    pretrain(data=pictures, out=tmp_path / "run", **SMALL | {"epochs": None}, lr_range="1e-6,1", max_steps=10)
+    log = (tmp_path / "run" / "train.log").read_text()
+    assert not re.search("learning: |too early|broken", log)
+    assert not (tmp_path / "run" / "evaluations.jsonl").exists()

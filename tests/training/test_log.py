@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from sparse_fcmae import UserError
 from sparse_fcmae.data.sources import BadImage
+from sparse_fcmae.evaluation.verdict import Verdict
 from sparse_fcmae.training import log as module
 from sparse_fcmae.training.log import BAR, RunLog, in_notebook
 from sparse_fcmae.training.plots import draw_loss
@@ -19,8 +20,8 @@ def rows(run, name="metrics"):
     return [json.loads(line) for line in (run / f"{name}.jsonl").read_text().splitlines()]
 
 
-def log_of(run, step=0, main=True, evaluates=True):
-    return RunLog(run, step, 10, main, evaluates)
+def log_of(run, step=0, main=True):
+    return RunLog(run, step, 10, main)
 
 
 def test_a_row_for_each_step_and_each_evaluation(tmp_path):
@@ -114,7 +115,7 @@ def clock(monkeypatch):
 
 
 def test_speed_is_of_training_without_evaluating(tmp_path, clock):
-    log = RunLog(tmp_path, 0, 10, main=True, evaluates=True)
+    log = RunLog(tmp_path, 0, 10, main=True)
     clock.now += 2
     log.steps(2, 5, [1.0, 1.0], [1.0, 1.0], [0.1, 0.1], images=30)
     clock.now += 1000
@@ -127,7 +128,7 @@ def test_speed_is_of_training_without_evaluating(tmp_path, clock):
 
 
 def test_waiting_for_images_is_said(tmp_path, clock):
-    log = RunLog(tmp_path, 0, 10, main=True, evaluates=False)
+    log = RunLog(tmp_path, 0, 10, main=True)
     clock.now += 2
     log.steps(1, 5, [1.0], [1.0], [0.1], images=30, waited=0.05)
     clock.now += 4
@@ -155,7 +156,7 @@ def test_the_bar_has_room_in_80_columns():
 
 
 def test_a_line_now_and_then_where_nobody_watches(tmp_path, capsys):
-    log = RunLog(tmp_path, 0, 10, main=True, evaluates=False)
+    log = RunLog(tmp_path, 0, 10, main=True)
     log.steps(2, 5, [1.0, 0.5], [1.0, 0.5], [0.1, 0.1], images=30)
     log.close()
     out, errors = capsys.readouterr()
@@ -167,13 +168,13 @@ def test_a_notebook_has_a_bar(tmp_path, monkeypatch):
     shell = type("ZMQInteractiveShell", (), {})()
     monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: shell))
     assert in_notebook()
-    log = RunLog(tmp_path, 0, 10, main=True, evaluates=False)
+    log = RunLog(tmp_path, 0, 10, main=True)
     assert not log.bar.disable
     log.close()
 
 
 def test_the_bar_goes_on_where_the_run_does(tmp_path, watched):
-    log = RunLog(tmp_path, 4, 10, main=True, evaluates=False)
+    log = RunLog(tmp_path, 4, 10, main=True)
     assert (log.bar.n, log.bar.total) == (4, 10)
     log.steps(6, 5, [1.0, 0.5], [1.0, 0.5], [0.1, 0.1], images=30)
     assert log.bar.n == 6
@@ -184,7 +185,7 @@ def test_the_bar_goes_on_where_the_run_does(tmp_path, watched):
 
 
 def test_lines_go_above_the_bar_too(tmp_path, capsys):
-    log = RunLog(tmp_path, 0, 10, main=True, evaluates=False)
+    log = RunLog(tmp_path, 0, 10, main=True)
     log.say("café is closed")
     log.close()
     assert "café is closed" in capsys.readouterr().out.splitlines()
@@ -193,7 +194,7 @@ def test_lines_go_above_the_bar_too(tmp_path, capsys):
 
 def test_tensorboard_gets_what_the_files_get(tmp_path, clock, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=Writer))
-    log = RunLog(tmp_path, 4, 10, main=True, evaluates=True)
+    log = RunLog(tmp_path, 4, 10, main=True)
     writer = log.writers.chosen["tensorboard"].writer
     assert (writer.folder, writer.purge_step) == (str(tmp_path), 5)
     clock.now += 2
@@ -210,12 +211,12 @@ def test_tensorboard_gets_what_the_files_get(tmp_path, clock, monkeypatch):
     ]
     log.close()
     assert writer.closed
-    assert RunLog(tmp_path, 4, 10, main=False, evaluates=True).writers.chosen == {}
+    assert RunLog(tmp_path, 4, 10, main=False).writers.chosen == {}
 
 
 def test_tensorboard_may_be_missing_or_broken(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace())
-    log = RunLog(tmp_path, 0, 10, main=True, evaluates=True)
+    log = RunLog(tmp_path, 0, 10, main=True)
     assert log.writers.chosen == {}
     log.steps(1, 5, [1.0], [1.0], [0.1], images=3)
     log.evaluation(1, 0.2, {"top1": 0.5})
@@ -224,7 +225,7 @@ def test_tensorboard_may_be_missing_or_broken(tmp_path, monkeypatch):
 
 
 def test_an_image_that_is_left_out_is_named_once(tmp_path):
-    log = RunLog(tmp_path, 0, 10, main=True, evaluates=True)
+    log = RunLog(tmp_path, 0, 10, main=True)
     log.say_left_out([BadImage("a.png", "cut"), BadImage("b.png", "empty")])
     log.say_left_out([BadImage("b.png", "empty"), BadImage("c.png", "cut")])
     log.close()
@@ -237,33 +238,36 @@ def test_lines_that_are_no_rows_are_left_out_and_said(tmp_path):
         (tmp_path / "train.log").unlink(missing_ok=True)
         rows = [b'{"step": 1, "loss": 2.5}\n', line + b"\n", b'{"step": 3}\n', b'{"step": 4}\n', b'{"step": 2']
         (tmp_path / "metrics.jsonl").write_bytes(b"".join(rows))
-        RunLog(tmp_path, 3, 10, main=True, evaluates=False).close()
+        RunLog(tmp_path, 3, 10, main=True).close()
         assert (tmp_path / "metrics.jsonl").read_bytes() == rows[0] + rows[2]
         assert "metrics.jsonl, as they are no rows: 1 line\n" in (tmp_path / "train.log").read_text()
 
 
 @pytest.mark.parametrize("evaluates", [True, False])
 def test_rows_reach_the_disk_before_a_checkpoint_relies_on_them(tmp_path, monkeypatch, evaluates):
-    log, synced = RunLog(tmp_path, 0, 10, main=True, evaluates=evaluates), []
+    log, synced = RunLog(tmp_path, 0, 10, main=True), []
+    if evaluates:
+        log.evaluation(1, 0.1, {"top1": 0.5})
     monkeypatch.setattr(module.os, "fsync", synced.append)
     log.sync()
     assert synced == [file.fileno() for file in (log.metrics, log.evaluations) if file]
     assert len(synced) == 1 + evaluates
     log.close()
-    silent = RunLog(tmp_path, 0, 10, main=False, evaluates=evaluates)
+    silent = RunLog(tmp_path, 0, 10, main=False)
     silent.sync()
     silent.close()
     assert len(synced) == 1 + evaluates
 
 
 def test_files_are_closed_and_other_ranks_have_none(tmp_path):
-    log = RunLog(tmp_path, 0, 10, main=True, evaluates=True)
+    log = RunLog(tmp_path, 0, 10, main=True)
+    log.evaluation(1, 0.1, {"top1": 0.5})
     log.sync()
     log.close()
     assert log.metrics.closed
     assert log.evaluations.closed
     assert log.text.closed
-    silent = RunLog(tmp_path / "none", 0, 10, main=False, evaluates=True)
+    silent = RunLog(tmp_path / "none", 0, 10, main=False)
     silent.evaluation(1, 0.1, {"top1": 0.5})
     silent.say_left_out([BadImage("a.png", "cut")])
     silent.close()
@@ -272,6 +276,7 @@ def test_files_are_closed_and_other_ranks_have_none(tmp_path):
 
 def test_files_that_can_not_be_closed_are_no_second_error(tmp_path):
     log = log_of(tmp_path)
+    log.evaluation(1, 1, {"top1": 0.5})
     for file in (log.metrics, log.evaluations, log.text):
         file.close()
 
@@ -301,3 +306,25 @@ def test_a_run_goes_on_where_nobody_reads_what_it_says(tmp_path, monkeypatch):
         log.close()
     assert "hello" in (tmp_path / "train.log").read_text()
     assert [row["loss"] for row in rows(tmp_path)] == [0.5]
+
+
+def test_a_verdict_is_said_and_stays_in_the_bar(tmp_path, watched):
+    log = log_of(tmp_path)
+    log.verdict(None)
+    log.steps(1, 4, [0.5], [0.5], [1e-3], images=10)
+    assert "learning" not in log.bar.postfix
+    log.evaluation(1, 0.25, {"val_loss": 0.5, "effective_rank": 40.25, "distance_1.1": 0.3})
+    log.verdict(Verdict("learning", "it fills in more"))
+    log.steps(2, 4, [0.5], [0.5], [1e-3], images=10)
+    assert "images/s, learning" in log.bar.postfix
+    log.close()
+    said = [line.split(" ", 2)[2] for line in (tmp_path / "train.log").read_text().splitlines()]
+    assert said[1:3] == ["step 1, epoch 0.25: val_loss 0.5000, effective_rank 40.2500", "learning: it fills in more"]
+    assert rows(tmp_path, "evaluations")[0]["distance_1.1"] == 0.3
+
+
+def test_an_evaluation_of_nothing_leaves_no_file(tmp_path):
+    log = log_of(tmp_path)
+    log.evaluation(1, 0.25, {})
+    log.close()
+    assert not (tmp_path / "evaluations.jsonl").exists()

@@ -71,7 +71,7 @@ class MeanSquare(nn.Module):
 
 
 class Colour(Task):
-    measures, evaluates_untrained = ("size_loss",), True
+    measures, evaluates, evaluates_untrained = ("size_loss",), True, True
     outputs = ("steps.txt",)
 
     def __init__(self, config, events):
@@ -112,7 +112,7 @@ class Colour(Task):
     def load_state(self, state):
         self.steps = state["steps"]
 
-    def evaluate(self, log):
+    def evaluate(self, log, step):
         self.events.append(("evaluate", self.steps))
         return {"size_loss": self.model.weight.norm().item()}
 
@@ -493,7 +493,7 @@ class Falling(Colour):
     measures = ("size_loss", "score")
     values: ClassVar = [3.0, 2.0, 1.0, 2.0, 2.5, 1.5, 1.7]
 
-    def evaluate(self, log):
+    def evaluate(self, log, step):
         return {"size_loss": self.values[self.steps // 4], "score": -self.values[self.steps // 4]}
 
 
@@ -619,10 +619,10 @@ class Fragile(Falling):
 
     fails_at: ClassVar = None
 
-    def evaluate(self, log):
+    def evaluate(self, log, step):
         if self.steps == self.fails_at:
             raise OSError("gone")
-        return super().evaluate(log)
+        return super().evaluate(log, step)
 
 
 def test_an_evaluation_that_failed_is_made_when_the_run_goes_on(pictures, tmp_path, monkeypatch):

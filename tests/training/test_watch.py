@@ -73,7 +73,7 @@ def test_a_rank_that_is_silent_is_found_in_an_evaluation_too(monkeypatch, restin
 
 @pytest.mark.parametrize("hanging", [0, 1])
 def test_the_log_names_the_rank_whichever_that_is(tmp_path, monkeypatch, hanging):
-    log = RunLog(tmp_path, 0, 5, hanging != 0, False)  # of the rank that is left
+    log = RunLog(tmp_path, 0, 5, hanging != 0)  # of the rank that is left
     ranks = SimpleNamespace(world=2, rank=1 - hanging)
     made = Watch(ranks, SimpleNamespace(since=None), 1.0, 3, log.last_words)
     made._last = [(Sign(9, 3, False), SILENT if rank == hanging else 0) for rank in range(2)]

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from sparse_fcmae.report.rows import MOST, Rows
+from sparse_fcmae.runtime.rows import MOST, Rows
 
 
 def line(step, **values):

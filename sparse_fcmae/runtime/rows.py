@@ -50,8 +50,9 @@ class Rows:
         except (ValueError, KeyError, TypeError):
             self.damaged += 1
             return
-        for name in row.keys() - self.columns.keys():
-            self.columns[name] = array("d", [math.nan]) * self.count
+        for name in row:
+            if name not in self.columns:
+                self.columns[name] = array("d", [math.nan]) * self.count
         for name, column in self.columns.items():
             value = row.get(name)
             column.append(value if isinstance(value, int | float) else math.nan)
