@@ -1,4 +1,4 @@
-"""Accuracy of classifiers: of logits in detail, and of models by one pass over images that several processes share."""
+"""Accuracy of classifiers: of answers in detail, and of models by one pass over images that several processes share."""
 
 from typing import Any
 
@@ -13,12 +13,12 @@ from sparse_fcmae.runtime.distributed import Ranks
 TOP = 5  # outputs among which the right one is looked for
 
 
-def accuracy(logits: Tensor, labels: Tensor, classes: tuple[str, ...]) -> dict[str, Any]:
-    """top1, top5, balanced_accuracy, top-1 by class and the confusion matrix of logits [N, K], given labels int64 [N].
+def accuracy(ranked: Tensor, labels: Tensor, classes: tuple[str, ...]) -> dict[str, Any]:
+    """top1, top5, balanced_accuracy, top-1 by class and the confusion matrix, given labels int64 [N].
 
-    balanced_accuracy: the mean of the classes' top-1. Of up to 5 classes there is no top5, as it would always be 1.
+    ranked: int64 [N, up to TOP], the most probable classes, the first one first. balanced_accuracy: the mean of the
+    classes' top-1. Of up to 5 classes there is no top5, as it would always be 1.
     """
-    ranked = logits.topk(min(TOP, len(classes)), dim=1).indices
     right = ranked == labels[:, None]
     counts = torch.zeros(len(classes), len(classes), dtype=torch.int64)
     counts.index_put_((labels, ranked[:, 0]), torch.ones_like(labels), accumulate=True)

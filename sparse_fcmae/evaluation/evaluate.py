@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from torch import nn
 
 from sparse_fcmae.data.config import MASK_OPTIONS
@@ -21,19 +22,22 @@ from sparse_fcmae.evaluation.accuracy import TOP, accuracy
 from sparse_fcmae.evaluation.answer_tables import TABLES, rows_of, write_table
 from sparse_fcmae.evaluation.config import EvaluateConfig
 from sparse_fcmae.evaluation.imagenet import CORRUPTIONS, mean_corruption_error, outputs_of, wordnet_ids
+from sparse_fcmae.evaluation.mistakes import Answers, draw_mistakes
 from sparse_fcmae.evaluation.plots import draw_confusion
 from sparse_fcmae.evaluation.probes import features_of, linear_probe, nearest_neighbours
 from sparse_fcmae.evaluation.problems import PROBLEMS
 from sparse_fcmae.evaluation.run import EvaluationSet, EvaluationView, check_any, run_model, view_of
 from sparse_fcmae.evaluation.samples import check_ending, warn_of_another_split
 from sparse_fcmae.evaluation.segmentation import evaluate_segmenter
+from sparse_fcmae.evaluation.sheet import save_picture
 from sparse_fcmae.runtime.errors import UserError
 from sparse_fcmae.runtime.files import check_writable, write_atomic, write_json, writing
 from sparse_fcmae.runtime.options import check, check_given, check_paths, check_unused, keywords_of
 from sparse_fcmae.weights.read import Weights, read_weights
 from sparse_fcmae.weights.segmenter import holds_segmenter
 
-EVALUATION, CONFUSION, PICTURE = "evaluation.json", "confusion.json", "confusion.png"  # files in the folder `out`
+# files in the folder `out`
+EVALUATION, CONFUSION, PICTURE, MISTAKES = "evaluation.json", "confusion.json", "confusion.png", "mistakes.png"
 
 
 @keywords_of(EvaluateConfig)
@@ -58,9 +62,10 @@ def evaluate(options: dict[str, Any]) -> dict[str, Any]:
         with writing(out):
             out.mkdir(parents=True, exist_ok=True)
     found = {"weights": config.init, **measure()}
+    mistakes = found.pop("mistakes", None)
     print(report(found))
     if out:
-        save(found, out)
+        save(found, mistakes, out)
     return found
 
 
@@ -162,7 +167,7 @@ def classify(config: EvaluateConfig, weights: Weights, view: EvaluationView) -> 
     model = weights.classifier(config.backend).to(view.device)
     source = labelled_by_page(source, view.reading)
     per_image = Path(config.per_image) if config.per_image else None
-    found, bad = accuracy_on(source, model, weights, view, "evaluating", per_image)
+    found, bad = accuracy_on(source, model, weights, view, "evaluating", per_image, mistakes=bool(config.out))
     return {"data": str(source), **split, "unreadable": [image.name for image in bad], **found}
 
 
@@ -216,11 +221,13 @@ def accuracy_on(
     view: EvaluationView,
     description: str,
     per_image: Path | None = None,
+    mistakes: bool = False,
 ) -> tuple[dict[str, Any], list[BadImage]]:
     """Accuracy of a classifier on labelled images, and the images that are unreadable and left out.
 
     An image's class is chosen among all of the head's outputs. Where the classes are some of ImageNet's WordNet ids, as
     in ImageNet-A and -R, it is chosen among these alone. per_image: a table to write of each image.
+    mistakes: whether a picture of the worst answers comes with what is found.
     """
     outputs = outputs_of(source.classes, weights.num_classes, weights.classes)
     logits, index, bad = run_model(EvaluationSet(source, view), model, description)
@@ -234,7 +241,10 @@ def accuracy_on(
         for output, name in zip(outputs.tolist(), source.classes, strict=True):
             names[output] = name
         labels = outputs[labels]
-    found = accuracy(logits, labels, tuple(names))
+    answers = Answers.of(logits, index, TOP)
+    found = accuracy(answers.ranked, labels, tuple(names))
+    if mistakes:
+        found["mistakes"] = draw_mistakes(answers, labels, names, source, view)
     if per_image:
         images = (source.name(number) for number in index.tolist())
         write_table(rows_of(images, logits, [names[label] for label in labels.tolist()], names, TOP), per_image)
@@ -281,12 +291,15 @@ def report(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def save(found: dict[str, Any], out: Path) -> None:
-    """Writes what was measured into a folder, with the confusion matrix in files of its own."""
-    with writing(out):  # what an earlier evaluation left
-        (out / CONFUSION).unlink(missing_ok=True)
-        (out / PICTURE).unlink(missing_ok=True)
+def save(found: dict[str, Any], mistakes: Image.Image | None, out: Path) -> None:
+    """Writes what was measured into a folder, with the confusion matrix and mistakes in files of their own."""
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+        for name in (CONFUSION, PICTURE, MISTAKES):  # what an earlier evaluation left
+            (out / name).unlink(missing_ok=True)
     write_json(out / EVALUATION, {name: value for name, value in found.items() if name != "confusion"})
+    if mistakes:
+        save_picture(mistakes, out / MISTAKES)
     if "confusion" not in found:
         return
     write_atomic(out / CONFUSION, lambda p: p.write_text(json.dumps(found["confusion"]) + "\n"))

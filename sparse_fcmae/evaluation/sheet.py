@@ -9,6 +9,7 @@ from PIL import Image, ImageDraw
 from sparse_fcmae.runtime.files import write_atomic
 
 GAP, LABEL_HEIGHT, LEAST_WIDTH = 4, 14, 96  # pixels of a sheet
+ACROSS, CAPTION_WIDTH = 6, 144  # pictures in a row of those with captions, and pixels of each at least
 EMPTY: Mapping[str, np.ndarray] = {}
 Tile = tuple[int, int, int, int]  # left, top, width, height
 
@@ -54,6 +55,23 @@ def tiles_of(size: tuple[int, int], columns: int, shape: tuple[int, int]) -> lis
     lefts = [GAP + column * width for column in range(columns)]
     tops = [LABEL_HEIGHT + row * (height + GAP) + GAP for row in range(rows)]
     return [[(left, top, width - GAP, height) for left in lefts] for top in tops]
+
+
+def captioned(tiles: np.ndarray, captions: Sequence[Sequence[str]]) -> Image.Image:
+    """Pictures [N, H, W, 3] in rows of ACROSS, each enlarged to a width of at least CAPTION_WIDTH, below its lines."""
+    count, height, width, _ = tiles.shape
+    scale, lines = max(1, -(-CAPTION_WIDTH // width)), max(map(len, captions))
+    height, width = height * scale, width * scale
+    across, each = min(ACROSS, count), height + lines * LABEL_HEIGHT + 2 * GAP
+    picture = Image.new("RGB", (across * (width + GAP) + GAP, -(-count // across) * each), "white")
+    draw = ImageDraw.Draw(picture)
+    for number, (tile, texts) in enumerate(zip(tiles, captions, strict=True)):
+        left, top = GAP + number % across * (width + GAP), number // across * each + GAP
+        for line, text in enumerate(texts):
+            draw.text((left, top + line * LABEL_HEIGHT), _fitting(draw, text, width), fill="black")
+        enlarged = Image.fromarray(tile).resize((width, height), Image.Resampling.NEAREST)
+        picture.paste(enlarged, (left, top + lines * LABEL_HEIGHT))
+    return picture
 
 
 def _with_legend(picture: Image.Image, legend: Mapping[str, np.ndarray]) -> Image.Image:

@@ -5,6 +5,9 @@ const view = {
   x: "epoch", logs: new Set(), hidden: new Set(), open: new Set(),
   run: 0, step: null, wipe: 50, left: "masked", right: "filled in", theme: "system",
 };
+const TITLES = { // of pictures that other commands have drawn
+  mistakes: "Wrong, and most certain", collapse: "Distance between channels, block by block", spectrum: "Spectrum of the embeddings",
+};
 const drawn = new Map(); // what each section shows, as JSON
 const pictures = new Map(); // images by their address
 let record = JSON.parse(document.getElementById("record").textContent);
@@ -310,6 +313,9 @@ function reconstructions(runs) {
 
 // ---- tables and pictures
 
+const cards = (named) => el("dl", { class: "facts" },
+  ...named.map(([name, value]) => el("div", {}, el("dt", {}, name), el("dd", {}, value))));
+
 function facts(runs) {
   return runs.flatMap((run, i) => [
     runs.length > 1 ? el("h3", {}, key(i), run.name) : null,
@@ -317,8 +323,7 @@ function facts(runs) {
     run.verdict ? el("p", { class: "verdict", "data-state": run.verdict.state },
       el("b", {}, run.verdict.state), `: ${run.verdict.reason}`) : null,
     ...run.notes.map((note) => el("p", {}, note)),
-    el("dl", { class: "facts" }, ...run.facts.map(([name, value]) =>
-      el("div", {}, el("dt", {}, name), el("dd", {}, value)))),
+    cards(run.facts),
   ]);
 }
 
@@ -328,22 +333,17 @@ function ofEach(title, runs, part, build) {
   return [el("h2", {}, title), ...having.flatMap((run) => [runs.length > 1 ? el("h3", {}, run.name) : null, ...build(run)])];
 }
 
-const images = (found) => found.map(({ name, source }) =>
-  el("p", { class: "pictures" }, el("img", { src: source, alt: name, loading: "lazy" })));
+const images = (found) => found.flatMap(({ name, source }) =>
+  [el("h3", {}, TITLES[name] ?? name), el("p", { class: "pictures" }, el("img", { src: source, alt: name }))]);
 
 function evaluation(runs) {
-  return ofEach("On held-out images", runs, "evaluation", ({ name, evaluation: { values, confusion, pictures } }) => {
-    const simple = Object.entries(values).filter(([, value]) => ["number", "string"].includes(typeof value));
-    const byName = Object.entries(values).filter(([key, value]) => value && typeof value === "object" && !Array.isArray(value)
-      && Object.values(value).every((each) => typeof each === "number" || each === null) && key !== "errors");
-    const shown = (key) => key.replaceAll("_", " ");
+  return ofEach("On held-out images", runs, "evaluation", ({ name, evaluation: { facts, tables, confusion, pictures } }) => {
     return [
-      el("dl", { class: "facts" }, ...simple.map(([key, value]) =>
-        el("div", {}, el("dt", {}, shown(key)), el("dd", {}, words(value))))),
+      cards(facts),
       confusion ? matrix(confusion) : null,
       ...images(pictures),
-      ...byName.map(([key, value]) => details(`${name}-${key}`, shown(key), table(["name", "value"],
-        Object.entries(value).sort((a, b) => (a[1] ?? 0) - (b[1] ?? 0)).map(([of, each]) => [of, number(each)])))),
+      ...Object.entries(tables).map(([title, values]) => details(`${name}-${title}`, title, table(["name", "value"],
+        Object.entries(values).sort((a, b) => (a[1] ?? 0) - (b[1] ?? 0)).map(([of, value]) => [of, number(value)])))),
     ];
   });
 }

@@ -42,6 +42,8 @@ TITLES = {
     "effective_rank": "effective rank of the embeddings",
     "channel_distance": "distance between channels, in the block where it is least",
 }
+BY_NAME = ("by_class", "iou_by_class", "average_precision_by_label")  # what evaluation.json has of each output
+TOLD = (float, int, str)
 SNIPPET = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 Keep = Callable[[bytes, str], str]
 Record = dict[str, Any]
@@ -106,7 +108,7 @@ class RunReader:
             facts.append(("loss", f"{loss:.4f}"))
         for name in self._measured():
             if (value := self.evaluations.last(name)) is not None:
-                facts.append((in_words(name), f"{100 * value:.2f} %" if is_fraction(name) else f"{value:.4g}"))
+                facts.append((in_words(name), told(name, value)))
         if speed := row("images_per_second"):
             facts.append(("images a second", f"{speed:.0f}"))
             if found.state == "running" and found.steps:
@@ -180,7 +182,8 @@ class RunReader:
             return None
         found, confusion = read_json(folder / "evaluation.json"), folder / "confusion.json"
         return {
-            "values": found,
+            "facts": [(in_words(name), told(name, value)) for name, value in found.items() if isinstance(value, TOLD)],
+            "tables": {in_words(name): value for name, value in found.items() if name in BY_NAME},
             "confusion": sparse_counts(read_json(confusion)) if confusion.is_file() else None,
             "pictures": self._pictures(folder, ["mistakes.png"]),
         }
@@ -268,6 +271,13 @@ def in_words(name: str) -> str:
     """The name of a value as people say it."""
     name = name.replace("knn", "k-NN").replace("miou", "mIoU").replace("val_", "held-out ")
     return name.replace("ema_", "moving average ").replace("_", " ").replace("top", "top-")
+
+
+def told(name: str, value: float | int | str) -> str:
+    """A value of an evaluation as people say it."""
+    if isinstance(value, float):
+        return f"{100 * value:.2f} %" if is_fraction(name) else f"{value:.4g}"
+    return f"{value:,}" if isinstance(value, int) else value
 
 
 def in_hours(seconds: float) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 
 from sparse_fcmae.backends import choose_dtype, resolve_backend
@@ -24,9 +25,11 @@ from sparse_fcmae.data.sources.windows import Windows
 from sparse_fcmae.data.splits import few_labels
 from sparse_fcmae.data.survey import check_fits
 from sparse_fcmae.data.views import NativeView, RandomView
-from sparse_fcmae.evaluation.accuracy import measure, measures_of
+from sparse_fcmae.evaluation.accuracy import TOP, accuracy, measure, measures_of
+from sparse_fcmae.evaluation.evaluate import save as save_evaluation
+from sparse_fcmae.evaluation.mistakes import Answers, draw_mistakes
 from sparse_fcmae.evaluation.problems import BETWEEN, PROBLEMS, measure_outputs
-from sparse_fcmae.evaluation.run import EvaluationSet
+from sparse_fcmae.evaluation.run import EvaluationSet, run_model
 from sparse_fcmae.model.convnext import size_of
 from sparse_fcmae.model.flops import count
 from sparse_fcmae.runtime.checkpoint_folder import newest_checkpoint
@@ -139,6 +142,7 @@ class Classification(Task):
         self.objective = ClassificationObjective(self.model, mix, loss)
         own = held_out.take(range(ranks.rank, len(held_out), ranks.world))
         self.judge = held_out.fingerprint
+        self.all_held_out = held_out
         self.held_out = EvaluationSet(own, evaluation_view(config, self.size, self.form, ranks.device), ranks)
         self.targets, self.scale = self.source.labels, torch.tensor([0.0, 1.0])
         if self.problem:
@@ -195,6 +199,7 @@ class Classification(Task):
 
     def export(self, run: Path, log: RunLog) -> None:
         exported, ema = run / "exported", None
+        answers = None if self.problem else self._answers()
         state = whole_state(self.model, self.ranks)
         if self.ema:
             ema = whole_state(self.ema.module, self.ranks)
@@ -222,8 +227,30 @@ class Classification(Task):
             return
         config = self.config
         reading = given_flags(config, ReadingConfig)
+        save_evaluation(*self._judged(answers, exported), run / "evaluation")
+        log.say(f"what it says of held-out images in {run / 'evaluation'}")
         example = classifier_example(self.model, exported, config.data, config.val_split, config.seed, reading)
         log.say(f"classifier in {exported}; use it with\n\n{example}")
+
+    def _answers(self) -> Answers:
+        """What the model says of all held-out images, for the main rank. All ranks call it together."""
+        self.model.eval()
+        logits, index, _ = run_model(self.held_out, self.model)
+        self.model.train()
+        own = Answers.of(logits, index, TOP) if len(index) else None
+        ranks = enumerate(self.ranks.gather(own))
+        found = [part._replace(index=part.index * self.ranks.world + rank) for rank, part in ranks if part]
+        return Answers(*map(torch.cat, zip(*found, strict=True)))
+
+    def _judged(self, answers: Answers, exported: Path) -> tuple[dict[str, Any], Image.Image | None]:
+        """What `evaluate` would write of these answers, and a picture of the worst ones."""
+        labels, view = self.all_held_out.labels[answers.index], self.held_out.view
+        found = {
+            "weights": str(exported),
+            "data": str(self.all_held_out),
+            **accuracy(answers.ranked, labels, self.classes),
+        }
+        return found, draw_mistakes(answers, labels, self.classes, self.all_held_out, view)
 
     def _in_units(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Weights whose outputs are in the units of the labels, of those that are trained."""

@@ -12,8 +12,10 @@ from helpers import OF_MACHINE, go_back
 from safetensors.torch import load_file
 from torch import nn
 
-from sparse_fcmae import UserError, finetune, load_classifier, load_encoder
+from sparse_fcmae import UserError, evaluate, finetune, load_classifier, load_encoder
 from sparse_fcmae.cli import main
+from sparse_fcmae.report.page import in_page
+from sparse_fcmae.report.record import RunReader
 from sparse_fcmae.tasks.classification import ClassificationObjective, CrossEntropy, balanced_weights, said_of
 from sparse_fcmae.tasks.recipes import TOLD
 from sparse_fcmae.weights.read import read_weights
@@ -64,12 +66,29 @@ def test_run_folder(whole):
         "checkpoints",
         "exported",
         "exported-ema",
+        "evaluation",
     }
     assert [row["step"] for row in rows(whole)] == list(range(1, 10))
     evaluations = rows(whole, "evaluations")
     assert [row["step"] for row in evaluations] == [3, 6, 9]
     assert evaluations[-1].keys() >= {"top1", "top5", "loss", "ema_top1", "ema_top5", "ema_loss"}
     assert "new head for 10 classes" in (whole / "train.log").read_text()
+
+
+def test_what_it_says_of_held_out_images_is_what_evaluate_finds(whole, pictures, tmp_path):
+    options = {"val_split": 0.25, "dtype": "fp32", "device": "cpu", "out": str(tmp_path / "found")}
+    found = evaluate(data=str(pictures), init=str(whole), **options)
+    saved = json.loads((whole / "evaluation" / "evaluation.json").read_text())
+    assert {name: found[name] for name in saved if name not in ("weights", "data")} == {
+        name: value for name, value in saved.items() if name not in ("weights", "data")
+    }
+    assert json.loads((whole / "evaluation" / "confusion.json").read_text()) == found["confusion"]
+    assert (whole / "evaluation" / "mistakes.png").read_bytes() == (tmp_path / "found" / "mistakes.png").read_bytes()
+    record = RunReader(whole, in_page).read()
+    assert record["evaluation"]["confusion"]["classes"] == found["confusion"]["classes"]
+    assert [picture["name"] for picture in record["evaluation"]["pictures"]] == ["mistakes"]
+    assert record["verdict"] is None
+    assert [chart["name"] for chart in record["charts"]][:2] == ["loss", "top1"]
 
 
 def test_a_checkpoint_by_itself_is_read_whole(whole, pictures):
@@ -121,6 +140,8 @@ def test_two_ranks_give_one_ranks_losses(pictures, encoder, tmp_path, monkeypatc
     for name in ("metrics", "evaluations"):
         for one, two in zip(rows(tmp_path / "one", name), rows(tmp_path / "two", name), strict=True):
             assert two == pytest.approx(one, rel=1e-4)
+    one, two = (json.loads((tmp_path / run / "evaluation" / "evaluation.json").read_text()) for run in ("one", "two"))
+    assert {**two, "weights": one["weights"]} == one
 
 
 @pytest.mark.usefixtures("rehearsed")
