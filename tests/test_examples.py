@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,7 @@ import torch
 from PIL import Image
 from transformers import ConvNextV2Backbone, RTDetrForObjectDetection
 
-from sparse_fcmae import convert, create_encoder, load_fcmae
+from sparse_fcmae import convert, create_encoder, create_fcmae, load_encoder, load_fcmae
 from sparse_fcmae.weights.convert import export_model
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -113,3 +115,59 @@ def test_microscopy(tmp_path, monkeypatch, capsys):
     own, chance = microscopy.own_neighbours(tmp_path / "four.npz")
     assert own == 0  # windows that look alike are of the other file
     assert chance == pytest.approx(2 / 10)  # those of b overlap
+
+
+SMALL = ["--size", "32", "--stem-stride", "1", "--batch-size", "8", "--epochs", "4", "--lr", "2e-3"]
+
+
+def test_a_training_loop_of_ones_own(pictures, tmp_path):
+    losses = load("training_loop").main(["--images", str(pictures), "--out", str(tmp_path / "encoder.pt"), *SMALL])
+    assert len(losses) == 20
+    assert np.mean(losses[-5:]) < np.mean(losses[:5]) - 0.02
+    state = torch.load(tmp_path / "encoder.pt", weights_only=True)["model"]
+    encoder = load_encoder(tmp_path / "encoder.pt")
+    assert torch.equal(encoder.state_dict()["stages.0.0.pwconv1.weight"], state["encoder.stages.0.0.pwconv1.weight"])
+
+
+@pytest.mark.slow
+def test_two_processes_in_a_training_loop_of_ones_own(pictures, tmp_path):
+    program = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--cpu",
+        "--num_processes",
+        "2",
+        "--mixed_precision",
+        "no",
+    ]
+    given = ["--images", str(pictures), "--out", str(tmp_path / "encoder.pt"), *SMALL]
+    subprocess.run([*program, str(EXAMPLES / "training_loop.py"), *given], check=True, capture_output=True)
+    assert load_encoder(tmp_path / "encoder.pt").name == "atto"
+
+
+def test_lightning(pictures, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    trainer = load("with_lightning").main(["--images", str(pictures), "--out", str(tmp_path / "encoder.pt"), *SMALL])
+    assert trainer.global_step == 20
+    assert trainer.callback_metrics["loss"] < 0.99
+    assert load_encoder(tmp_path / "encoder.pt").name == "atto"
+
+
+@pytest.mark.parametrize("whose", ["official", "timm", "huggingface"])
+def test_continued_pretraining(pictures, tmp_path, whose):
+    encoder = create_encoder("atto")
+    if whose == "official":  # as the authors name it, and wrap it
+        given = tmp_path / "convnextv2_atto_1k_224_fcmae.pt"
+        model = create_fcmae("atto")
+        torch.save({"model": model.state_dict()}, given)
+    else:
+        export_model(encoder, tmp_path / "encoder")
+        given = tmp_path / whose
+        convert(tmp_path / "encoder", given, to=whose)
+    out = str(tmp_path / "run")
+    few = ["--epochs", "1", "--batch-size", "20", "--lr", "1e-9"]
+    load("continued_pretraining").main(["--images", str(pictures), "--init", str(given), "--out", out, *few])
+    before = model.encoder if whose == "official" else encoder
+    after = load_encoder(out).state_dict()
+    assert all(torch.allclose(after[name], value, atol=1e-6) for name, value in before.state_dict().items())
