@@ -63,6 +63,8 @@ def main(arguments: list[str] | None = None) -> list[float]:
     accelerator = Accelerator()
     model = create_fcmae(options.model, image_size=options.size, stem_stride=options.stem_stride)
     images = Photographs(options.images, options.size)
+    if len(images) < options.batch_size:
+        parser.error(f"{len(images)} images do not fill a batch: lower --batch-size")
     batches = DataLoader(images, options.batch_size, shuffle=True, drop_last=True)
     optimizer = torch.optim.AdamW(model.parameters(), options.lr, betas=(0.9, 0.95), weight_decay=0.05)
     model, optimizer, batches = accelerator.prepare(model, optimizer, batches)

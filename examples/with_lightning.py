@@ -52,12 +52,16 @@ def main(arguments: list[str] | None = None) -> lightning.Trainer:
     parser.add_argument("--lr", type=float, default=1e-3)
     options = parser.parse_args(arguments)
 
-    batches = DataLoader(Photographs(options.images, options.size), options.batch_size, shuffle=True, drop_last=True)
+    images = Photographs(options.images, options.size)
+    if len(images) < options.batch_size:
+        parser.error(f"{len(images)} images do not fill a batch: lower --batch-size")
+    batches = DataLoader(images, options.batch_size, shuffle=True, drop_last=True)
     module = Pretraining(options.lr, name=options.model, image_size=options.size, stem_stride=options.stem_stride)
     folder = options.out.with_suffix("")
     trainer = lightning.Trainer(max_epochs=options.epochs, default_root_dir=folder, logger=False)
     trainer.fit(module, batches)
-    torch.save({"model": module.fcmae.state_dict()}, options.out)
+    if trainer.is_global_zero:
+        torch.save({"model": module.fcmae.state_dict()}, options.out)
     return trainer
 
 

@@ -94,7 +94,8 @@ def _with_legend(picture: Image.Image, legend: Mapping[str, np.ndarray]) -> Imag
 
 
 def _fitting(draw: ImageDraw.ImageDraw, text: str, width: int) -> str:
-    """The end of a text, as much of it as is no wider than so many pixels."""
+    """The end of a text, as much of it as is no wider than so many pixels, in one line."""
+    text = " ".join(text.split())
     if draw.textlength(text) <= width:
         return text
     while len(text) > 1 and draw.textlength(f"...{text}") > width:

@@ -1,8 +1,8 @@
 """Whether a pretraining run learns, said from what it has measured so far. No labels are needed.
 
-The loss alone says how much of the hidden patches is filled in: both kinds of targets have a variance of about 1, so
-that guessing their mean costs a loss of about 1. The rank of the embeddings and the distance between channels say
-whether features have collapsed. They say no more than that: those of random weights are as good (docs/pretraining.md).
+The loss alone says how much of the hidden patches is filled in, by that of the first step, whose weights are new. The
+rank of the embeddings and the distance between channels say whether features have collapsed. They say no more than
+that: those of random weights are as good (docs/pretraining.md).
 """
 
 import math
@@ -14,12 +14,12 @@ from sparse_fcmae.runtime.rows import Rows
 
 LEARNING, EARLY, BROKEN = "learning", "too early to say", "broken"
 RANK, DISTANCE, OF_BLOCK = "effective_rank", "channel_distance", "distance_"  # as evaluations.jsonl names them
-STARTING = 10  # steps whose loss is that of a model that has learnt nothing
 FIRST, WINDOW = 100, 50  # least steps after the warm-up before anything is said, and least whose mean loss is taken
 PART = 0.05  # of the run, which both are where that is more
 NOTHING = 0.05  # of the variance of hidden patches: runs that learn were above 0.3 after a tenth of their steps
 LOST = 0.2  # of what was once filled in, from which on a run has lost its way
-SKIPPED = 0.05  # of the last steps that may not be finite
+SKIPPED, IN_A_ROW = 0.05, 5  # of the last steps that may not be finite, and how many may be so at the end
+EXPLODED = 2.0  # times the loss of guessing, which is said during the warm-up too
 ONE_CHANNEL, ONE_DIRECTION = 0.1, 2.0  # a distance between channels and a rank, below which they are as good as one
 RISEN = 0.05  # of the least held-out loss
 SLOW = 0.002  # of the variance, which is less than a reader of the curve would see
@@ -35,48 +35,56 @@ class Verdict(NamedTuple):
         return f"{self.state}: {self.reason}"
 
 
-def guessing(losses: np.ndarray, from_weights: bool) -> float:
-    """What the loss is while nothing is learnt: the greatest of the first steps, and at most 1.
+def guessing(losses: np.ndarray, normalised: bool) -> float:
+    """What the loss is while nothing is learnt: that of the first step, whose weights are new.
 
-    Patches of one colour have nothing to guess, so that images with such areas begin below 1. A run that goes on from
-    weights does not begin with nothing: for it that is 1.
+    normalised: whether each target patch has a variance of 1, so that it is no more than that. It is less where patches
+    of one colour have nothing to guess.
     """
-    first = losses[np.isfinite(losses)][:STARTING]
-    return 1.0 if from_weights or not len(first) else min(1.0, float(first.max()))
+    first = losses[np.isfinite(losses)][:1]
+    found = float(first[0]) if len(first) else 1.0
+    return min(1.0, found) if normalised else found
 
 
-def judge(metrics: Rows, evaluations: Rows, warmup: int, steps: int, from_weights: bool = False) -> Verdict:
+def judge(
+    metrics: Rows, evaluations: Rows, warmup: int, steps: int, normalised: bool = True, from_weights: bool = False
+) -> Verdict:
     """The verdict on a run from the rows of metrics.jsonl and evaluations.jsonl, as far as they go.
 
-    warmup, steps: of the whole run, in optimiser steps. from_weights: as in `guessing`.
+    warmup, steps: of the whole run, in optimiser steps. normalised: as in `guessing`. from_weights: whether the run
+    goes on from weights, which may fill in something at the start, so that losses are said instead of parts.
     """
     numbers, losses = metrics.numbers("step"), metrics.numbers("loss")
     done = int(numbers[-1]) if len(numbers) else 0
-    window, ready = max(WINDOW, round(PART * steps)), warmup + max(FIRST, round(PART * steps))
+    window, ready = max(WINDOW, round(PART * steps)), min(steps, warmup + max(FIRST, round(PART * steps)))
     if len(losses) < WINDOW // 2:
-        return Verdict(EARLY, f"{done} steps are done")
+        return Verdict(EARLY, f"{done} steps are {'too few' if done and done >= steps else 'done'}")
     recent = losses[-window:]
     skipped = 1 - float(np.isfinite(recent).mean())
-    if skipped > SKIPPED:
-        many = f"{_part(skipped)} of the last {len(recent)} steps"
+    if skipped > SKIPPED or not np.isfinite(losses[-IN_A_ROW:]).any():
+        many = f"{max(1, round(skipped * len(recent)))} of the last {len(recent)} steps"
         return Verdict(BROKEN, f"{many} were not finite: {_smaller(metrics)}")
-    loss, nothing = float(np.nanmean(recent)), guessing(losses, from_weights)
-    if loss > (1 + NOTHING) * nothing and done > WINDOW:
+    loss, nothing = _mean(recent), guessing(losses, normalised)
+    if loss > (1 + NOTHING if done >= warmup else EXPLODED) * nothing:
         return Verdict(BROKEN, f"the loss is {loss:.4g}, and guessing nothing costs {nothing:.2g}: {_smaller(metrics)}")
     parts = 1 - losses / nothing
     filled, best = _mean(parts[-window:]), _best(parts, window)
     words = f"{_part(max(filled, 0))} of what is hidden is filled in"
-    if done < min(ready, steps):
+    if from_weights:
+        words = f"the loss is {loss:.4f}, and was {nothing:.4f} at the start"
+    if done < ready:
         return Verdict(EARLY, f"{words}; ask again after step {ready}")
-    if filled < NOTHING:
+    if filled < NOTHING and not from_weights:
         found = f"after {done} steps nothing of what is hidden is filled in (loss {loss:.4f}, at first {nothing:.4f})"
         advice = "find a learning rate by --lr-range 1e-6,1, and look at what the model sees: `sparse-fcmae inspect`"
         return Verdict(BROKEN, f"{found}: {advice}")
-    if best - filled > LOST * best:
-        return Verdict(BROKEN, f"{words}, and it was {_part(best)} before: {_smaller(metrics)}")
+    if best - filled > LOST * best and best > NOTHING:
+        before = f"it was {(1 - best) * nothing:.4f}" if from_weights else f"it was {_part(best)}"
+        return Verdict(BROKEN, f"{words}, and {before} before: {_smaller(metrics)}")
     if collapsed := _collapsed(evaluations):
         return Verdict(BROKEN, f"{collapsed}: {_smaller(metrics)}")
-    return Verdict(LEARNING, "; ".join([words + _progress(parts, window), *_beside(evaluations)]))
+    change = "" if from_weights else _progress(parts, window)
+    return Verdict(LEARNING, "; ".join([words + change, *_beside(evaluations)]))
 
 
 def _part(value: float) -> str:
@@ -109,7 +117,9 @@ def _progress(parts: np.ndarray, window: int) -> str:
     gain = _mean(parts[-window:]) - _mean(parts[:step][-window:])
     if len(parts) < 5 * window or math.isnan(gain):
         return ""
-    return f", {100 * gain:.1f} points more than at step {step}" if gain > SLOW else f", as at step {step}"
+    if abs(gain) <= SLOW:
+        return f", as at step {step}"
+    return f", {100 * abs(gain):.1f} points {'more' if gain > 0 else 'fewer'} than at step {step}"
 
 
 def _collapsed(evaluations: Rows) -> str | None:

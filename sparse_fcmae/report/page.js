@@ -3,7 +3,7 @@
 
 const view = {
   x: "epoch", logs: new Set(), hidden: new Set(), open: new Set(),
-  run: 0, step: null, wipe: 50, left: "masked", right: "filled in", theme: "system",
+  cursors: new Map(), run: 0, step: null, wipe: 50, left: "masked", right: "filled in", theme: "system",
 };
 const TITLES = { // of pictures that other commands have drawn
   mistakes: "Wrong, and most certain", collapse: "Distance between channels, block by block", spectrum: "Spectrum of the embeddings",
@@ -32,14 +32,14 @@ const key = (run) => el("span", { class: "key", style: `background: ${colour(run
 
 function number(value) {
   if (value === null || value === undefined) return "–";
+  if (Number.isInteger(value) && Math.abs(value) < 1e15) return value.toLocaleString("en");
   const size = Math.abs(value);
-  if (size !== 0 && (size < 1e-3 || size >= 1e9)) return value.toExponential(2);
+  if (size < 1e-3 || size >= 1e9) return value.toExponential(2);
   return Number(value.toPrecision(5)).toLocaleString("en", { maximumFractionDigits: 6 });
 }
 
 function words(value) {
   if (value === null || value === undefined) return "–";
-  if (typeof value === "number") return number(value);
   return typeof value === "string" ? value : JSON.stringify(value);
 }
 
@@ -78,15 +78,15 @@ function ticks(low, high, log) {
 
 class Chart {
   constructor(name, title, lines, mark) {
-    Object.assign(this, { name, title, lines, mark, cursor: null });
-    const positive = lines.every((line) => (line.low ?? line.value).every((value) => value > 0));
+    Object.assign(this, { name, title, lines, mark, cursor: view.cursors.get(name) ?? null });
+    this.positive = lines.every((line) => (line.low ?? line.value).every((value) => value > 0));
     const toggle = () => {
       view.logs.has(name) ? view.logs.delete(name) : view.logs.add(name);
       button.setAttribute("aria-pressed", view.logs.has(name));
       this.draw();
     };
     const button = el("button", {
-      id: `log-${name}`, type: "button", "aria-pressed": view.logs.has(name), onclick: toggle, hidden: !positive,
+      id: `log-${name}`, type: "button", "aria-pressed": view.logs.has(name), onclick: toggle, hidden: !this.positive,
     }, "logarithmic");
     this.svg = svg("svg", {
       id: `chart-${name}`, tabindex: 0, role: "img",
@@ -104,7 +104,7 @@ class Chart {
 
   draw() {
     const width = this.svg.clientWidth || 400, height = this.svg.clientHeight || 208;
-    const log = view.logs.has(this.name), lines = this.visible;
+    const lines = this.visible, log = this.positive && view.logs.has(this.name);
     this.svg.replaceChildren();
     this.svg.setAttribute("viewBox", `0 0 ${width} ${height}`);
     if (!lines.length) return this.show(null);
@@ -132,7 +132,7 @@ class Chart {
     }
     if (this.mark && this.mark.value >= low && this.mark.value <= high) {
       const y = this.y(this.mark.value);
-      this.svg.append(svg("line", { class: "cursor", x1: this.left, x2: width - 8, y1: y, y2: y }));
+      this.svg.append(svg("line", { class: "mark", x1: this.left, x2: width - 8, y1: y, y2: y }));
       this.svg.append(svg("text", { x: width - 8, y: y + 13, "text-anchor": "end" }, this.mark.text));
     }
     for (const line of lines) this.svg.append(...this.curve(line));
@@ -170,6 +170,7 @@ class Chart {
 
   show(x) {
     this.cursor = x;
+    view.cursors.set(this.name, x);
     this.svg.querySelector(".cursor")?.remove();
     const lines = this.visible;
     if (x === null || !lines.length) return this.readout.replaceChildren();
@@ -337,7 +338,7 @@ const images = (found) => found.flatMap(({ name, source }) =>
   [el("h3", {}, TITLES[name] ?? name), el("p", { class: "pictures" }, el("img", { src: source, alt: name }))]);
 
 function evaluation(runs) {
-  return ofEach("On held-out images", runs, "evaluation", ({ name, evaluation: { facts, tables, confusion, pictures } }) => {
+  return ofEach("Evaluation", runs, "evaluation", ({ name, evaluation: { facts, tables, confusion, pictures } }) => {
     return [
       cards(facts),
       confusion ? matrix(confusion) : null,
@@ -421,17 +422,21 @@ function unreadable(runs) {
 
 function logs(runs) {
   return [el("h2", {}, "Log"), ...runs.map((run) =>
-    details(`${run.name}-log`, `${run.name}: the last ${run.log.length} lines of train.log`, el("pre", {}, run.log.join("\n"))))];
+    details(`${run.name}-log`, `${run.name}: the last ${run.log.length} lines of train.log`, el("pre", { id: `${run.name}-lines` }, run.log.join("\n"))))];
 }
 
 // ---- the page
 
 function section(id, shown, build, always = false) {
-  const text = JSON.stringify(shown);
+  const text = JSON.stringify(shown), active = document.activeElement;
   if (!always && drawn.get(id) === text) return;
+  const busy = active?.matches("select, input[type=range]") && active.closest("section")?.id === id;
+  if (!always && drawn.has(id) && busy) return; // it is drawn once nobody uses it any more
   drawn.set(id, text);
-  const focused = document.activeElement?.id;
-  document.getElementById(id).replaceChildren(...build(record.runs).filter((part) => part !== null));
+  const place = document.getElementById(id), focused = document.activeElement?.id;
+  const scrolled = [...place.querySelectorAll("pre[id]")].map((pre) => [pre.id, pre.scrollTop]);
+  place.replaceChildren(...build(record.runs).filter((part) => part !== null));
+  for (const [of, top] of scrolled) document.getElementById(of)?.scrollTo(0, top);
   if (focused && document.activeElement?.id !== focused) document.getElementById(focused)?.focus({ preventScroll: true });
 }
 
@@ -449,7 +454,7 @@ function render() {
   section("log", of("log"), logs);
 }
 
-const news = document.getElementById("news");
+const news = document.getElementById("news"), alarm = document.getElementById("alarm");
 const made = () => { news.textContent = record.live ? `renewed at ${record.made}` : `as of ${record.made}`; };
 
 async function renew() {
@@ -457,11 +462,13 @@ async function renew() {
     const answer = await fetch("record.json");
     if (!answer.ok) throw new Error(await answer.text());
     record = await answer.json();
+    alarm.textContent = "";
     made();
     render();
   } catch (error) {
     const reason = error instanceof TypeError ? "nobody serves it any more" : error.message;
-    news.textContent = `This page is as of ${record.made}: ${reason}.`;
+    const text = `This page is as of ${record.made}: ${reason}.`;
+    if (alarm.textContent !== text) alarm.textContent = text;
   }
   setTimeout(renew, 3000);
 }

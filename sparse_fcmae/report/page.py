@@ -30,15 +30,16 @@ def names_of(folders: list[Path]) -> list[str]:
 
 def write_page(record: Record, out: Path) -> None:
     """Writes the page, atomically."""
-    write_atomic(out, lambda path: path.write_text(page_of(record), encoding="utf-8"))
+    write_atomic(out, lambda path: path.write_bytes(page_of(record)))
 
 
-def page_of(record: Record) -> str:
-    """The whole page, with its style, its script and what it shows."""
+def page_of(record: Record) -> bytes:
+    """The whole page, with its style, its script and what it shows, in UTF-8."""
     parts = {name: files(__package__).joinpath(f"page.{name}").read_text(encoding="utf-8") for name in ("css", "js")}
     page = Template(files(__package__).joinpath("page.html").read_text(encoding="utf-8"))
     title = escape(", ".join(run["name"] for run in record["runs"]))
-    return page.substitute(parts, mark=MARK, title=title, data=as_json(record))
+    text = page.substitute(parts, mark=MARK, title=title, data=as_json(record))
+    return text.encode("utf-8", errors="backslashreplace")  # as a name may have bytes that are no text
 
 
 def in_page(data: bytes, media_type: str) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from sparse_fcmae.evaluation.reconstruction import COLUMNS
 from sparse_fcmae.evaluation.sheet import tiles_of
@@ -59,26 +59,30 @@ class RunReader:
         self.folder, self.keep = folder, keep
         self.metrics, self.evaluations = Rows(folder / "metrics.jsonl"), Rows(folder / "evaluations.jsonl")
         self.kept: dict[Path, tuple[int, str]] = {}
-        self.read()
+        self.used: set[Path] = set()
+        self._found()
+
+    def keep_by(self, keep: Keep) -> None:
+        """Has pictures be kept in another way from now on."""
+        self.keep, self.kept = keep, {}
 
     def read(self) -> Record:
         """The run as it is now. Raises UserError where the folder holds no run."""
-        found = look_at(self.folder)
-        if found is None:
-            raise UserError(f"{self.folder}: no run in this folder")
+        found = self._found()
         config = read_json(self.folder / CONFIG)
+        self.used.clear()
         self.metrics.read_on()
         self.evaluations.read_on()
         log = self._log()
         pictures, unfit = self._reconstructions(config)
-        return {
+        record = {
             "folder": str(self.folder),
             "task": found.task,
             "state": found.state,
             "verdict": self._verdict(found, config),
             "facts": self._facts(found, config),
             "notes": [*self._notes(), *unfit],
-            "charts": self._charts(found.task, bool(config.get("init"))),
+            "charts": self._charts(found.task, config),
             "reconstructions": pictures,
             "evaluation": self._evaluation(),
             "analysis": self._analysis(),
@@ -89,13 +93,23 @@ class RunReader:
             "unreadable": unreadable_in(log),
             "log": log[-LINES:],
         }
+        self.kept = {path: kept for path, kept in self.kept.items() if path in self.used}
+        return record
+
+    def _found(self) -> Found:
+        """How far the run is. Raises UserError where there is none."""
+        if found := look_at(self.folder):
+            return found
+        raise UserError(f"{self.folder}: no run in this folder")
 
     def _verdict(self, found: Found, config: dict[str, Any]) -> dict[str, str] | None:
         """Whether a pretraining run goes well, None where there is nothing to judge."""
-        if found.task != "pretraining" or config.get("lr_range") or not found.steps:
+        epoch, step = self.metrics.last("epoch"), self.metrics.last("step")
+        if found.task != "pretraining" or config.get("lr_range") or not (found.steps and epoch):
             return None
-        warmup = round((config.get("warmup_epochs") or 0) * found.step / self.metrics.last("epoch"))
-        return judge(self.metrics, self.evaluations, warmup, found.steps, bool(config.get("init")))._asdict()
+        warmup = round((config.get("warmup_epochs") or 0) * step / epoch)
+        told = (config.get("norm_pix_loss", True), bool(config.get("init")))
+        return judge(self.metrics, self.evaluations, warmup, found.steps, *told)._asdict()
 
     def _facts(self, found: Found, config: dict[str, Any]) -> list[tuple[str, str]]:
         """What one looks for first: names and values in words."""
@@ -108,7 +122,7 @@ class RunReader:
             facts.append(("loss", f"{loss:.4f}"))
         for name in self._measured():
             if (value := self.evaluations.last(name)) is not None:
-                facts.append((in_words(name), told(name, value)))
+                facts.append((in_words("val_loss" if name == "loss" else name), told(name, value)))
         if speed := row("images_per_second"):
             facts.append(("images a second", f"{speed:.0f}"))
             if found.state == "running" and found.steps:
@@ -131,15 +145,15 @@ class RunReader:
         files = [rows for rows in (self.metrics, self.evaluations) if rows.damaged]
         return [f"{rows.path.name} has lines that are no rows and are left out: {rows.damaged}" for rows in files]
 
-    def _charts(self, task: str, from_weights: bool) -> list[Record]:
+    def _charts(self, task: str, config: dict[str, Any]) -> list[Record]:
         """Headings, and lines over the steps. The loss is there twice where it is measured on held-out images too."""
         held_out = "val_loss" if task == "pretraining" else "loss"
         lines = [line("steps", self.metrics.curve("loss"))]
         for prefix, label in (("", "held-out images"), ("ema_", "held-out images, moving average")):
             lines.append(line(label, self.evaluations.curve(prefix + held_out), dashed=bool(prefix)))
         charts = [chart("loss", "loss on hidden patches" if task == "pretraining" else "loss", lines)]
-        if task == "pretraining":
-            nothing = guessing(self.metrics.numbers("loss"), from_weights)
+        if task == "pretraining" and not config.get("init"):
+            nothing = guessing(self.metrics.numbers("loss"), config.get("norm_pix_loss", True))
             charts[0]["mark"] = {"value": short(nothing), "text": "nothing learnt"}
         for name in self._measured():
             if name == held_out or name.startswith("ema_"):
@@ -161,19 +175,23 @@ class RunReader:
     def _reconstructions(self, config: dict[str, Any]) -> tuple[Record | None, list[str]]:
         """Sheets by step, the first, the newest and others evenly spread, and where the tiles lie on each.
 
-        Returns with it what there is to say of sheets that can't be cut up. All sheets of a run are alike.
+        Returns with it what there is to say of sheets that are not laid out as the newest, or can't be cut up.
         """
         paths = sorted((self.folder / "reconstructions").glob("step-*.png"))
         if not paths:
             return None, []
-        with Image.open(paths[-1]) as picture:
-            tiles = tiles_of(picture.size, len(COLUMNS), image_size_of(config["image_size"]))
-        if tiles is None:
-            return None, ["the pictures in reconstructions have another layout than this version's, and are not shown"]
-        chosen = {round(number * (len(paths) - 1) / (PICTURES - 1)) for number in range(PICTURES)}
-        sheets = [(int(paths[n].stem.removeprefix("step-")), self._picture(paths[n])) for n in sorted(chosen)]
+        size, of = size_of(paths[-1]), len(paths)
+        alike = [path for path in paths if size_of(path) == size]
+        tiles = tiles_of(size, len(COLUMNS), image_size_of(config["image_size"]))
+        shown = alike if tiles else []
+        others = f"{of - len(shown)} of {of} pictures of reconstructions have another layout, and are not shown"
+        notes = [others] if len(shown) < of else []
+        if not shown:
+            return None, notes
+        chosen = {round(number * (len(shown) - 1) / (PICTURES - 1)) for number in range(PICTURES)}
+        sheets = [(int(shown[n].stem.removeprefix("step-")), self._picture(shown[n])) for n in sorted(chosen)]
         steps = [{"step": step, "source": source} for step, source in sheets]
-        return {"columns": COLUMNS, "tiles": tiles, "steps": steps, "of": len(paths)}, []
+        return {"columns": COLUMNS, "tiles": tiles, "steps": steps, "of": len(shown)}, notes
 
     def _evaluation(self) -> Record | None:
         """What `evaluate` wrote into the folder "evaluation" of the run."""
@@ -214,6 +232,7 @@ class RunReader:
 
     def _picture(self, path: Path) -> str:
         """Where a page finds a picture. It is read again only where it has been written again."""
+        self.used.add(path)
         written = path.stat().st_mtime_ns
         if self.kept.get(path, (None, ""))[0] != written:
             self.kept[path] = written, self.keep(*compressed(path))
@@ -228,6 +247,15 @@ def line(label: str, curve: dict[str, Any] | None, dashed: bool = False) -> Reco
 def chart(name: str, title: str, lines: list[Record | None]) -> Record:
     """A chart of the lines that there are."""
     return {"name": name, "title": title, "lines": [found for found in lines if found]}
+
+
+def size_of(path: Path) -> tuple[int, int]:
+    """Width and height of a picture. Raises UserError where it is none."""
+    try:
+        with Image.open(path) as picture:
+            return picture.size
+    except UnidentifiedImageError:
+        raise UserError(f"{path} is no picture: delete it") from None
 
 
 def compressed(path: Path) -> tuple[bytes, str]:

@@ -28,10 +28,11 @@ def report(options: dict[str, Any]) -> str:
     readers = [RunReader(folder, in_page) for folder in folders]
     out = Path(config.out) if config.out else folders[0] / PAGE
     check_page(out)
-    write_page(record_of(readers), out)
     if config.watch:
-        watch(folders, config.port)
-        write_page(record_of(readers), out)
+        watch(readers, config.port)
+        for reader in readers:
+            reader.keep_by(in_page)
+    write_page(record_of(readers), out)
     return f"report: {out}"
 
 

@@ -4,7 +4,6 @@ import hashlib
 from contextlib import suppress
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from threading import Lock
 
 from sparse_fcmae.report.page import page_of, record_of
@@ -12,12 +11,13 @@ from sparse_fcmae.report.record import RunReader, as_json
 from sparse_fcmae.runtime.errors import UserError
 
 HERE = "127.0.0.1"
+HOSTS = (HERE, "localhost")
 PICTURES = "/pictures/"
 
 
-def watch(folders: list[Path], port: int) -> None:
+def watch(readers: list[RunReader], port: int) -> None:
     """Serves the page of some runs until Ctrl-C. Raises UserError where the port is taken."""
-    with Server(folders, port) as server, suppress(KeyboardInterrupt):
+    with Server(readers, port) as server, suppress(KeyboardInterrupt):
         print(f"http://{HERE}:{server.server_port} shows the page to this machine, until Ctrl-C", flush=True)
         server.serve_forever()
 
@@ -25,20 +25,21 @@ def watch(folders: list[Path], port: int) -> None:
 class Server(ThreadingHTTPServer):
     """Serves the page, what it shows as JSON, and its pictures. Nothing outside the machine reaches it.
 
-    hosts: under which it answers, lest a site of another name that leads here reads the page (DNS rebinding).
+    It answers under the names HOSTS alone, lest a site of another name that leads here reads the page (DNS rebinding).
+    The port may be another one, as that of a tunnel is.
     """
 
     daemon_threads = True
 
-    def __init__(self, folders: list[Path], port: int) -> None:
+    def __init__(self, readers: list[RunReader], port: int) -> None:
         try:
             super().__init__((HERE, port), Handler)
         except OSError as error:
             raise UserError(f"`port` {port} can't be served: {error.strerror}: choose another") from None
-        self.hosts = {f"{name}:{self.server_port}" for name in (HERE, "localhost")}
         self.pictures: dict[str, tuple[bytes, str]] = {}
-        self.readers = [RunReader(folder, self._keep) for folder in folders]
-        self.lock = Lock()
+        self.readers, self.lock = readers, Lock()
+        for reader in readers:
+            reader.keep_by(self._keep)
 
     def _keep(self, data: bytes, media_type: str) -> str:
         """The address of a picture, which is of these bytes for ever."""
@@ -55,11 +56,13 @@ class Server(ThreadingHTTPServer):
         try:
             with self.lock:
                 record = record_of(self.readers, live=True)
-        except UserError as error:
+                text = as_json(record)
+                self.pictures = {place: picture for place, picture in self.pictures.items() if place in text}
+        except (UserError, OSError) as error:  # the latter of a file that is deleted at this moment
             return HTTPStatus.GONE, str(error).encode(), "text/plain; charset=utf-8"
         if address == "/":
-            return HTTPStatus.OK, page_of(record).encode(), "text/html; charset=utf-8"
-        return HTTPStatus.OK, as_json(record).encode(), "application/json"
+            return HTTPStatus.OK, page_of(record), "text/html; charset=utf-8"
+        return HTTPStatus.OK, text.encode(), "application/json"
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -68,7 +71,7 @@ class Handler(BaseHTTPRequestHandler):
     server: Server
 
     def do_GET(self) -> None:
-        if self.headers.get("Host") not in self.server.hosts:
+        if self.headers.get("Host", "").split(":")[0] not in HOSTS:
             status, body, media_type = HTTPStatus.FORBIDDEN, b"asked for under another name", "text/plain"
         else:
             status, body, media_type = self.server.answer(self.path)

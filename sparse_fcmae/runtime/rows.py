@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from array import array
 from pathlib import Path
 from typing import Any
@@ -20,22 +21,25 @@ class Rows:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._begin(None)
+        self._begin(())
 
-    def _begin(self, file: tuple[int, int] | None) -> None:
-        """Starts at the beginning of a file, None for none."""
+    def _begin(self, file: tuple[Any, ...]) -> None:
+        """Starts at the beginning of a file. file: by what it is known again."""
         self.file, self.place, self.count, self.damaged = file, 0, 0, 0
         self.columns: dict[str, array] = {}
 
     def read_on(self) -> None:
         """Reads the lines that are new and whole, or all of them where there is another file, as after a resumption."""
-        if not self.path.is_file():
-            self._begin(None)
+        try:
+            file = self.path.open("rb")
+        except FileNotFoundError:
+            self._begin(())
             return
-        with self.path.open("rb") as file:
-            status = self.path.stat()
-            if (status.st_dev, status.st_ino) != self.file or status.st_size < self.place:
-                self._begin((status.st_dev, status.st_ino))
+        with file:
+            status = os.fstat(file.fileno())
+            known = (status.st_dev, status.st_ino, file.readline())  # as a new file may get the number of a deleted one
+            if known != self.file or status.st_size < self.place:
+                self._begin(known)
             file.seek(self.place)
             for line in file:
                 if not line.endswith(b"\n"):
@@ -45,17 +49,17 @@ class Rows:
 
     def _add(self, line: bytes) -> None:
         try:
-            row = json.loads(line)
-            row["step"] + 0
-        except (ValueError, KeyError, TypeError):
+            found = json.loads(line)
+            found["step"] + 0
+            row = {name: float(v) if isinstance(v, int | float) else math.nan for name, v in found.items()}
+        except (ValueError, KeyError, TypeError, OverflowError):
             self.damaged += 1
             return
         for name in row:
             if name not in self.columns:
                 self.columns[name] = array("d", [math.nan]) * self.count
         for name, column in self.columns.items():
-            value = row.get(name)
-            column.append(value if isinstance(value, int | float) else math.nan)
+            column.append(row.get(name, math.nan))
         self.count += 1
 
     def numbers(self, name: str) -> np.ndarray:
@@ -85,7 +89,8 @@ class Rows:
         found = {"step": steps[middle], "epoch": epochs[middle], "value": sums / counts}
         if each > 1:
             found |= {"low": np.minimum.reduceat(values, firsts), "high": np.maximum.reduceat(values, firsts)}
-        return {"each": each, **{name: list(map(short, part.tolist())) for name, part in found.items()}}
+        shown = {name: list(map(short, part.tolist())) for name, part in found.items()}
+        return {"each": each, **shown, "step": steps[middle].astype(int).tolist()}
 
 
 def short(value: float) -> float | None:

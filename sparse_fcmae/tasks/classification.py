@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor, nn
 
 from sparse_fcmae.backends import choose_dtype, resolve_backend
@@ -26,6 +25,7 @@ from sparse_fcmae.data.splits import few_labels
 from sparse_fcmae.data.survey import check_fits
 from sparse_fcmae.data.views import NativeView, RandomView
 from sparse_fcmae.evaluation.accuracy import TOP, accuracy, measure, measures_of
+from sparse_fcmae.evaluation.evaluate import EVALUATION
 from sparse_fcmae.evaluation.evaluate import save as save_evaluation
 from sparse_fcmae.evaluation.mistakes import Answers, draw_mistakes
 from sparse_fcmae.evaluation.problems import BETWEEN, PROBLEMS, measure_outputs
@@ -34,6 +34,7 @@ from sparse_fcmae.model.convnext import size_of
 from sparse_fcmae.model.flops import count
 from sparse_fcmae.runtime.checkpoint_folder import newest_checkpoint
 from sparse_fcmae.runtime.distributed import Ranks
+from sparse_fcmae.runtime.files import read_json
 from sparse_fcmae.runtime.options import check_unused, given_flags, image_size_of
 from sparse_fcmae.runtime.streams import Stream, torch_seed
 from sparse_fcmae.tasks.build import build_classifier, evaluation_view, moving_average, origin_of, training_view
@@ -227,8 +228,7 @@ class Classification(Task):
             return
         config = self.config
         reading = given_flags(config, ReadingConfig)
-        save_evaluation(*self._judged(answers, exported), run / "evaluation")
-        log.say(f"what it says of held-out images in {run / 'evaluation'}")
+        log.say(self._save(answers, exported, run / "evaluation"))
         example = classifier_example(self.model, exported, config.data, config.val_split, config.seed, reading)
         log.say(f"classifier in {exported}; use it with\n\n{example}")
 
@@ -242,15 +242,22 @@ class Classification(Task):
         found = [part._replace(index=part.index * self.ranks.world + rank) for rank, part in ranks if part]
         return Answers(*map(torch.cat, zip(*found, strict=True)))
 
-    def _judged(self, answers: Answers, exported: Path) -> tuple[dict[str, Any], Image.Image | None]:
-        """What `evaluate` would write of these answers, and a picture of the worst ones."""
+    def _save(self, answers: Answers, exported: Path, out: Path) -> str:
+        """Writes what `evaluate` would write of these answers, unless there is an evaluation on other images.
+
+        Returns what there is to say of it.
+        """
+        before = read_json(out / EVALUATION) if (out / EVALUATION).is_file() else {}
+        if before.get("data", str(self.all_held_out)) != str(self.all_held_out):
+            return f"{out} has an evaluation on {before['data']}, and stays as it is"
         labels, view = self.all_held_out.labels[answers.index], self.held_out.view
         found = {
             "weights": str(exported),
             "data": str(self.all_held_out),
             **accuracy(answers.ranked, labels, self.classes),
         }
-        return found, draw_mistakes(answers, labels, self.classes, self.all_held_out, view)
+        save_evaluation(found, draw_mistakes(answers, labels, self.classes, self.all_held_out, view), out)
+        return f"what it says of held-out images in {out}"
 
     def _in_units(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Weights whose outputs are in the units of the labels, of those that are trained."""

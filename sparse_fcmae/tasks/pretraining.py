@@ -198,7 +198,8 @@ class Pretraining(Task):
         self.rows = self.rows or [Rows(run / name) for name in ("metrics.jsonl", "evaluations.jsonl")]
         for rows in self.rows:
             rows.read_on()
-        return judge(*self.rows, self.schedule.warmup_steps, self.schedule.steps, bool(self.config.init))
+        plan, config = self.schedule, self.config
+        return judge(*self.rows, plan.warmup_steps, plan.steps, config.norm_pix_loss, bool(config.init))
 
     def _measuring(self, model: nn.Module) -> dict[str, Callable[[], tuple[float, list[BadImage]]]]:
         """What is measured of a model, by name: functions that give the value and the unreadable images."""

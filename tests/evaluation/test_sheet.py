@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from sparse_fcmae.evaluation.sheet import GAP, LABEL_HEIGHT, sheet, tiles_of
+from sparse_fcmae.evaluation.sheet import GAP, LABEL_HEIGHT, captioned, sheet, tiles_of
 
 
 def test_a_legend_shows_each_colour_once_below_the_pictures():
@@ -35,6 +35,12 @@ def test_a_sheet_is_cut_up_as_it_was_drawn(shape):
             assert (height, width) == (shape[0] * scale, shape[1] * scale)
             cut = np.asarray(drawn)[top : top + height, left : left + width]
             assert np.array_equal(cut, pictures[column, row].repeat(scale, 0).repeat(scale, 1))
+
+
+def test_a_caption_of_several_lines_is_one_line():
+    tiles = np.zeros((1, 8, 8, 3), np.uint8)
+    one, several = (captioned(tiles, [(text, "b")]) for text in ("is a b", "is a\n b"))
+    assert np.array_equal(np.asarray(one), np.asarray(several))
 
 
 def test_a_picture_of_another_layout_is_not_cut_up():

@@ -1,6 +1,7 @@
 """What is said of runs whose rows are made up."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -15,14 +16,14 @@ STEPS, WARMUP = 1000, 50
 def said(tmp_path):
     """The verdict on losses and evaluations."""
 
-    def of(losses, evaluations=(), steps=STEPS, lr=1e-3, from_weights=False):
+    def of(losses, evaluations=(), steps=STEPS, lr=1e-3, **kind):
         rows = [{"step": n + 1, "epoch": n / 10, "loss": loss, "lr": lr} for n, loss in enumerate(losses)]
         found = []
         for name, lines in (("metrics.jsonl", rows), ("evaluations.jsonl", evaluations)):
             (tmp_path / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
             found.append(Rows(tmp_path / name))
             found[-1].read_on()
-        return judge(*found, WARMUP, steps, from_weights)
+        return judge(*found, WARMUP, steps, **kind)
 
     return of
 
@@ -65,12 +66,38 @@ def test_images_with_areas_of_one_colour_begin_below_one(said):
 
 
 def test_a_run_from_weights_does_not_begin_with_nothing(said):
-    assert said([0.5] * 400, from_weights=True).reason.startswith("50 % of what is hidden")
+    verdict = said([0.5] * 400, from_weights=True)
+    assert str(verdict) == "learning: the loss is 0.5000, and was 0.5000 at the start"
     assert said([0.5] * 400).state == BROKEN
+    assert said([0.5] * 200 + [0.6] * 200, from_weights=True).state == BROKEN
+
+
+def test_targets_that_are_not_normalised_may_cost_more_than_one(said):
+    losses = falling(1.0, 600, start=2.0)
+    assert said(losses, normalised=False).reason.startswith("50 % of what is hidden")
+    assert said(losses).state == BROKEN
+
+
+def test_a_run_that_loses_ground_is_not_said_to_stand_still(said):
+    verdict = said([*falling(0.5, 600), *np.linspace(0.5, 0.54, 200)])
+    assert verdict.state == LEARNING
+    assert re.search(r", [\d.]+ points fewer than at step 640", verdict.reason)
+
+
+def test_a_run_whose_last_steps_are_not_finite_has_diverged(said):
+    verdict = said(falling(0.5, 900) + [None] * 5, steps=100_000)
+    assert verdict.state == BROKEN
+    assert "5 of the last 905 steps were not finite" in verdict.reason
+
+
+def test_what_is_asked_for_later_can_happen(said):
+    assert "ask again after step 80" in said(falling(0.5, 40), steps=80).reason
+    assert str(said(falling(0.5, 20), steps=20)) == "too early to say: 20 steps are too few"
 
 
 def test_worse_than_nothing_is_said_early(said):
     verdict = said([1.0] * 10 + [3.0] * 50)
+    assert said([1.0] * 10 + [1.5] * 39).state == EARLY  # in the warm-up
     assert verdict.state == BROKEN
     assert "the loss is 3, and guessing nothing costs 1: try --lr 0.00025" in verdict.reason
 
@@ -78,7 +105,7 @@ def test_worse_than_nothing_is_said_early(said):
 def test_steps_that_are_not_finite(said):
     verdict = said([1.0] + [0.5] * 300 + [0.5, None] * 25)
     assert verdict.state == BROKEN
-    assert "50 % of the last 50 steps were not finite" in verdict.reason
+    assert "25 of the last 50 steps were not finite" in verdict.reason
     assert said([1.0] + [0.5] * 300 + [None] + [0.5] * 49).state == LEARNING
 
 

@@ -102,6 +102,7 @@ def test_the_slider_moves_by_keys(browser, run, tmp_path):
 def test_a_chart_says_its_values_to_mouse_and_keys(browser, run, tmp_path):
     with opened(browser, written([run], tmp_path / "page.html")) as page:
         readout = "figure:has(#chart-loss) output"
+        assert page.locator("#chart-loss .mark").count() == 1  # where nothing is learnt
         page.focus("#chart-loss")
         page.keyboard.press("Home")
         assert "steps: 1 at step 1, epoch 0.25" in page.inner_text(readout)
@@ -140,7 +141,7 @@ def test_runs_beside_each_other_fit_any_window(browser, tmp_path, theme, width):
         assert page.evaluate(
             "[...document.querySelectorAll('#chart-loss polyline')].every(p => p.points.length <= 800)"
         )
-        assert page.inner_text("tr.differs >> nth=0").split() == ["--epochs", "3", "25,000"]
+        assert page.inner_text("tr.differs >> nth=0").split() == ["--epochs", "3", "25000"]
         page.uncheck("#show-0")
         assert page.locator("#chart-loss polyline").count() == 2
         back = "getComputedStyle(document.body).backgroundColor"
@@ -158,14 +159,18 @@ def test_runs_beside_each_other_fit_any_window(browser, tmp_path, theme, width):
 
 
 def test_a_page_that_is_watched_renews_itself(browser, run):
-    with Server([run], 0) as server:
+    with Server([RunReader(run, in_page)], 0) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         with opened(browser, f"http://127.0.0.1:{server.server_port}/") as page:
             set_range(page, "#wipe", 100)
             page.evaluate("document.querySelector('#all-options').open = true")
+            page.focus("#chart-loss")
+            page.keyboard.press("Home")
             with (run / "metrics.jsonl").open("a") as file:
                 file.write('{"step": 13, "epoch": 3.25, "loss": 0.01}\n')
             until(lambda: "0.0100" in page.inner_text(".facts"))
             assert page.evaluate("document.querySelector('#all-options').open")
+            assert "steps: 1 at step 1" in page.inner_text("figure:has(#chart-loss) output")
+            assert page.evaluate("document.activeElement.id") == "chart-loss"
             assert pixel(page, 0, 127) == tile(12, 1, 0)
         server.shutdown()

@@ -55,7 +55,7 @@ def test_a_record_has_what_the_run_measured(run):
     assert exported["code"] == f'load_encoder("{run / "exported"}")\n'
     assert ("model.safetensors", 2_500_000) in exported["files"]
     assert found["notes"] == []
-    assert found["verdict"] == {"state": "too early to say", "reason": "12 steps are done"}
+    assert found["verdict"] == {"state": "too early to say", "reason": "12 steps are too few"}
     assert (found["evaluation"], found["analysis"]) == (None, None)
 
 
@@ -88,7 +88,20 @@ def test_pictures_of_another_layout_are_named(run):
         Image.new("RGB", (300, 200)).save(path)
     found = read(run)
     assert found["reconstructions"] is None
-    assert "another layout" in found["notes"][0]
+    assert found["notes"] == ["3 of 3 pictures of reconstructions have another layout, and are not shown"]
+
+
+def test_pictures_of_an_earlier_layout_are_left_out_and_counted(run):
+    Image.new("RGB", (300, 200)).save(run / "reconstructions" / "step-00000001.png")
+    found = read(run)
+    assert [part["step"] for part in found["reconstructions"]["steps"]] == list(CHECKPOINTS)
+    assert found["notes"] == ["1 of 4 pictures of reconstructions have another layout, and are not shown"]
+
+
+def test_a_name_that_is_no_text_is_shown_somehow(tmp_path):
+    folder = made_run(tmp_path / "caf\udce9")
+    main(["report", str(folder), "--out", str(tmp_path / "page.html")])
+    assert b"caf\\udce9" in (tmp_path / "page.html").read_bytes()
 
 
 def test_large_pictures_are_packed(tmp_path):

@@ -13,12 +13,14 @@ import urllib.request
 import pytest
 
 from sparse_fcmae import UserError
+from sparse_fcmae.report.page import in_page
+from sparse_fcmae.report.record import RunReader
 from sparse_fcmae.report.watch import Server
 
 
 @pytest.fixture
 def server(run):
-    with Server([run], 0) as server:
+    with Server([RunReader(run, in_page)], 0) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield server
         server.shutdown()
@@ -61,7 +63,8 @@ def test_another_name_is_refused(server):
     with pytest.raises(urllib.error.HTTPError) as refused:
         get(server, "/", Host=f"evil.example:{server.server_port}")
     assert refused.value.code == 403
-    assert get(server, "/", Host=f"localhost:{server.server_port}")
+    for name in (f"localhost:{server.server_port}", "localhost:8000", "localhost", "127.0.0.1"):  # as through a tunnel
+        assert get(server, "/", Host=name)
 
 
 def test_a_run_that_is_gone_is_said(server, run):
@@ -78,7 +81,7 @@ def test_only_this_machine_is_listened_to(server):
 
 def test_a_port_that_is_taken(server, run):
     with pytest.raises(UserError, match=r"`port` .* choose another"):
-        Server([run], server.server_port)
+        Server([RunReader(run, in_page)], server.server_port)
 
 
 def test_ctrl_c_ends_it_with_a_page(run):

@@ -30,6 +30,18 @@ def test_rows_are_read_on(tmp_path):
     assert rows.curve("loss") == {"each": 1, "step": [1.0, 3.0], "epoch": [0.1, None], "value": [3.0, 1.0]}
 
 
+def test_a_file_that_takes_another_ones_place_is_read_anew(tmp_path):
+    """On many file systems it gets the number of the file that was deleted."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(line(n, loss=9.0) for n in range(1, 11)))
+    rows = Rows(path)
+    rows.read_on()
+    path.unlink()
+    path.write_text("".join(line(n, loss=1.0) for n in range(1, 21)))
+    rows.read_on()
+    assert rows.numbers("loss").tolist() == [1.0] * 20
+
+
 @pytest.mark.parametrize("replace", [True, False])
 def test_another_file_is_read_from_its_beginning(tmp_path, replace):
     path = tmp_path / "metrics.jsonl"
@@ -49,10 +61,11 @@ def test_another_file_is_read_from_its_beginning(tmp_path, replace):
 
 def test_lines_that_are_no_rows_are_counted(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    path.write_text("[]\n" + line(1, loss=1.0) + "x\n" + '{"step": "1"}\n' + "\n")
+    huge = '{"step": 1, "loss": ' + "9" * 400 + "}\n"
+    path.write_text("[]\n" + line(1, loss=1.0) + "x\n" + '{"step": "1"}\n' + "\n" + huge)
     rows = Rows(path)
     rows.read_on()
-    assert (rows.count, rows.damaged) == (1, 4)
+    assert (rows.count, rows.damaged) == (1, 5)
 
 
 @pytest.mark.parametrize("count", [MOST, MOST + 1, 10 * MOST - 3])

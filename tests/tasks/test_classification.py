@@ -91,6 +91,17 @@ def test_what_it_says_of_held_out_images_is_what_evaluate_finds(whole, pictures,
     assert [chart["name"] for chart in record["charts"]][:2] == ["loss", "top1"]
 
 
+def test_an_evaluation_on_other_images_stays(whole, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    other = run / "evaluation" / "evaluation.json"
+    other.write_text(json.dumps({"data": "others", "images": 3}))
+    shutil.rmtree(run / "exported")
+    finetune(out=run, resume=True)
+    assert json.loads(other.read_text()) == {"data": "others", "images": 3}
+    assert "has an evaluation on others, and stays as it is" in (run / "train.log").read_text()
+
+
 def test_a_checkpoint_by_itself_is_read_whole(whole, pictures):
     weights = read_weights(whole / "checkpoints" / "step-00000009")
     assert weights.architecture["image_size"] == (32, 32)
