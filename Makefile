@@ -12,7 +12,7 @@ SANITIZED := baseline native $(if $(filter x86_64,$(shell uname -m)),avx2)
 
 CACHE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/sparse-fcmae
 
-.PHONY: demo test test-slow test-faults test-gpu gpu test-sanitize bench minkowski lint wheel clean
+.PHONY: demo test test-slow test-faults test-gpu gpu test-sanitize bench minkowski docs lint wheel clean
 
 demo: .venv/installed  ## draw images, pretrain on them, show what was learnt
 	$(BIN)/sparse-fcmae demo --out runs/demo --overwrite
@@ -60,6 +60,10 @@ bench: .venv/installed  ## runs/bench/report.html: the suite on this machine; wi
 	$(BIN)/sparse-fcmae bench report --out runs/bench --overwrite $(if $(DATA),--data '$(DATA)')
 
 minkowski: .venv/minkowski  ## the peer that sparse convolution is measured against; needs OpenBLAS and its headers
+
+docs: .venv/installed-for-tests  ## build/site/index.html: the documentation as a site
+	$(BIN)/python docs/assemble.py
+	$(BIN)/zensical build --strict
 
 lint: .venv/installed-for-tests
 	$(BIN)/ruff check .
