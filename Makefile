@@ -68,6 +68,7 @@ docs: .venv/installed-for-tests  ## build/site/index.html: the documentation as 
 lint: .venv/installed-for-tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/codespell README.md CHANGELOG.md CONTRIBUTING.md docs sparse_fcmae kernels benchmarks examples
 
 wheel: .venv/installed  ## dist/*.whl
 	$(PIP) wheel --no-deps --wheel-dir dist .
