@@ -6,10 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import nbformat
 import numpy as np
 import pytest
 import tifffile
 import torch
+from nbclient import NotebookClient
 from PIL import Image
 from transformers import ConvNextV2Backbone, RTDetrForObjectDetection
 
@@ -171,3 +173,16 @@ def test_continued_pretraining(pictures, tmp_path, whose):
     before = model.encoder if whose == "official" else encoder
     after = load_encoder(out).state_dict()
     assert all(torch.allclose(after[name], value, atol=1e-6) for name, value in before.state_dict().items())
+
+
+def test_the_notebook_runs_from_top_to_bottom(tmp_path):
+    notebook = nbformat.read(EXAMPLES / "first_steps.ipynb", 4)
+    for cell in notebook.cells:  # as it stands, but for fewer images
+        for whole, few in (("draw_images(images, 1000,", "draw_images(images, 100,"), ("epochs=12", "epochs=2")):
+            cell.source = cell.source.replace(whole, few)
+    where = {"metadata": {"path": str(tmp_path)}}
+    NotebookClient(notebook, timeout=300, kernel_name="python3", resources=where).execute()
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
+    assert not [output for output in outputs if output.output_type == "error"]
+    assert sum("image/png" in output.get("data", ()) for output in outputs) == 4
+    assert outputs[-1]["data"]["text/plain"] == "torch.Size([4, 320, 4, 4])"

@@ -21,7 +21,7 @@ from sparse_fcmae.evaluation.sheet import save_picture, sheet
 from sparse_fcmae.model.convnext import SparseEncoder
 from sparse_fcmae.runtime.errors import UserError
 from sparse_fcmae.runtime.files import write_json, writing
-from sparse_fcmae.runtime.options import check, check_given, check_paths, keywords_of
+from sparse_fcmae.runtime.options import check, check_given, check_paths, keywords_of, paths_of
 from sparse_fcmae.weights.read import read_weights
 
 REPORT, COLLAPSE, SPECTRUM = "analysis.json", "collapse.png", "spectrum.png"  # files in the folder `out`
@@ -69,7 +69,7 @@ def analyze(options: dict[str, Any]) -> list[dict[str, Any]]:
     check_given(options, {"data": "the images", "init": "the weights", "out": "a folder for the pictures"})
     config = AnalyzeConfig(**options)
     check(config)
-    inits = [config.init] if isinstance(config.init, str) else list(config.init)
+    inits = paths_of(config.init)
     for init in inits:
         read_weights(init)  # whatever is wrong with one of them is said before any is run
     out = folder_for(config)

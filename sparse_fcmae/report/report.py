@@ -9,7 +9,7 @@ from sparse_fcmae.report.record import RunReader
 from sparse_fcmae.report.watch import watch
 from sparse_fcmae.runtime.errors import UserError
 from sparse_fcmae.runtime.files import check_writable
-from sparse_fcmae.runtime.options import check, check_given, check_paths, keywords_of
+from sparse_fcmae.runtime.options import check, check_given, check_paths, keywords_of, paths_of
 
 
 @keywords_of(ReportConfig)
@@ -22,7 +22,7 @@ def report(options: dict[str, Any]) -> str:
     check_given(options, {"runs": "the folder of a run"})
     config = ReportConfig(**options)
     check(config)
-    folders = [Path(config.runs)] if isinstance(config.runs, str) else list(map(Path, config.runs))
+    folders = list(map(Path, paths_of(config.runs)))
     if len(set(folders)) < len(folders):
         raise UserError("`runs` names a folder twice: name each once")
     readers = [RunReader(folder, in_page) for folder in folders]

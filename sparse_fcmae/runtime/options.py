@@ -90,6 +90,11 @@ def all_paths(value: Any) -> bool:
     return all(isinstance(path, str | os.PathLike) for path in (value if isinstance(value, list | tuple) else [value]))
 
 
+def paths_of(value: Any) -> list[str]:
+    """A path, or several ones, as a list of texts."""
+    return [os.fspath(path) for path in (value if isinstance(value, list | tuple) else [value])]
+
+
 def check_paths(kind: type, options: dict[str, Any]) -> None:
     """Raises UserError for the first option of a config's class that is to name files or folders, and is no path."""
     for f in fields(kind):

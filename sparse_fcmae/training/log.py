@@ -80,7 +80,7 @@ class RunLog:
         )
         self.since = time.perf_counter()
         self.left_out: set[str] = set()
-        self.state = ""  # of the run, as the last verdict says
+        self.status = self.state = ""  # of the last steps, and of the run, as the last verdict says
         for note in (*notes, *more) if main else ():
             self.say(note)
         self.writers = trackers or Writers({}, usual=True)
@@ -145,11 +145,12 @@ class RunLog:
                 for step, row in rows:
                     self.metrics.write(as_row({"step": step, "epoch": round(step / steps_per_epoch, 4), **row}))
             self.writers.rows(rows)
-        status = f"loss {losses[-1]:.4f}, {speed:.1f} images/s{self.state}"
+        status = f"loss {losses[-1]:.4f}, {speed:.1f} images/s"
         waits = f", {wait:.0%} waiting for images" if wait > WORTH_SAYING else ""
         line = f"step {last}, {status}, lr {lrs[-1]:.2e}{waits}"
         with lost_if_unread():
-            self.bar.set_postfix_str(status + waits, refresh=False)
+            self.status = status + waits
+            self.bar.set_postfix_str(self.status + self.state, refresh=False)
             self.bar.update(len(losses))
         if self.shows_bar:
             self.note(line)
@@ -175,6 +176,8 @@ class RunLog:
         if verdict:
             self.say(str(verdict))
             self.state = f", {verdict.state}"
+            with lost_if_unread():
+                self.bar.set_postfix_str(self.status + self.state)
 
     def draw(self, picture: Callable[[], None]) -> None:
         """Draws where matplotlib is installed."""

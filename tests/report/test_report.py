@@ -156,6 +156,11 @@ def test_the_page_is_renewed_and_nothing_else_replaced(run, capsys):
     assert (run / "notes.html").read_text() == "<!doctype html>\n<p>mine</p>"
 
 
+def test_runs_are_named_by_any_path(run, tmp_path):
+    assert report(runs=run) == f"report: {run / 'report.html'}"
+    assert report(runs=(run,), out=tmp_path / "page.html") == f"report: {tmp_path / 'page.html'}"
+
+
 def test_mistakes_are_named(run, tmp_path):
     with pytest.raises(UserError, match="no run in this folder"):
         report(runs=str(tmp_path))

@@ -315,6 +315,7 @@ def test_a_verdict_is_said_and_stays_in_the_bar(tmp_path, watched):
     assert "learning" not in log.bar.postfix
     log.evaluation(1, 0.25, {"val_loss": 0.5, "effective_rank": 40.25, "distance_1.1": 0.3})
     log.verdict(Verdict("learning", "it fills in more"))
+    assert "images/s, learning" in log.bar.postfix
     log.steps(2, 4, [0.5], [0.5], [1e-3], images=10)
     assert "images/s, learning" in log.bar.postfix
     log.close()
