@@ -3,7 +3,7 @@
 
 const view = {
   x: "epoch", logs: new Set(), hidden: new Set(), open: new Set(),
-  cursors: new Map(), run: 0, step: null, wipe: 50, left: "masked", right: "filled in", theme: "system",
+  cursors: new Map(), painted: new Set(), brush: true, run: 0, step: null, wipe: 50, left: "masked", right: "filled in", theme: "system",
 };
 const TITLES = { // of pictures that other commands have drawn
   mistakes: "Wrong, and most certain", collapse: "Distance between channels, block by block", spectrum: "Spectrum of the embeddings",
@@ -299,7 +299,7 @@ function reconstructions(runs) {
   });
   const whose = having.length < 2 ? null : choice("whose", "run", having.map(([i, run]) => [String(i), run.name]),
     String(view.run), (value) => {
-      [view.run, view.step] = [Number(value), null];
+      [view.run, view.step, view.painted] = [Number(value), null, new Set()];
       section("reconstructions", record.runs, reconstructions, true);
     });
   draw(false);
@@ -309,6 +309,42 @@ function reconstructions(runs) {
     el("div", { class: "controls" }, side("left"), wipe, side("right")),
     steps.length < of ? el("p", { class: "soft" }, `${steps.length} of ${of} pictures, evenly spread; the others are in the run's folder.`) : null,
     el("div", { class: "tiles" }, ...canvases),
+    details("paint", "paint a mask", ...painter(runs[view.run])),
+  ];
+}
+
+function painter({ folder, reconstructions: { columns, tiles, steps, grid: [rows, cols] } }) {
+  const hidden = view.painted, [left, top, width, height] = tiles[0][columns.indexOf("original")];
+  const back = el("canvas", { width, height });
+  image(steps.at(-1).source, (sheet) => back.getContext("2d").drawImage(sheet, left, top, width, height, 0, 0, width, height));
+  const paint = (cell, number) => {
+    hidden[view.brush ? "add" : "delete"](number);
+    cell.setAttribute("aria-pressed", view.brush);
+  };
+  const begin = (cell, number) => {
+    view.brush = !hidden.has(number);
+    paint(cell, number);
+  };
+  const cells = Array.from({ length: rows * cols }, (_, number) => el("button", {
+    type: "button", "aria-pressed": hidden.has(number),
+    "aria-label": `patch in row ${Math.floor(number / cols) + 1}, column ${(number % cols) + 1}`,
+    onpointerdown: (event) => event.button === 0 && begin(event.target, number),
+    onpointerenter: (event) => event.buttons === 1 && paint(event.target, number),
+    onkeydown: (event) => [" ", "Enter"].includes(event.key) && begin(event.target, number),
+  }));
+  const save = () => {
+    const picture = el("canvas", { width: cols, height: rows }), context = picture.getContext("2d");
+    for (let number = 0; number < rows * cols; number++) {
+      context.fillStyle = hidden.has(number) ? "#fff" : "#000";
+      context.fillRect(number % cols, Math.floor(number / cols), 1, 1);
+    }
+    el("a", { href: picture.toDataURL(), download: "mask.png" }).click();
+  };
+  return [
+    el("p", { class: "soft" }, "Click the patches to hide, or drag over them. Save the mask, and the command draws what the model fills in."),
+    el("div", { class: "painter" }, back, el("div", { style: `grid-template-columns: repeat(${cols}, 1fr)` }, ...cells)),
+    el("p", { class: "controls" }, el("button", { id: "save-mask", type: "button", onclick: save }, "save mask.png")),
+    el("pre", {}, `sparse-fcmae reconstruct --init ${folder} --data IMAGES --mask mask.png --out painted.png`),
   ];
 }
 

@@ -23,6 +23,7 @@ from sparse_fcmae.training.measures import is_detail, is_fraction
 from sparse_fcmae.training.runs import Found, look_at
 
 PICTURES = 24  # of reconstructions that a page shows
+STAGES_STRIDE = 8  # of the downsampling behind the stem
 LARGE, QUALITY = 300_000, 90  # bytes from which on a picture is made a JPEG, and of which quality
 LINES, NAMED = 200, 1000  # of the log, and unreadable images, that a page shows
 BESIDE = ("images", "contents", "classes", "problem_type")  # what a run's config.json has that is no option
@@ -191,7 +192,9 @@ class RunReader:
         chosen = {round(number * (len(shown) - 1) / (PICTURES - 1)) for number in range(PICTURES)}
         sheets = [(int(shown[n].stem.removeprefix("step-")), self._picture(shown[n])) for n in sorted(chosen)]
         steps = [{"step": step, "source": source} for step, source in sheets]
-        return {"columns": COLUMNS, "tiles": tiles, "steps": steps, "of": len(shown)}, notes
+        patch = STAGES_STRIDE * config.get("stem_stride", 4)
+        grid = [side // patch for side in image_size_of(config["image_size"])]
+        return {"columns": COLUMNS, "tiles": tiles, "steps": steps, "of": len(shown), "grid": grid}, notes
 
     def _evaluation(self) -> Record | None:
         """What `evaluate` wrote into the folder "evaluation" of the run."""

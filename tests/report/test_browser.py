@@ -12,6 +12,7 @@ from made_up import NAME, made_run, tile
 from PIL import Image
 from playwright.sync_api import Error, sync_playwright
 
+from sparse_fcmae.evaluation.reconstruct import mask_in
 from sparse_fcmae.report.page import in_page, record_of, write_page
 from sparse_fcmae.report.record import RunReader
 from sparse_fcmae.report.watch import Server
@@ -97,6 +98,23 @@ def test_the_slider_moves_by_keys(browser, run, tmp_path):
         page.focus("#wipe")
         page.keyboard.press("End")
         until(lambda: pixel(page, 0, 127) == tile(12, 1, 0))
+
+
+def test_a_mask_is_painted(browser, run, tmp_path):
+    with opened(browser, written([run], tmp_path / "page.html")) as page:
+        page.click("#paint summary")
+        cells = page.locator(".painter button")
+        assert cells.count() == 2  # of 32 pixels each
+        cells.nth(1).click()
+        cells.nth(0).focus()
+        page.keyboard.press(" ")
+        page.keyboard.press(" ")
+        assert [cells.nth(n).get_attribute("aria-pressed") for n in range(2)] == ["false", "true"]
+        with page.expect_download() as saving:
+            page.click("#save-mask")
+        saving.value.save_as(tmp_path / "mask.png")
+        assert f"--init {run} --data IMAGES --mask mask.png" in page.inner_text("#paint pre")
+    assert mask_in(tmp_path / "mask.png", (1, 2)).tolist() == [[[False, True]]]
 
 
 def test_a_chart_says_its_values_to_mouse_and_keys(browser, run, tmp_path):
