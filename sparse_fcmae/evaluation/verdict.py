@@ -17,6 +17,7 @@ RANK, DISTANCE, OF_BLOCK = "effective_rank", "channel_distance", "distance_"  # 
 FIRST, WINDOW = 100, 50  # least steps after the warm-up before anything is said, and least whose mean loss is taken
 PART = 0.05  # of the run, which both are where that is more
 NOTHING = 0.05  # of the variance of hidden patches: runs that learn were above 0.3 after a tenth of their steps
+PATTERN = 0.02  # of the loss of the first step, which is that of a new model where all patches have one colour
 LOST = 0.2  # of what was once filled in, from which on a run has lost its way
 SKIPPED, IN_A_ROW = 0.05, 5  # of the last steps that may not be finite, and how many may be so at the end
 EXPLODED = 2.0  # times the loss of guessing, which is said during the warm-up too
@@ -65,6 +66,9 @@ def judge(
         many = f"{max(1, round(skipped * len(recent)))} of the last {len(recent)} steps"
         return Verdict(BROKEN, f"{many} were not finite: {_smaller(metrics)}")
     loss, nothing = _mean(recent), guessing(losses, normalised)
+    if nothing < PATTERN and not from_weights:
+        found = f"there is hardly anything to fill in, as nearly all patches have one colour (first loss {nothing:.2g})"
+        return Verdict(BROKEN, f"{found}: look at what the model sees: `sparse-fcmae inspect`")
     if loss > (1 + NOTHING if done >= warmup else EXPLODED) * nothing:
         return Verdict(BROKEN, f"the loss is {loss:.4g}, and guessing nothing costs {nothing:.2g}: {_smaller(metrics)}")
     parts = 1 - losses / nothing

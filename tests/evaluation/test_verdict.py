@@ -65,6 +65,13 @@ def test_images_with_areas_of_one_colour_begin_below_one(said):
     assert said(falling(0.3, 600, start=0.6)).reason.startswith("50 % of what is hidden")
 
 
+def test_images_of_one_colour_have_nothing_to_fill_in(said):
+    for losses in ([0.0] * 400, falling(0.0, 400, start=0.006)):
+        verdict = said(losses)
+        assert verdict.state == BROKEN
+        assert "hardly anything to fill in" in verdict.reason
+
+
 def test_a_run_from_weights_does_not_begin_with_nothing(said):
     verdict = said([0.5] * 400, from_weights=True)
     assert str(verdict) == "learning: the loss is 0.5000, and was 0.5000 at the start"
