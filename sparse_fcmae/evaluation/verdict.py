@@ -43,7 +43,7 @@ def guessing(losses: np.ndarray, normalised: bool) -> float:
     of one colour have nothing to guess.
     """
     first = losses[np.isfinite(losses)][:1]
-    found = float(first[0]) if len(first) else 1.0
+    found = max(float(first[0]), 1e-9) if len(first) else 1.0
     return min(1.0, found) if normalised else found
 
 
