@@ -86,11 +86,12 @@ clean:
 	$(PIP) install --editable '.[finetune,jpeg,plots]'
 	touch $@
 
-.venv/installed-for-tests: .venv/installed
+# it has all of .venv/installed, and does not need it first: each of the two compiles the kernels, for two minutes
+.venv/installed-for-tests: .venv/torch $(SOURCES)
 	$(PIP) install $(TORCH) $(TORCHVISION) --editable '.[test]'
 	# where torch has not brought its own: the GPU's kernels are tested without a GPU too
 	@if [ $$(uname) = Linux ] && ! $(BIN)/python -c 'import triton' 2>/dev/null; then $(PIP) install $(TRITON); fi
-	touch $@
+	touch .venv/installed $@
 
 # its setup.py imports torch, calls whatever pip it finds and is too old for setuptools 80; what it builds serves the torch
 # that it was built with alone, so it is kept apart for each; without symbols for a debugger it is built in two thirds of the time

@@ -53,6 +53,7 @@ def test_wheel_has_the_kernels_and_no_top_level_strangers(tmp_path):
     for kernel in library.SETS if os.uname().machine == "x86_64" else ("baseline",):
         assert f"sparse_fcmae/kernels/cpu/_{kernel}.abi3.so" in names
     assert "sparse_fcmae/benchmarks/throughput.py" in names
+    assert {f"sparse_fcmae/report/page.{kind}" for kind in ("css", "html", "js")} <= set(names)
     assert "sparse_fcmae/evaluation/imagenet_wordnet_ids.txt" in names
     assert not [name for name in names if name.endswith((".cpp", ".h"))]
     assert (output, errors) == (["None"], [])
