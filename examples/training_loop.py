@@ -47,8 +47,8 @@ def part_of_rate(step: int, steps: int) -> float:
     return min(1.0, (step + 1) / max(1, steps // 20)) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
-def main(arguments: list[str] | None = None) -> list[float]:
-    """Trains, writes the weights and returns the losses of the main process."""
+def parsed(arguments: list[str] | None) -> tuple[argparse.Namespace, Photographs]:
+    """The options and the images that they name. Too few images end in one line."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--images", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
@@ -59,12 +59,17 @@ def main(arguments: list[str] | None = None) -> list[float]:
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--lr", type=float, default=1e-3)
     options = parser.parse_args(arguments)
-
-    accelerator = Accelerator()
-    model = create_fcmae(options.model, image_size=options.size, stem_stride=options.stem_stride)
     images = Photographs(options.images, options.size)
     if len(images) < options.batch_size:
         parser.error(f"{len(images)} images do not fill a batch: lower --batch-size")
+    return options, images
+
+
+def main(arguments: list[str] | None = None) -> list[float]:
+    """Trains, writes the weights and returns the losses of the main process."""
+    options, images = parsed(arguments)
+    accelerator = Accelerator()
+    model = create_fcmae(options.model, image_size=options.size, stem_stride=options.stem_stride)
     batches = DataLoader(images, options.batch_size, shuffle=True, drop_last=True)
     optimizer = torch.optim.AdamW(model.parameters(), options.lr, betas=(0.9, 0.95), weight_decay=0.05)
     model, optimizer, batches = accelerator.prepare(model, optimizer, batches)

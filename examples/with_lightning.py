@@ -5,14 +5,11 @@
 Afterwards `load_encoder("encoder.pt")`. It needs the library lightning.
 """
 
-import argparse
-from pathlib import Path
-
 import lightning
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
-from training_loop import STATISTICS, Photographs, part_of_rate
+from training_loop import STATISTICS, parsed, part_of_rate
 
 from sparse_fcmae import create_fcmae
 
@@ -41,20 +38,7 @@ class Pretraining(lightning.LightningModule):
 
 def main(arguments: list[str] | None = None) -> lightning.Trainer:
     """Trains and writes the weights."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--images", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--model", default="atto")
-    parser.add_argument("--size", type=int, default=224)
-    parser.add_argument("--stem-stride", type=int, default=4)
-    parser.add_argument("--epochs", type=int, default=100)
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--lr", type=float, default=1e-3)
-    options = parser.parse_args(arguments)
-
-    images = Photographs(options.images, options.size)
-    if len(images) < options.batch_size:
-        parser.error(f"{len(images)} images do not fill a batch: lower --batch-size")
+    options, images = parsed(arguments)
     batches = DataLoader(images, options.batch_size, shuffle=True, drop_last=True)
     module = Pretraining(options.lr, name=options.model, image_size=options.size, stem_stride=options.stem_stride)
     folder = options.out.with_suffix("")

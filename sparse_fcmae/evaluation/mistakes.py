@@ -1,7 +1,6 @@
 """The images about which a classifier is wrong and most certain: which they are, and a picture of them."""
 
 from collections.abc import Sequence
-from contextlib import suppress
 from typing import NamedTuple
 
 import torch
@@ -51,10 +50,14 @@ def draw_mistakes(
     pixels, captions = [], []
     middle = CentreView(view.size, view.reading, view.crop_fraction, native=view.native)
     for number in worst(answers, labels):
-        with suppress(Exception), source.open(int(answers.index[number])) as file:  # it was readable a moment ago
-            pixels.append(middle(file))
-            said = f"{classes[answers.ranked[number, 0]]} {100 * answers.probabilities[number]:.0f} %"
-            captions.append((f"is {classes[labels[number]]}", f"said {said}"))
+        said = f"{classes[answers.ranked[number, 0]]} {100 * answers.probabilities[number]:.0f} %"
+        captions.append((f"is {classes[labels[number]]}", f"said {said}"))
+        try:
+            with source.open(int(answers.index[number])) as file:
+                pixels.append(middle(file))
+        except Exception:  # it was readable a moment ago, and what was measured is not to be lost for its picture
+            captions[-1] = (*captions[-1][:1], "can't be read any more")
+            pixels.append(torch.zeros(*view.size, view.form.in_chans, dtype=getattr(torch, view.reading.dtype)))
     if not pixels:
         return None
     images = view.form.normalise(torch.stack(pixels))

@@ -70,7 +70,9 @@ def judge(
         found = f"there is hardly anything to fill in, as nearly all patches have one colour (first loss {nothing:.2g})"
         return Verdict(BROKEN, f"{found}: look at what the model sees: `sparse-fcmae inspect`")
     if loss > (1 + NOTHING if done >= warmup else EXPLODED) * nothing:
-        return Verdict(BROKEN, f"the loss is {loss:.4g}, and guessing nothing costs {nothing:.2g}: {_smaller(metrics)}")
+        return Verdict(
+            BROKEN, f"the loss is {loss:.4g}, and was {nothing:.2g} before anything was learnt: {_smaller(metrics)}"
+        )
     parts = 1 - losses / nothing
     filled, best = _mean(parts[-window:]), _best(parts, window)
     words = f"{_part(max(filled, 0))} of what is hidden is filled in"

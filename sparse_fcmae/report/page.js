@@ -224,11 +224,13 @@ function charts(runs) {
     all.forEach((chart) => { chart.cursor = null; });
     redraw();
   });
+  const more = runs.length > 1 && runs.some((run) => run.charts.some(({ detail }) => detail));
   const thinned = [...found.values()].some(({ lines }) => lines.some((line) => line.each > 1));
   return [
     el("h2", {}, "Over time"),
     el("div", { class: "controls" }, over, ...boxes),
     thinned ? el("p", { class: "soft" }, "Lines are means of several steps, and bands reach from the least to the greatest of them.") : null,
+    more ? el("p", { class: "soft" }, "The page of a single run also shows the distance between channels block by block.") : null,
     el("div", { class: "charts" }, ...all.map((chart) => chart.figure)),
   ];
 }

@@ -159,6 +159,9 @@ class Pretraining(Task):
         images = images_for(self.source, self.centre)
         sizes = (images, self.config.batch_size, schedule.steps, schedule.eval_steps)
         every = steps_between_checks(*sizes) if not (schedule.lr_range or is_sharded(self.model)) else None
+        if not (every or schedule.lr_range):
+            why = "the model is in shards" if is_sharded(self.model) else "the run has too few images or steps for that"
+            self.notes.append(f"it is not checked whether features collapse, as {why}")
         if every:
             bf16 = self.config.dtype == "bf16"
             self.features = FeatureCheck(self.source, self.centre, self.form, every, bf16)

@@ -61,3 +61,17 @@ def test_pictures_stand_in_rows(tmp_path):
     side = -(-CAPTION_WIDTH // 8) * 8
     assert width == ACROSS * (side + GAP) + GAP
     assert height == MOST // ACROSS * (side + 2 * LABEL_HEIGHT + 2 * GAP)
+
+
+def test_an_image_that_is_gone_is_said(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (8, 8), (255, 0, 0)).save(tmp_path / name / "0.png")
+    source = class_folder(tmp_path)
+    found, labels = answers([0.9, 0.8], [0, 1]), torch.tensor([1, 1])
+    whole = np.asarray(draw_mistakes(found, labels, source.classes, source, VIEW))
+    (tmp_path / "a" / "0.png").unlink()
+    partly = np.asarray(draw_mistakes(found, labels, source.classes, source, VIEW))
+    assert whole.shape == partly.shape
+    assert (whole[-20, 20] == (255, 0, 0)).all()
+    assert (partly[-20, 20] == 0).all()

@@ -106,7 +106,7 @@ def test_worse_than_nothing_is_said_early(said):
     verdict = said([1.0] * 10 + [3.0] * 50)
     assert said([1.0] * 10 + [1.5] * 39).state == EARLY  # in the warm-up
     assert verdict.state == BROKEN
-    assert "the loss is 3, and guessing nothing costs 1: try --lr 0.00025" in verdict.reason
+    assert "the loss is 3, and was 1 before anything was learnt: try --lr 0.00025" in verdict.reason
 
 
 def test_steps_that_are_not_finite(said):
